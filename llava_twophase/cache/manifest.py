@@ -1,0 +1,113 @@
+"""``manifest.json``: what a cache holds and what made it, replaced by rename; knows nothing of shards' insides."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from llava_twophase.cache.format import FORMAT, MANIFEST, SCHEMA, canonical_json, check_schema
+from llava_twophase.errors import UserError
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One sealed shard as the manifest lists it."""
+
+    file: str
+    rows: int
+    file_bytes: int
+    xxh3_128: str
+
+
+@dataclass
+class Manifest:
+    """The content of ``manifest.json``.
+
+    Attributes:
+        fingerprint: What changes a feature value.
+        provenance: What is recorded and never compared.
+        images_per_shard: Rows of a full shard.
+        complete: Whether the last extraction came to its end.
+        plan: While incomplete, which work the shards from ``first_shard`` on belong to: see ``extract/plan.py``.
+        shards: The sealed shards.
+    """
+
+    fingerprint: dict[str, Any]
+    provenance: dict[str, Any]
+    images_per_shard: int
+    complete: bool = False
+    plan: dict[str, Any] = field(default_factory=dict)
+    shards: list[ShardEntry] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Images in the cache."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def read_manifest(cache: Path) -> Manifest:
+    """Read and check a cache's manifest.
+
+    Raises:
+        UserError: There is none, or it is damaged, or of another format or schema.
+    """
+    path = cache / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{cache} is no feature cache: it has no {MANIFEST}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    check_schema(content, str(path))
+    try:
+        shards = [_shard_entry(entry) for entry in content["shards"]]
+        values = {name: content[name] for name in ("fingerprint", "provenance", "images_per_shard", "complete", "plan")}
+        canonical_json(values)  # refuses NaN and infinity
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
+    expected = {"fingerprint": dict, "provenance": dict, "images_per_shard": int, "complete": bool, "plan": dict}
+    for name, kind in expected.items():
+        if type(values[name]) is not kind:
+            raise UserError(f"{path} is damaged: {name} is {values[name]!r}")
+    return Manifest(shards=shards, **values)
+
+
+def write_manifest(cache: Path, manifest: Manifest) -> None:
+    """Replace a cache's manifest: written aside, synced, renamed, the folder synced."""
+    content = {"format": FORMAT, "schema": SCHEMA, **asdict(manifest)}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path = cache / MANIFEST
+    aside = path.with_name(f"{MANIFEST}.tmp")
+    # A command line that was no UTF-8 holds surrogates: their backslash form is JSON's escape for them.
+    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(cache)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _shard_entry(entry: Any) -> ShardEntry:
+    shard = ShardEntry(**{part.name: entry[part.name] for part in fields(ShardEntry)})
+    if not isinstance(shard.file, str) or not re.fullmatch(r"shard-[0-9]{6,18}\.h5", shard.file):
+        raise ValueError(f"shard file {shard.file!r} is not named shard-NNNNNN.h5")
+    if type(shard.rows) is not int or type(shard.file_bytes) is not int or not isinstance(shard.xxh3_128, str):
+        raise ValueError(f"shard entry {entry!r}")
+    return shard

@@ -1,0 +1,1 @@
+"""Phase one: images to a feature cache."""

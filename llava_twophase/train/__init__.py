@@ -1,0 +1,1 @@
+"""Phase two: a feature cache to a trained projector."""

@@ -1,0 +1,179 @@
+"""LLaVA's flags, old and new spellings, and what of them concerns stage 1; knows nothing of models or data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from llava_twophase.errors import collected
+from llava_twophase.train.conversation import TEMPLATES
+
+logger = logging.getLogger(__name__)
+
+EXAMPLE = """\
+example, LLaVA's recipe from a feature cache:
+  deepspeed pipelines/train_projector.py --deepspeed pipelines/zero2.json \\
+      --model_name_or_path lmsys/vicuna-13b-v1.5 --version plain \\
+      --data_path blip_laion_cc_sbu_558k.json --feature_cache caches/clip-l-336 \\
+      --vision_tower openai/clip-vit-large-patch14-336 --mm_projector_type mlp2x_gelu \\
+      --tune_mm_mlp_adapter True --bf16 True --output_dir checkpoints/llava-v1.5-13b-pretrain \\
+      --num_train_epochs 1 --per_device_train_batch_size 32 --learning_rate 1e-3 --weight_decay 0. \\
+      --warmup_ratio 0.03 --lr_scheduler_type cosine --model_max_length 2048
+"""
+
+
+def _flag(default: Any, text: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass
+class ModelArguments:
+    """The LLM, the tower and the projector between them."""
+
+    model_name_or_path: str = field(metadata={"help": "base LLM: hub id or local folder"})
+    vision_tower: str = field(metadata={"help": "vision tower: hub id or local folder; not loaded with a cache"})
+    version: str = _flag("plain", "conversation template; stage 1 has one: plain")
+    mm_projector_type: str = _flag("linear", "linear, or mlp2x_gelu for LLaVA-1.5")
+    tune_mm_mlp_adapter: bool = _flag(False, "must be True: stage 1 trains the projector alone")
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "projector file to start from (default: a fresh one)")
+    mm_vision_select_layer: int = _flag(-2, "hidden state of the tower (default: -2)")
+    mm_vision_select_feature: str = _flag("patch", "patch, or cls_patch to keep the CLS token")
+    mm_patch_merge_type: str = _flag("flat", "stage 1 has one: flat")
+    mm_use_im_start_end: bool = _flag(False, "must be False: it needs trained embeddings")
+    mm_use_im_patch_token: bool = _flag(False, "must be False: it needs trained embeddings")
+    compute_dtype: str | None = _flag(
+        None, "on-the-fly tower: bf16, fp16 or fp32 (default: bf16 with --bf16, else fp16, as LLaVA)"
+    )
+    attn_implementation: str | None = _flag(None, "the LLM's attention: sdpa, flash_attention_2, eager (default: auto)")
+    freeze_backbone: bool = _flag(False, "accepted: the LLM is always frozen here")
+    mpt_attn_impl: str | None = _flag(None, "accepted and ignored: for MPT models only")
+
+
+@dataclass
+class DataArguments:
+    """Records, and where their features come from."""
+
+    data_path: str = field(metadata={"help": "records: LLaVA's JSON list or JSON lines"})
+    image_folder: str | None = _flag(None, "folder of the images; needed without --feature_cache")
+    feature_cache: str | None = _flag(None, "cache that phase one made; without it the tower runs in every step")
+    image_aspect_ratio: str = _flag("square", "square or pad")
+    lazy_preprocess: bool = _flag(True, "accepted: samples are always made when needed")
+    is_multimodal: bool = _flag(True, "accepted: every record has an image here")
+
+
+@dataclass
+class ProjectorTrainingArguments(TrainingArguments):
+    """HF Trainer's arguments with LLaVA's defaults, old spellings and own flags."""
+
+    eval_strategy: str = _flag("no", "no, steps or epoch", aliases=["--evaluation_strategy"])
+    warmup_ratio: float = _flag(0.0, "part of all steps for warm-up; the same as a fraction in --warmup_steps")
+    optim: str = _flag("adamw_torch", "optimizer, as in HF Trainer (default: LLaVA's)")
+    remove_unused_columns: bool = _flag(False, "has no effect: samples hold only what the model takes")
+    model_max_length: int = _flag(2048, "longest sequence, the image's positions included")
+    group_by_modality_length: bool = _flag(False, "batches of similar text length, as LLaVA groups them")
+    mm_projector_lr: float | None = _flag(None, "learning rate of the projector; overrides --learning_rate")
+    freeze_mm_mlp_adapter: bool = _flag(False, "must be False: nothing would be trained")
+    cache_dir: str | None = _flag(None, "where hub downloads are kept")
+    bits: int = _flag(16, "must be 16 for now")
+    double_quant: bool = _flag(True, "accepted: has no effect with --bits 16")
+    quant_type: str = _flag("nf4", "accepted: has no effect with --bits 16")
+    lora_enable: bool = _flag(False, "must be False: stage 1 trains the projector alone")
+    lora_r: int = _flag(64, "accepted: has no effect without LoRA")
+    lora_alpha: int = _flag(16, "accepted: has no effect without LoRA")
+    lora_dropout: float = _flag(0.05, "accepted: has no effect without LoRA")
+    lora_weight_path: str = _flag("", "accepted: has no effect without LoRA")
+    lora_bias: str = _flag("none", "accepted: has no effect without LoRA")
+
+    def __post_init__(self) -> None:
+        """Translate old spellings before HF's own checks."""
+        if self.warmup_ratio:
+            self.warmup_steps = self.warmup_ratio
+        if self.activation_checkpointing is None:
+            # transformers 5 renamed it, and warns of the name that LLaVA's recipe has.
+            self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
+        if self.mm_projector_lr is not None:
+            self.learning_rate = self.mm_projector_lr
+        if self.tf32 and not torch.cuda.is_available():
+            logger.warning("--tf32 True is ignored: there is no CUDA device")
+            self.tf32 = None
+        super().__post_init__()
+
+
+@dataclass
+class Arguments:
+    """All of a run's arguments."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: ProjectorTrainingArguments
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The run's dtype: of the frozen LLM, and of the projector's file."""
+        if self.training.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.training.fp16 else torch.float32
+
+    @property
+    def tower_dtype(self) -> torch.dtype:
+        """The on-the-fly tower's compute dtype."""
+        names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        if self.model.compute_dtype is None:
+            # LLaVA parity: its tower runs in fp16 even in an fp32 run.
+            return torch.bfloat16 if self.training.bf16 else torch.float16
+        return names[self.model.compute_dtype]
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Parse and check a command line.
+
+    Args:
+        argv: Arguments without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        The arguments; torch's process group and device are set up as TrainingArguments does.
+
+    Raises:
+        UserError: Flags that stage 1 cannot honour, all of them with the reason.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, ProjectorTrainingArguments),  # type: ignore[arg-type]
+        prog="llava-train-projector",
+        description="Phase two: train mm_projector against a frozen LLM, from a feature cache or on the fly.",
+        epilog=EXAMPLE,
+        allow_abbrev=False,
+    )
+    model, data, training = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    problems = _refusals(model, data, training)
+    if problems:
+        raise collected(problems, "flags that stage 1 cannot honour")
+    return Arguments(model, data, training)
+
+
+def _refusals(model: ModelArguments, data: DataArguments, training: ProjectorTrainingArguments) -> list[str]:
+    frozen = "stage 1 trains the projector alone"
+    special = "LLaVA cannot train it with a tuned adapter either: its embeddings would stay random"
+    checks = [
+        (not model.tune_mm_mlp_adapter, f"--tune_mm_mlp_adapter must be True: {frozen}"),
+        (training.freeze_mm_mlp_adapter, "--freeze_mm_mlp_adapter True would leave nothing to train; leave it out"),
+        (training.lora_enable, f"--lora_enable True: {frozen}; leave it out"),
+        (training.bits != 16, f"--bits {training.bits}: quantised LLMs are not supported; use 16"),
+        (model.mm_use_im_start_end, f"--mm_use_im_start_end True: {special}; use False"),
+        (model.mm_use_im_patch_token, f"--mm_use_im_patch_token True: {special}; use False"),
+        (model.mm_patch_merge_type != "flat", f"--mm_patch_merge_type {model.mm_patch_merge_type}: use flat"),
+        (model.version not in TEMPLATES, f"--version {model.version}: stage 1's templates are: {', '.join(TEMPLATES)}"),
+        (
+            data.feature_cache is None and data.image_folder is None,
+            "give --feature_cache, or --image_folder to run the tower in every step",
+        ),
+        (
+            model.compute_dtype not in (None, "bf16", "fp16", "fp32"),
+            f"--compute_dtype {model.compute_dtype}: expected bf16, fp16 or fp32",
+        ),
+    ]
+    return [text for found, text in checks if found]

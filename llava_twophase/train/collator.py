@@ -1,0 +1,32 @@
+"""Samples to a right-padded batch; knows nothing of where they come from.
+
+Under causal attention a real token never sees the padding behind it, so a batch carries no mask at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from llava_twophase.constants import IGNORE_INDEX
+
+
+def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Make one batch.
+
+    Args:
+        samples: As ``CaptionDataset`` gives them.
+
+    Returns:
+        ``input_ids`` (padding 0, which no loss ever sees) and ``labels`` (padding -100), int64 ``[B, T]``, and
+        ``features`` ``[B, L, D]`` or ``crops`` ``[B, S, S, 3]``.
+    """
+    batch = {
+        "input_ids": pad_sequence([sample["input_ids"] for sample in samples], batch_first=True, padding_value=0),
+        "labels": pad_sequence([sample["labels"] for sample in samples], batch_first=True, padding_value=IGNORE_INDEX),
+    }
+    for name in samples[0].keys() - batch.keys():
+        batch[name] = torch.stack([sample[name] for sample in samples])
+    return batch

@@ -1,0 +1,98 @@
+"""The order of samples, equal to LLaVA's for the same seed; a function of seed and epoch, so a resume repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+class EpochOrder(Sampler[int]):
+    """Draws each epoch's order as LLaVA's stage 1 does (transformers 4.37, accelerate 0.21; measured).
+
+    One process: the run's generator gives the data loader's seed, then the sampler's, which seeds the permutation.
+    Several processes: a fresh generator with torch's default seed, so ``--seed`` has no effect on the order.
+    Grouped: each mega-batch of a random permutation is sorted by length and dealt to the ranks evenly.
+
+    Args:
+        size: Number of samples.
+        seed: The run's seed.
+        world_size: Number of processes.
+        lengths: For grouped order, the words of each sample, else None.
+        batch_size: For grouped order, samples of one process and micro-batch.
+        groups: For grouped order, batches in a mega-batch: processes times accumulation steps.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        world_size: int = 1,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+        groups: int = 1,
+    ) -> None:
+        self._size, self._seed, self._world_size = size, seed, world_size
+        self._lengths, self._batch_size, self._groups = lengths, batch_size, groups
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self._size
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the current epoch's sample numbers."""
+        return iter(self.order(self._epoch))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, 0 for the first; Trainer calls it."""
+        self._epoch = epoch
+
+    def order(self, epoch: int) -> list[int]:
+        """Return one epoch's order, whatever was drawn before."""
+        if self._lengths is not None:
+            generator = torch.Generator().manual_seed(self._seed)
+            for _ in range(epoch + 1):
+                _draw_seed(generator)
+                permutation = torch.randperm(self._size, generator=generator).tolist()
+            return self._grouped(permutation, self._lengths)
+        if self._world_size > 1:
+            generator = torch.Generator()
+            for _ in range(epoch):
+                # LLaVA parity: torch's RandomSampler draws a second, unused permutation at the end of an epoch.
+                torch.randperm(self._size, generator=generator)
+                torch.randperm(self._size, generator=generator)
+            return torch.randperm(self._size, generator=generator).tolist()
+        generator = torch.Generator().manual_seed(self._seed)
+        for _ in range(epoch + 1):
+            _draw_seed(generator)
+            seed = _draw_seed(generator)
+        return torch.randperm(self._size, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def _grouped(self, permutation: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        size = self._batch_size * self._groups
+        order = []
+        for start in range(0, len(permutation), size):
+            megabatch = sorted(permutation[start : start + size], key=lambda i: lengths[i], reverse=True)
+            order += [i for chunk in _deal(megabatch, lengths, self._groups) for i in chunk]
+        return order
+
+
+def _draw_seed(generator: torch.Generator) -> int:
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+
+
+def _deal(indices: Sequence[int], lengths: Sequence[int], chunks: int) -> list[list[int]]:
+    # Longest first, each to the chunk that is shortest in sum and not yet full; the ragged rest is dealt in turn.
+    if len(indices) % chunks:
+        return [list(indices[first::chunks]) for first in range(chunks)]
+    dealt: list[list[int]] = [[] for _ in range(chunks)]
+    sums = [0.0] * chunks
+    for index in indices:
+        shortest = sums.index(min(sums))
+        dealt[shortest].append(index)
+        sums[shortest] += lengths[index]
+        if len(dealt[shortest]) == len(indices) // chunks:
+            sums[shortest] = float("inf")
+    return dealt

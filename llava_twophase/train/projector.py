@@ -1,0 +1,96 @@
+"""``mm_projector``: the module, and its file as LLaVA writes and reads it; knows nothing of LLMs or training.
+
+Shapes: B images, L patch tokens, D tower width, H LLM width.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llava_twophase.errors import UserError
+
+FILE = "mm_projector.bin"
+# LLaVA's loader strips this and loads with strict=False, so another prefix would leave random weights without a word.
+_PREFIX = "model.mm_projector."
+
+
+def build_projector(kind: str, in_features: int, out_features: int) -> nn.Module:
+    """Build ``mm_projector`` with nn.Linear's default init, drawn from torch's global generator.
+
+    Args:
+        kind: ``linear`` or ``mlp{N}x_gelu``, N layers with GELU between them.
+        in_features: Tower width D.
+        out_features: LLM width H.
+
+    Returns:
+        A module ``[B, L, D] -> [B, L, H]``.
+
+    Raises:
+        UserError: An unknown kind, or ``identity``, which has nothing to train.
+    """
+    if kind == "linear":
+        return nn.Linear(in_features, out_features)
+    if kind == "identity":
+        raise UserError(
+            "--mm_projector_type identity has no weights, so stage 1 would have nothing to train; "
+            "use linear or mlp2x_gelu (LLaVA-1.5)"
+        )
+    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    if match is None:
+        raise UserError(f"--mm_projector_type {kind} is unknown; expected linear or mlpNx_gelu such as mlp2x_gelu")
+    layers: list[nn.Module] = [nn.Linear(in_features, out_features)]
+    for _ in range(1, int(match[1])):
+        layers += [nn.GELU(), nn.Linear(out_features, out_features)]
+    return nn.Sequential(*layers)
+
+
+def save_projector(projector: nn.Module, folder: Path, dtype: torch.dtype) -> Path:
+    """Write ``mm_projector.bin``: a plain dict of CPU tensors under LLaVA's names, replaced by rename.
+
+    Args:
+        projector: The trained module.
+        folder: Where the file goes.
+        dtype: Of the file; LLaVA keeps the run's own.
+
+    Returns:
+        The file's path.
+    """
+    state = {_PREFIX + name: tensor.detach().to("cpu", dtype) for name, tensor in projector.state_dict().items()}
+    path = folder / FILE
+    aside = path.with_name(f"{FILE}.tmp")
+    with aside.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    return path
+
+
+def load_projector(path: str | Path, projector: nn.Module) -> None:
+    """Load a projector file into a module of the same kind, strictly.
+
+    Args:
+        path: ``mm_projector.bin`` as written here, by LLaVA, or by LLaVA's stage 2 with its longer prefixes.
+        projector: Receives the weights, cast to its own dtype.
+
+    Raises:
+        UserError: The file cannot be read, or its names or shapes are not the module's.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its unpickler meets
+        raise UserError(f"{path} cannot be read as a projector file: {error}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, expected a dict of projector weights")
+    marked = {str(name): tensor for name, tensor in state.items() if "mm_projector." in str(name)}
+    found = {name.split("mm_projector.")[-1]: tensor for name, tensor in marked.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != expected:
+        raise UserError(f"{path} holds another projector: it has {shapes}, this run needs {expected}")
+    projector.load_state_dict(found, strict=True)

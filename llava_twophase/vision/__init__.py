@@ -1,0 +1,1 @@
+"""Pixels to patch features: pictures, the image processor, the frozen tower."""

@@ -1,0 +1,185 @@
+"""The frozen vision tower, built only up to ``select_layer``; knows nothing of images, caches or training.
+
+Shapes: B images, S the crop's side, L tokens out of the tower (577 for CLIP-L/14-336), D its width (1024).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, CLIPVisionModel, Dinov2Model, PretrainedConfig, SiglipVisionModel
+from transformers.utils import logging as transformers_logging
+
+from llava_twophase.errors import UserError
+from llava_twophase.vision.preprocess import Preprocessor
+
+SELECT_FEATURES = ("patch", "cls_patch")
+# Per tower: its class, the name of the norm behind its last layer, and its leading tokens that are no patches.
+# LLaVA reads hidden states before that norm, so it goes.
+_TOWERS: dict[str, tuple[Any, str, int]] = {
+    "clip_vision_model": (CLIPVisionModel, "post_layernorm", 1),
+    "siglip_vision_model": (SiglipVisionModel, "post_layernorm", 0),
+    "dinov2": (Dinov2Model, "layernorm", 1),
+}
+# What of a tower's configuration changes a value; each tower has some of them.
+_CONFIG_FIELDS = (
+    "model_type", "hidden_size", "intermediate_size", "mlp_ratio", "num_attention_heads", "num_channels",
+    "image_size", "patch_size", "hidden_act", "layer_norm_eps", "qkv_bias", "use_swiglu_ffn",
+)  # fmt: skip
+
+
+class VisionTower:
+    """A frozen CLIP, SigLIP or DINOv2 tower that turns crops into patch features.
+
+    It is no ``nn.Module`` on purpose: nothing that walks over a model's parameters may save, cast or train it.
+
+    Args:
+        name: Hub id or folder.
+        preprocessor: The processor half that runs on the device.
+        select_layer: Which hidden state, as in LLaVA: -2 is the last but one.
+        select_feature: ``patch`` drops the CLS token where there is one, ``cls_patch`` keeps it.
+        dtype: Compute dtype.
+        device: Where it runs.
+
+    Attributes:
+        feature_shape: Tokens and width of one image's features, (576, 1024) for CLIP-L/14-336 patches.
+
+    Raises:
+        UserError: The tower cannot be loaded, is of another kind, or has no such layer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        preprocessor: Preprocessor,
+        select_layer: int = -2,
+        select_feature: str = "patch",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if select_feature not in SELECT_FEATURES:
+            raise UserError(f"--mm_vision_select_feature {select_feature}: expected {' or '.join(SELECT_FEATURES)}")
+        self.name, self.preprocessor, self.dtype = name, preprocessor, dtype
+        self.device = torch.device(device)
+        config = _vision_config(name)
+        tower_class, norm, leading_tokens = _TOWERS[config.model_type]
+        self._skip = leading_tokens if select_feature == "patch" else 0
+        grid = _grid(name, config, preprocessor.image_size)
+        self.feature_shape = (grid * grid + leading_tokens - self._skip, config.hidden_size)
+        depth = _depth(config.num_hidden_layers, select_layer)
+        self._fingerprint = {
+            "tower": {
+                **{field: getattr(config, field) for field in _CONFIG_FIELDS if hasattr(config, field)},
+                "num_hidden_layers": config.num_hidden_layers,
+                "attention": "sdpa",
+            },
+            # One spelling for one layer: 23 of 24 is -2.
+            "select_layer": depth - config.num_hidden_layers - 1,
+            "select_feature": select_feature,
+            "image_aspect_ratio": preprocessor.image_aspect_ratio,
+            "processor": preprocessor.settings(),
+            "compute_dtype": str(dtype).removeprefix("torch."),
+        }
+        config.num_hidden_layers = depth
+        if hasattr(config, "vision_use_head"):
+            config.vision_use_head = False
+        self._model = _load(tower_class, name, config, dtype)
+        setattr(self._model, norm, nn.Identity())
+        self._model.requires_grad_(False).eval().to(self.device)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything that changes a feature value; hashes the weights, so it takes a second or two."""
+        fingerprint = dict(self._fingerprint)
+        fingerprint["tower"] = {**fingerprint["tower"], "weights_sha256": _weights_hash(self._model)}
+        return fingerprint
+
+    @torch.inference_mode()
+    def encode(self, crops: torch.Tensor) -> torch.Tensor:
+        """Turn crops into features.
+
+        Args:
+            crops: ``uint8 [B, S, S, 3]`` on any device.
+
+        Returns:
+            ``[B, L, D]`` in the compute dtype on the tower's device, without the CLS token for ``patch``.
+        """
+        pixels = self.preprocessor.pixel_values(crops.to(self.device, non_blocking=True), self.dtype)  # [B, 3, S, S]
+        hidden = self._model(pixel_values=pixels).last_hidden_state  # [B, L, D]
+        return hidden[:, self._skip :]
+
+
+def _vision_config(name: str) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--vision_tower {name} could not be loaded: {error}") from None
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in _TOWERS:
+        kinds = ", ".join(_TOWERS)
+        raise UserError(f"--vision_tower {name} is a {config.model_type}; supported towers: {kinds}")
+    return config
+
+
+def _grid(name: str, config: PretrainedConfig, image_size: int) -> int:
+    # DINOv2 interpolates its position table to any grid, the others have one size.
+    fits = image_size % config.patch_size == 0 if config.model_type == "dinov2" else image_size == config.image_size
+    if not fits:
+        raise UserError(
+            f"--vision_tower {name}: its processor crops to {image_size} px, "
+            f"but the tower takes {config.image_size} px in patches of {config.patch_size}"
+        )
+    return image_size // config.patch_size
+
+
+def _depth(num_hidden_layers: int, select_layer: int) -> int:
+    # hidden_states[0] is the embedding's output, so a tower of N layers has N + 1 of them.
+    depth = select_layer + num_hidden_layers + 1 if select_layer < 0 else select_layer
+    if not 0 <= depth <= num_hidden_layers:
+        raise UserError(
+            f"--mm_vision_select_layer {select_layer}: the tower has hidden states 0 to {num_hidden_layers} "
+            f"(or -{num_hidden_layers + 1} to -1)"
+        )
+    return depth
+
+
+def _load(tower_class: Any, name: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    try:
+        with _quiet():
+            model, info = tower_class.from_pretrained(
+                name, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(f"--vision_tower {name}: its weights could not be loaded: {error}") from None
+    missing = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
+    if missing:
+        raise UserError(f"--vision_tower {name}: the checkpoint lacks or misshapes {sorted(missing)[:5]}")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # transformers reports every weight of the layers above select_layer as unexpected: that is the point of it.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def _weights_hash(model: nn.Module) -> str:
+    # By content alone, in the compute dtype: the same weights under other tensor names or file formats hash the same.
+    digests = []
+    for parameter in model.parameters():
+        tensor = parameter.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy() if tensor.ndim else tensor.reshape(1).view(torch.uint8).numpy())
+        digests.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
