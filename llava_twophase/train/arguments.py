@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ example, LLaVA's recipe from a feature cache:
 """
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the example's lines as they are."""
+
+
 def _flag(default: Any, text: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": text, **extra})
 
@@ -40,8 +45,8 @@ class ModelArguments:
     version: str = _flag("plain", "conversation template; stage 1 has one: plain")
     mm_projector_type: str = _flag("linear", "linear, or mlp2x_gelu for LLaVA-1.5")
     tune_mm_mlp_adapter: bool = _flag(False, "must be True: stage 1 trains the projector alone")
-    pretrain_mm_mlp_adapter: str | None = _flag(None, "projector file to start from (default: a fresh one)")
-    mm_vision_select_layer: int = _flag(-2, "hidden state of the tower (default: -2)")
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "projector file to start from")
+    mm_vision_select_layer: int = _flag(-2, "hidden state of the tower")
     mm_vision_select_feature: str = _flag("patch", "patch, or cls_patch to keep the CLS token")
     mm_patch_merge_type: str = _flag("flat", "stage 1 has one: flat")
     mm_use_im_start_end: bool = _flag(False, "must be False: it needs trained embeddings")
@@ -49,7 +54,7 @@ class ModelArguments:
     compute_dtype: str | None = _flag(
         None, "on-the-fly tower: bf16, fp16 or fp32 (default: bf16 with --bf16, else fp16, as LLaVA)"
     )
-    attn_implementation: str | None = _flag(None, "the LLM's attention: sdpa, flash_attention_2, eager (default: auto)")
+    attn_implementation: str | None = _flag(None, "the LLM's attention: sdpa, flash_attention_2, eager")
     freeze_backbone: bool = _flag(False, "accepted: the LLM is always frozen here")
     mpt_attn_impl: str | None = _flag(None, "accepted and ignored: for MPT models only")
 
@@ -72,7 +77,7 @@ class ProjectorTrainingArguments(TrainingArguments):
 
     eval_strategy: str = _flag("no", "no, steps or epoch", aliases=["--evaluation_strategy"])
     warmup_ratio: float = _flag(0.0, "part of all steps for warm-up; the same as a fraction in --warmup_steps")
-    optim: str = _flag("adamw_torch", "optimizer, as in HF Trainer (default: LLaVA's)")
+    optim: str = _flag("adamw_torch", "optimizer, as in HF Trainer")
     remove_unused_columns: bool = _flag(False, "has no effect: samples hold only what the model takes")
     model_max_length: int = _flag(2048, "longest sequence, the image's positions included")
     group_by_modality_length: bool = _flag(False, "batches of similar text length, as LLaVA groups them")
@@ -146,6 +151,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         prog="llava-train-projector",
         description="Phase two: train mm_projector against a frozen LLM, from a feature cache or on the fly.",
         epilog=EXAMPLE,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     model, data, training = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))

@@ -45,7 +45,7 @@ class PlainTemplate:
         bos = tokenizer.bos_token_id
         self._prefix = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
         self.image_at = len(self._prefix)
-        # LLaVA parity: it cuts the text, the image counted as one token, then the spliced sequence; that one is tighter.
+        # LLaVA parity: it cuts the text, the image counted as one token, then the spliced sequence: the tighter cut.
         self._longest = model_max_length - image_tokens + 1
         if self._longest <= len(self._prefix) + 1:
             raise UserError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 _SPACE = "\u2581"  # how sentencepiece writes a space
 

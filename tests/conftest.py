@@ -1,0 +1,87 @@
+"""Session-wide fixtures, all offline, seeded and tiny. Read-only: a test that changes one copies it first."""
+
+import os
+
+# Before anything imports a Hugging Face library: no test asks a hub, and no test starts threads of its own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+import drawn
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked `gpu` where torch sees no accelerator."""
+    marked = [item for item in items if "gpu" in item.keywords]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def image_set(tmp_path_factory):
+    """Drawn pictures of every troublesome kind with their records: see `drawn.ImageSet`."""
+    return drawn.write_image_set(tmp_path_factory.mktemp("image_set"))
+
+
+@pytest.fixture(scope="session")
+def plain_set(image_set, tmp_path_factory):
+    """The twelve plain scenes of `image_set` alone, for training tests that want no odd picture."""
+    root = tmp_path_factory.mktemp("plain_set")
+    records = image_set.records[: drawn.PLAIN]
+    json_path = drawn.write_records(records, root / "records.json")
+    return drawn.ImageSet(image_set.folder, json_path, drawn.write_records(records, root / "records.jsonl"), records)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """Folder of a CLIPVisionModel and its preprocessor_config.json: 17 tokens (CLS + 16 patches) of 32, four layers."""
+    import tiny
+
+    return tiny.write_clip(tmp_path_factory.mktemp("tiny_clip"))
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_full(tiny_clip, tmp_path_factory):
+    """Folder of a whole CLIPModel, as published on the hub, with the vision weights of `tiny_clip`."""
+    import tiny
+
+    return tiny.write_clip_full(tmp_path_factory.mktemp("tiny_clip_full"), tiny_clip)
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip(tmp_path_factory):
+    """Folder of a SiglipVisionModel and its preprocessor_config.json: 16 patches of 32, no CLS, four layers."""
+    import tiny
+
+    return tiny.write_siglip(tmp_path_factory.mktemp("tiny_siglip"))
+
+
+@pytest.fixture(scope="session")
+def tiny_dinov2(tmp_path_factory):
+    """Folder of a Dinov2Model and its preprocessor_config.json: 17 tokens (CLS + 16 patches) of 32, four layers."""
+    import tiny
+
+    return tiny.write_dinov2(tmp_path_factory.mktemp("tiny_dinov2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(image_set, tmp_path_factory):
+    """Folder of a LlamaForCausalLM (width 64, two layers) and a tokenizer that puts <s> in front."""
+    import tiny
+
+    return tiny.write_llama(tmp_path_factory.mktemp("tiny_llama"), image_set.captions)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_no_bos(image_set, tmp_path_factory):
+    """The same LLM with a tokenizer that knows <s> but puts none in front."""
+    import tiny
+
+    return tiny.write_llama(tmp_path_factory.mktemp("tiny_llama_no_bos"), image_set.captions, add_bos=False)

@@ -1,0 +1,210 @@
+"""The three commands as processes, from pictures to mm_projector.bin."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from helpers import free_port, needs_compiler, run
+
+STEPS = 6  # twelve plain scenes, batches of four, two epochs
+
+
+@pytest.fixture(scope="module")
+def features(plain_set, tiny_clip, tmp_path_factory):
+    """A cache of the plain scenes from a float32 tower, made by command 1."""
+    cache = tmp_path_factory.mktemp("features") / "cache"
+    run(["python", "pipelines/extract_features.py", *extract_flags(plain_set, tiny_clip, cache)])
+    return cache
+
+
+@pytest.fixture(scope="module")
+def tower_gone(tiny_clip, features, tmp_path_factory):
+    """The path of a tower that is no longer on the disk, and a cache that it made."""
+    root = tmp_path_factory.mktemp("gone")
+    shutil.copytree(features, root / "cache")
+    manifest = root / "cache" / "manifest.json"
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    content["provenance"]["vision_tower"] = str(root / "tower")
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    return root / "tower", root / "cache"
+
+
+def extract_flags(pictures, tower, cache):
+    return [
+        *("--data_path", pictures.json, "--image_folder", pictures.folder, "--vision_tower", tower),
+        *("--feature_cache", cache, "--compute_dtype", "fp32"),
+        *("--batch_size", "4", "--images_per_shard", "8", "--num_workers", "1"),
+    ]
+
+
+def train_flags(pictures, llm, tower, output, **changes):
+    flags = {
+        "model_name_or_path": llm,
+        "version": "plain",
+        "data_path": pictures.json,
+        "vision_tower": tower,
+        "mm_projector_type": "mlp2x_gelu",
+        "tune_mm_mlp_adapter": True,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "output_dir": output,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "evaluation_strategy": "no",
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "warmup_ratio": 0.03,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 1,
+        "model_max_length": 512,
+        "lazy_preprocess": True,
+        "report_to": "none",
+        "use_cpu": True,
+        **changes,
+    }
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def losses(output):
+    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def projector(output):
+    return torch.load(output / "mm_projector.bin", weights_only=True)
+
+
+def test_cached_equals_on_the_fly_and_needs_no_tower(plain_set, tiny_llama, tiny_clip, tower_gone, tmp_path):
+    """Same features, losses and projector bit for bit, with the tower off the disk and the hub out of reach."""
+    tower, cache = tower_gone
+    assert not tower.exists()
+    live, cached = tmp_path / "live", tmp_path / "cached"
+    flags = train_flags(plain_set, tiny_llama, tiny_clip, live, image_folder=plain_set.folder, compute_dtype="fp32")
+    run(["python", "pipelines/train_projector.py", *flags])
+    flags = train_flags(plain_set, tiny_llama, tower, cached, feature_cache=cache)
+    run(["python", "pipelines/train_projector.py", *flags], HF_HUB_OFFLINE="1")
+    assert len(losses(live)) == STEPS
+    assert losses(live) == losses(cached)
+    assert losses(live)[-1] < losses(live)[0]
+    a, b = projector(live), projector(cached)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    config = json.loads((cached / "config.json").read_text(encoding="utf-8"))
+    assert config["mm_vision_tower"] == str(tower)
+    assert config["mm_hidden_size"] == 32
+
+
+def test_workers_and_recomputation_change_nothing(plain_set, tiny_llama, tiny_clip, features, tmp_path):
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    run(
+        [
+            "python",
+            "pipelines/train_projector.py",
+            *train_flags(plain_set, tiny_llama, tiny_clip, plain, feature_cache=features),
+        ]
+    )
+    flags = train_flags(
+        *(plain_set, tiny_llama, tiny_clip, other),
+        feature_cache=features,
+        dataloader_num_workers=2,
+        gradient_checkpointing=True,
+    )
+    run(["python", "pipelines/train_projector.py", *flags])
+    assert losses(plain) == losses(other)
+
+
+@needs_compiler
+def test_zero2_on_two_ranks(plain_set, tiny_llama, tiny_clip, features, tmp_path):
+    """The deepspeed launcher with two CPU ranks; nothing frozen in the checkpoint."""
+    output = tmp_path / "zero2"
+    flags = train_flags(
+        *(plain_set, tiny_llama, tiny_clip, output),
+        deepspeed="pipelines/zero2.json",
+        feature_cache=features,
+        bf16=True,
+        per_device_train_batch_size=2,
+        save_strategy="steps",
+        save_steps=3,
+        save_total_limit=1,
+    )
+    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    run([*launcher, "pipelines/train_projector.py", *flags])
+    assert len(losses(output)) == STEPS
+    assert losses(output)[-1] < losses(output)[0]
+    state = projector(output)
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    assert [path.name for path in output.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+    weights = sum(tensor.numel() for tensor in state.values())
+    saved = sum(
+        path.stat().st_size for path in output.glob("checkpoint-*/**/*") if path.suffix in (".pt", ".safetensors")
+    )
+    # bf16 weights twice, and fp32 master, momentum and variance: 16 bytes a weight, beside a few fixed kilobytes.
+    assert saved < 16 * weights + 60_000
+    assert saved < (tiny_llama / "model.safetensors").stat().st_size
+
+
+def test_torchrun_with_two_ranks_without_deepspeed(plain_set, tiny_llama, tiny_clip, features, tmp_path):
+    output = tmp_path / "torchrun"
+    flags = train_flags(
+        *(plain_set, tiny_llama, tiny_clip, output), feature_cache=features, per_device_train_batch_size=2
+    )
+    launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    run([*launcher, "pipelines/train_projector.py", *flags])
+    assert len(losses(output)) == STEPS
+
+
+def test_killed_and_rerun_ends_with_the_same_projector(plain_set, tiny_llama, tiny_clip, features, tmp_path):
+    """A run whose last checkpoint is step 3 goes on from there, bit for bit."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    common = {"feature_cache": features, "save_strategy": "steps", "save_steps": 3}
+    run(["python", "pipelines/train_projector.py", *train_flags(plain_set, tiny_llama, tiny_clip, whole, **common)])
+    shutil.copytree(whole / "checkpoint-3", cut / "checkpoint-3")
+    run(["python", "pipelines/train_projector.py", *train_flags(plain_set, tiny_llama, tiny_clip, cut, **common)])
+    a, b = projector(whole), projector(cut)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert losses(whole) == losses(cut)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"mm_vision_select_layer": -1}, "select_layer: the cache has -2, this run -1"),
+        ({"image_aspect_ratio": "pad"}, "image_aspect_ratio: the cache has 'square', this run 'pad'"),
+        ({"mm_vision_select_feature": "cls_patch"}, "select_feature"),
+        ({"vision_tower": "another/tower"}, "vision_tower"),
+        ({"model_max_length": 16}, "--model_max_length 16 leaves no room"),
+        ({"mm_projector_type": "identity"}, "nothing to train"),
+        ({"model_name_or_path": "/nowhere"}, "--model_name_or_path /nowhere"),
+        ({"data_path": "/nowhere.json"}, "--data_path /nowhere.json does not exist"),
+        ({"report_to": "trackio"}, "pip install"),
+    ],
+)
+def test_misuse_is_refused_with_one_clear_line(plain_set, tiny_llama, tiny_clip, features, tmp_path, changes, named):
+    flags = train_flags(plain_set, tiny_llama, tiny_clip, tmp_path / "out", **{"feature_cache": features, **changes})
+    result = run(["python", "pipelines/train_projector.py", *flags], expect=1)
+    assert named in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_records_without_features_are_named_before_the_llm_loads(image_set, tiny_llama, tiny_clip, features, tmp_path):
+    flags = train_flags(image_set, tiny_llama, tiny_clip, tmp_path / "out", feature_cache=features)
+    result = run(["python", "pipelines/train_projector.py", *flags], expect=1)
+    assert "17 of 29 images have no features" in result.stderr
+    assert "odd/transparent.png" in result.stderr
+
+
+@pytest.mark.parametrize("tower", ["tiny_siglip", "tiny_dinov2", "tiny_clip_full"])
+def test_other_towers_reach_a_projector(request, tower, plain_set, tiny_llama_no_bos, tmp_path):
+    """SigLIP, DINOv2 and a whole CLIPModel; the LLM's tokenizer adds no BOS."""
+    folder = request.getfixturevalue(tower)
+    cache, output = tmp_path / "cache", tmp_path / "out"
+    run(["python", "pipelines/extract_features.py", *extract_flags(plain_set, folder, cache)])
+    flags = train_flags(plain_set, tiny_llama_no_bos, folder, output, feature_cache=cache, mm_projector_type="linear")
+    run(["python", "pipelines/train_projector.py", *flags])
+    assert losses(output)[-1] < losses(output)[0]
+    result = run(["python", "pipelines/inspect_cache.py", "summary", cache, "--json"])
+    assert json.loads(result.stdout)["images"] == 12
+    run(["python", "pipelines/inspect_cache.py", "verify", cache])

@@ -1,0 +1,86 @@
+"""What is installed: commands, pinned versions, targets and the version number agree with each other."""
+
+import importlib
+import re
+import sys
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import llava_twophase
+from helpers import ROOT, SCRIPTS, run
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it where the standard library has none
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+UNPINNED = {"wandb", "tensorboard"}  # trackers: services and viewers that no test starts
+
+
+def pinned():
+    """{canonical name: requirement} of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    requirements = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+def test_one_command_for_each_script():
+    assert PROJECT["scripts"].keys() == SCRIPTS.keys()
+    for command, target in PROJECT["scripts"].items():
+        module = target.partition(":")[0]
+        assert f"from {module} import main" in (ROOT / SCRIPTS[command]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("target", PROJECT["scripts"].values())
+def test_console_scripts_resolve(target):
+    module, _, name = target.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize(("command", "script"), SCRIPTS.items())
+def test_help_ends_with_an_example(command, script):
+    text = run(["python", script, "--help"]).stdout
+    _, found, last_part = text.rpartition("xample")
+    assert found and (command in last_part or script in last_part), f"no example at the end:\n{text[-1500:]}"
+    assert not re.search(r"\\[ \t]+\S", last_part), f"wrapped, so it cannot be pasted:\n{last_part}"
+
+
+def test_wrong_usage_is_exit_code_2():
+    for script in SCRIPTS.values():
+        run(["python", script, "--no-such-flag"], expect=2)
+
+
+def test_every_direct_dependency_is_pinned_within_its_range():
+    pins = pinned()
+    wanted = PROJECT["dependencies"] + [line for name in sorted(EXTRAS.keys() - UNPINNED) for line in EXTRAS[name]]
+    for line in wanted:
+        requirement = Requirement(line)
+        pin = pins[canonicalize_name(requirement.name)]
+        (version,) = [specifier.version for specifier in pin.specifier]
+        assert requirement.specifier.contains(version), f"{pin} is outside {requirement}"
+
+
+def test_pins_are_exact_and_public():
+    for requirement in pinned().values():
+        assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), f"{requirement}: one public version, please"
+
+
+def test_the_promised_extras_exist():
+    assert EXTRAS.keys() == {"test", "dev", "wandb", "tensorboard", "plots", "demo"}
+
+
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    printed = run(["make", "--no-print-directory"]).stdout
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE).group(1).split())
+    assert targets == set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    assert targets == set(re.findall(r"^make ([a-z]+) ", printed, flags=re.MULTILINE))
+
+
+def test_changelog_begins_with_this_version():
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert headings[0] == llava_twophase.__version__
