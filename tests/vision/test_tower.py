@@ -1,0 +1,138 @@
+"""The truncated tower against the whole one: the same bits, for every kind of tower and every layer."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModel, Dinov2Model, SiglipVisionModel
+
+import tiny
+from llava_twophase.errors import UserError
+from llava_twophase.vision.images import decode
+from llava_twophase.vision.preprocess import Preprocessor
+from llava_twophase.vision.tower import VisionTower
+
+CLASSES = {"tiny_clip": CLIPVisionModel, "tiny_siglip": SiglipVisionModel, "tiny_dinov2": Dinov2Model}
+LAYERS = [-1, -2, -5, 0, 2, 4]
+
+
+def tower_of(folder, **options):
+    return VisionTower(str(folder), Preprocessor(str(folder)), **options)
+
+
+@pytest.fixture(params=CLASSES)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def folder(request, kind):
+    return request.getfixturevalue(kind)
+
+
+@pytest.fixture(scope="module")
+def crops(image_set, tiny_clip):
+    preprocessor = Preprocessor(tiny_clip)
+    pictures = [decode((image_set.folder / key).read_bytes()) for key in image_set.keys[:8]]
+    return torch.from_numpy(np.stack([preprocessor.crop(picture) for picture in pictures]))
+
+
+def whole(kind, folder, crops, layer, dtype):
+    """LLaVA's way: the whole tower, all hidden states, one of them taken."""
+    model = CLASSES[kind].from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    with torch.inference_mode():
+        pixels = Preprocessor(folder).pixel_values(crops).to(dtype)
+        return model(pixel_values=pixels, output_hidden_states=True).hidden_states[layer]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_truncated_tower_is_bit_equal_to_the_whole(kind, folder, crops, layer, dtype):
+    wanted = whole(kind, folder, crops, layer, dtype)
+    skip = 0 if kind == "tiny_siglip" else 1
+    for feature, expected in (("patch", wanted[:, skip:]), ("cls_patch", wanted)):
+        tower = tower_of(folder, select_layer=layer, select_feature=feature, dtype=dtype)
+        found = tower.encode(crops)
+        assert found.dtype == dtype and found.shape[1:] == tower.feature_shape
+        assert torch.equal(found, expected)
+
+
+def test_a_layer_has_one_name_in_the_fingerprint(folder):
+    counted, negative = tower_of(folder, select_layer=3), tower_of(folder, select_layer=-2)
+    assert counted.fingerprint() == negative.fingerprint()
+    assert counted.fingerprint()["select_layer"] == -2
+
+
+def test_a_published_clip_with_its_text_tower_gives_the_same(tiny_clip, tiny_clip_full, crops):
+    one, other = tower_of(tiny_clip), tower_of(tiny_clip_full)
+    assert torch.equal(one.encode(crops), other.encode(crops))
+    assert one.fingerprint() == other.fingerprint()
+
+
+def test_the_fingerprint_is_json_and_tells_weights_apart(tiny_clip, tmp_path):
+    before = tower_of(tiny_clip).fingerprint()
+    assert json.dumps(before)
+    other = tiny.write_clip(tmp_path, seed=99)
+    after = tower_of(other).fingerprint()
+    assert before["tower"].pop("weights_sha256") != after["tower"].pop("weights_sha256")
+    assert before == after
+
+
+def test_features_depend_on_the_batch_no_more_than_rounding(folder, crops):
+    tower = tower_of(folder)
+    together, alone = tower.encode(crops), torch.cat([tower.encode(crop[None]) for crop in crops])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_trained(folder):
+    tower = tower_of(folder)
+    assert not isinstance(tower, torch.nn.Module)
+    assert not tower.encode(torch.zeros(1, 56, 56, 3, dtype=torch.uint8)).requires_grad
+
+
+@pytest.mark.parametrize("layer", [5, -6, 99])
+def test_a_layer_that_is_not_there(folder, layer):
+    with pytest.raises(UserError, match="hidden states 0 to 4"):
+        tower_of(folder, select_layer=layer)
+
+
+def test_an_unknown_feature(tiny_clip):
+    with pytest.raises(UserError, match="patch or cls_patch"):
+        tower_of(tiny_clip, select_feature="cls")
+
+
+def test_a_tower_of_another_kind(tiny_clip, tiny_llama):
+    with pytest.raises(UserError, match="is a llama; supported towers: clip_vision_model"):
+        VisionTower(str(tiny_llama), Preprocessor(tiny_clip))
+
+
+def test_a_crop_that_does_not_fit_the_tower(tiny_clip, tmp_path):
+    folder = shutil.copytree(tiny_clip, tmp_path / "tower")
+    side = {"height": 70, "width": 70}
+    tiny.write_preprocessor(folder, {**tiny.CLIP_PREPROCESSOR, "crop_size": side, "size": {"shortest_edge": 70}})
+    with pytest.raises(UserError, match="crops to 70 px"):
+        tower_of(folder)
+
+
+def test_a_checkpoint_that_lacks_a_weight(tiny_clip, tmp_path):
+    folder = shutil.copytree(tiny_clip, tmp_path / "tower")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "layers.0.mlp.fc1.weight" in name)
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lacks or misshapes"):
+        tower_of(folder)
+
+
+def test_no_weights(tiny_clip, tmp_path):
+    folder = shutil.copytree(tiny_clip, tmp_path / "tower", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match="weights could not be loaded"):
+        tower_of(folder)
+
+
+def test_no_tower(tmp_path, tiny_clip):
+    with pytest.raises(UserError, match="could not be loaded"):
+        VisionTower(str(tmp_path / "nowhere"), Preprocessor(tiny_clip))
