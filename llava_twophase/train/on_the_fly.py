@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from llava_twophase.errors import UserError
-from llava_twophase.vision.images import BadImage, ImageFolder, decode
+from llava_twophase.vision.images import BadImage, decode, open_images, require
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
 
@@ -16,7 +16,7 @@ class OnTheFly:
     """Where features come from when there is no cache.
 
     Args:
-        image_folder: Folder of the pictures.
+        image_folder: Folder, zip or uncompressed tar of the pictures.
         vision_tower: Hub id or folder of the tower.
         image_aspect_ratio: ``square`` or ``pad``.
 
@@ -26,13 +26,13 @@ class OnTheFly:
 
     def __init__(self, image_folder: str, vision_tower: str, image_aspect_ratio: str) -> None:
         self._name = vision_tower
-        self._images = ImageFolder(image_folder)
+        self._images, self._image_folder = open_images(image_folder), image_folder
         self._preprocessor = Preprocessor(vision_tower, image_aspect_ratio)
         self._tower: VisionTower | None = None
 
     def require(self, keys: Sequence[str]) -> None:
         """Check that all pictures are there, before the LLM is loaded."""
-        self._images.require(keys)
+        require(self._images, keys, self._image_folder)
 
     def load_tower(
         self, select_layer: int, select_feature: str, dtype: torch.dtype, device: torch.device | str

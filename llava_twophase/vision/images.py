@@ -3,17 +3,56 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
 from llava_twophase.errors import UserError, collected
 
+# From this many pictures of one folder on, listing it is cheaper than asking for each.
+_LIST_FROM = 16
+# Modes of more than 8 bits a channel, which convert("RGB") clips.
+_DEEP_MODES = ("I", "F")
+
 
 class BadImage(Exception):
     """One picture that cannot be used, with the reason; what becomes of the run is the caller's policy."""
+
+
+class Images(Protocol):
+    """Where pictures come from; safe to hand to worker processes."""
+
+    def read(self, key: str) -> bytes:
+        """Read a picture's file.
+
+        Raises:
+            BadImage: It cannot be read, or it is empty.
+        """
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """List the keys without a picture, in their order; cheap, nothing is read."""
+
+
+def open_images(path: str | Path) -> Images:
+    """Open ``--image_folder``: a folder, a zip archive or an uncompressed tar archive.
+
+    Raises:
+        UserError: It is none of them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return ImageFolder(path)
+    if path.is_file():
+        from llava_twophase.vision.archives import open_archive
+
+        return open_archive(path)
+    raise UserError(f"--image_folder {path} is neither a folder nor a .zip or .tar archive")
 
 
 class ImageFolder:
@@ -38,22 +77,65 @@ class ImageFolder:
             BadImage: It cannot be read, or it is empty.
         """
         try:
-            data = (self.root / key).read_bytes()
+            # Without O_NONBLOCK, opening a named pipe would wait for its writer for good.
+            descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            with os.fdopen(descriptor, "rb") as file:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise BadImage("it is not a regular file")
+                data = file.read()
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from None
         if not data:
             raise BadImage("the file is empty")
         return data
 
-    def require(self, keys: Sequence[str]) -> None:
-        """Check that every picture is there, before any expensive work.
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """List the keys without a picture, in their order.
 
-        Raises:
-            UserError: Some are missing: all of them are counted, the first are named.
+        Folders are listed once: asking for each of 558K files would take minutes on a network filesystem.
         """
-        missing = [key for key in keys if not (self.root / key).is_file()]
-        if missing:
-            raise collected(missing, f"{len(missing)} of {len(keys)} images are missing in --image_folder {self.root}")
+        keys = list(keys)
+        names = defaultdict(list)
+        for key in keys:
+            folder, _, name = key.rpartition("/")
+            names[folder].append(name)
+        gone: set[str] = set()
+        for folder, wanted in names.items():
+            prefix = f"{folder}/" if folder else ""
+            gone.update(prefix + name for name in self._missing_in(folder, wanted))
+        return [key for key in keys if key in gone]
+
+    def _missing_in(self, folder: str, names: list[str]) -> Iterable[str]:
+        path = self._path(folder)
+        if len(names) < _LIST_FROM:
+            return [name for name in names if not os.path.isfile(os.path.join(path, name.encode()))]
+        try:
+            with os.scandir(path) as entries:
+                there = {entry.name for entry in entries if entry.is_file()}
+        except OSError:
+            return names
+        return [name for name in names if name.encode() not in there]
+
+    def _path(self, key: str) -> bytes:
+        # As bytes, so that no locale has a say in how a key becomes a file name.
+        return os.path.join(os.fsencode(self.root), key.encode())
+
+
+def require(images: Images, keys: Iterable[str], where: str | Path) -> None:
+    """Check that every picture is there, before any expensive work.
+
+    Args:
+        images: Where the pictures are.
+        keys: Image keys.
+        where: What the user gave as ``--image_folder``.
+
+    Raises:
+        UserError: Some are missing: all of them are counted, the first are named.
+    """
+    keys = list(keys)
+    missing = images.missing(keys)
+    if missing:
+        raise collected(missing, f"{len(missing)} of {len(keys)} images are missing in --image_folder {where}")
 
 
 def decode(data: bytes) -> Image.Image:
@@ -70,11 +152,36 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         BadImage: It is no picture, truncated, or beyond Pillow's decompression-bomb limit.
     """
+    return decode_noting_depth(data)[0]
+
+
+def decode_noting_depth(data: bytes) -> tuple[Image.Image, bool]:
+    """Decode like ``decode``, and tell whether the picture had more than 8 bits a channel, which were clipped."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of palettes with transparency and of large pictures, once an image: noise at 558K images.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+                deep = image.mode.split(";")[0] in _DEEP_MODES
+                return image.convert("RGB"), deep
+    except Exception as error:  # Pillow's parsers raise nearly anything on damaged files, MemoryError included
+        raise BadImage(f"cannot be decoded: {str(error) or type(error).__name__}") from None
+
+
+def check_header(data: bytes) -> None:
+    """Tell cheaply whether bytes begin like a picture of a size that will be decoded; the rest is not looked at.
+
+    Args:
+        data: The beginning of a file, or all of it.
+
+    Raises:
+        BadImage: Pillow knows no such kind of file, or it is beyond the decompression-bomb limit.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(io.BytesIO(data)).close()
+    except Image.DecompressionBombError as error:
         raise BadImage(f"cannot be decoded: {error}") from None
+    except Exception as error:
+        raise BadImage(f"cannot be decoded: {str(error) or type(error).__name__}") from None
