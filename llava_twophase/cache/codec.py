@@ -1,88 +1,214 @@
-"""Storage dtypes between torch tensors and stored bytes, without a change of bits; knows nothing of files.
+"""Features to stored rows and back, on any device: exact dtypes, int8 and int4 with scales; knows nothing of files.
 
-The storage dtype is the compute dtype, so a stored row is the tower's output itself.
+A *stored row* is all bytes that a shard keeps of one image's features: those of ``/features``, then those of ``/scale``
+where there is one. Rows are ``uint8 [B, row_bytes]``.
+
+Shapes: B images, L tokens, D width, K blocks of 32 channels in a token.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import base64
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 
-from llava_twophase.cache.format import STORAGE_DTYPES
+from llava_twophase.cache.format import BLOCK, QUANTISED, ROW_PARTS, STORAGE_DTYPES, layout
+from llava_twophase.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+# A channel's std is at least this part of their root mean square: a channel that the sample saw constant must not blow
+# up what it holds in another image.
+_STD_FLOOR = 1e-3
 
-def to_stored(features: torch.Tensor) -> np.ndarray:
-    """View features as the bytes that go to disk.
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """What int8 and int4 take from each channel before they round: static, one for all images of a cache.
+
+    Attributes:
+        mean: float32 ``[D]``.
+        std: float32 ``[D]``, positive.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+
+    def to_json(self) -> dict[str, str]:
+        """Return what the manifest keeps: the exact bits."""
+        return {name: base64.b64encode(getattr(self, name).tobytes()).decode("ascii") for name in ("mean", "std")}
+
+    def sha256(self) -> str:
+        """Return the SHA-256 (hex) of mean and std: their part of the fingerprint."""
+        return hashlib.sha256(self.mean.tobytes() + self.std.tobytes()).hexdigest()
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> Channels:
+        """Read what ``to_json`` made.
+
+        Raises:
+            UserError: It is something else.
+        """
+        try:
+            raw = [base64.b64decode(content[name], validate=True) for name in ("mean", "std")]
+            mean, std = (np.frombuffer(part, "<f4") for part in raw)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the manifest's channels are damaged: {error!r}") from None
+        return Channels(mean, std)
+
+    @staticmethod
+    def measure(batches: Iterable[torch.Tensor]) -> Channels:
+        """Measure a sample of images.
+
+        Args:
+            batches: Features ``[B, L, D]``, on any device.
+
+        Returns:
+            Their channels' mean and std, summed in float64.
+        """
+        count, total, squares = 0, np.zeros(()), np.zeros(())
+        for features in batches:
+            values = features.flatten(0, 1).double()  # [B * L, D]
+            count += len(values)
+            total = total + values.sum(0).cpu().numpy()
+            squares = squares + values.square().sum(0).cpu().numpy()
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        floor = _STD_FLOOR * np.sqrt(np.mean(std**2))
+        std = np.maximum(std, floor if floor > 0 else 1.0)
+        return Channels(mean.astype("<f4"), std.astype("<f4"))
+
+
+class Codec:
+    """Turns features into stored rows and back.
 
     Args:
-        features: ``[B, tokens, dim]`` on the CPU, in a storage dtype.
+        storage: Storage dtype.
+        feature_shape: L and D.
+        channels: For int8 and int4.
 
-    Returns:
-        The same memory where it is contiguous; uint16 bits for bfloat16.
+    Attributes:
+        row_bytes: Bytes of a stored row.
+
+    Raises:
+        UserError: int8 or int4 without channels of D values, or a width that int4 cannot block.
     """
+
+    def __init__(self, storage: str, feature_shape: tuple[int, int], channels: Channels | None = None) -> None:
+        self.storage, self.feature_shape, self.channels = storage, feature_shape, channels
+        shapes = layout(storage, 1, feature_shape, 1)
+        self._part_shapes = [shapes[name][1][1:] for name in ROW_PARTS if name in shapes]
+        self._features_bytes = prod(self._part_shapes[0]) * STORAGE_DTYPES[storage].itemsize
+        self.row_bytes = self._features_bytes + 2 * sum(prod(shape) for shape in self._part_shapes[1:])
+        wanted = (feature_shape[1],)
+        if storage in QUANTISED and (channels is None or not channels.mean.shape == channels.std.shape == wanted):
+            raise UserError(f"{storage} needs the mean and std of {feature_shape[1]} channels")
+
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
+        """Turn features into stored rows, on their device.
+
+        Args:
+            features: ``[B, L, D]`` in a float dtype; for exact storage, one that the storage dtype holds exactly.
+
+        Returns:
+            ``uint8 [B, row_bytes]``. A value that is not finite is still none: ``finite`` finds its row.
+        """
+        import torch
+
+        if self.channels is None:
+            return features.to(getattr(torch, self.storage)).contiguous().view(torch.uint8).flatten(1)
+        mean, std = self._channels(features.device)
+        values = (features.float() - mean) / std  # [B, L, D]
+        return _encode_int8(values) if self.storage == "int8" else _encode_int4(values)
+
+    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+        """Turn stored rows into features, on their device.
+
+        Args:
+            rows: ``uint8 [B, row_bytes]``.
+
+        Returns:
+            ``[B, L, D]``: the same memory in the storage dtype where it is exact, float32 for int8 and int4.
+        """
+        import torch
+
+        if self.channels is None:
+            return rows.view(getattr(torch, self.storage)).unflatten(1, self.feature_shape)
+        mean, std = self._channels(rows.device)
+        stored = rows[:, : self._features_bytes].unflatten(1, self._part_shapes[0])
+        scale = rows[:, self._features_bytes :].contiguous().view(torch.float16).unflatten(1, self._part_shapes[1])
+        if self.storage == "int8":
+            values = stored.view(torch.int8).float() * scale.float().unsqueeze(-1)
+        else:
+            pairs = torch.stack((stored & 15, stored >> 4), dim=-1)  # [B, L, D / 2, 2]
+            blocks = pairs.flatten(2).float().sub_(8).unflatten(2, (-1, BLOCK))  # [B, L, K, 32]
+            values = (blocks * scale.float().unsqueeze(-1)).flatten(2)
+        return values.mul_(std).add_(mean)
+
+    def to_numpy(self, rows: np.ndarray) -> np.ndarray:
+        """Turn stored rows ``uint8 [B, row_bytes]`` into float32 ``[B, L, D]``, without torch."""
+        stored = rows[:, : self._features_bytes].copy().view(STORAGE_DTYPES[self.storage])
+        stored = stored.reshape(-1, *self._part_shapes[0])
+        if self.storage == "bfloat16":
+            # bfloat16 is the upper half of a float32.
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        if self.channels is None:
+            return stored.astype(np.float32)
+        scale = rows[:, self._features_bytes :].copy().view("<f2").reshape(-1, *self._part_shapes[1], 1)
+        if self.storage == "int4":
+            pairs = np.stack((stored & 15, stored >> 4), axis=-1).astype(np.float32) - 8
+            stored = pairs.reshape(*scale.shape[:-1], BLOCK)
+        values = (stored.astype(np.float32) * scale.astype(np.float32)).reshape(-1, *self.feature_shape)
+        return values * self.channels.std + self.channels.mean
+
+    def finite(self, rows: np.ndarray) -> np.ndarray:
+        """Tell for each stored row whether all its values are finite: ``bool [B]``."""
+        if self.channels is not None:
+            scale = rows[:, self._features_bytes :].copy().view("<f2")
+            return np.isfinite(scale).all(axis=1)
+        values = rows.view(STORAGE_DTYPES[self.storage])  # [B, L * D]
+        if self.storage == "bfloat16":
+            # All exponent bits set means inf or NaN.
+            return ~((values & 0x7F80) == 0x7F80).any(axis=1)
+        return np.isfinite(values).all(axis=1)
+
+    def _channels(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        assert self.channels is not None
+        mean, std = (torch.tensor(values, device=device) for values in (self.channels.mean, self.channels.std))
+        return mean, std
+
+
+def _encode_int8(values: torch.Tensor) -> torch.Tensor:
     import torch
 
-    features = features.contiguous()
-    if features.dtype == torch.bfloat16:
-        return features.view(torch.uint16).numpy()
-    return features.numpy()
+    scale = (values.abs().amax(-1, keepdim=True) / 127).half()  # [B, L, 1]
+    quantised = (values * _inverse(scale)).round_().clamp_(-127, 127).to(torch.int8)
+    return torch.cat([quantised.flatten(1).view(torch.uint8), scale.flatten(1).view(torch.uint8)], dim=1)
 
 
-def from_stored(raw: np.ndarray, storage_dtype: str) -> torch.Tensor:
-    """View stored bytes as features.
-
-    Args:
-        raw: Rows as ``FeatureCache.read`` gives them.
-        storage_dtype: ``bfloat16``, ``float16`` or ``float32``.
-
-    Returns:
-        A tensor of the same shape and memory in the storage dtype.
-    """
+def _encode_int4(values: torch.Tensor) -> torch.Tensor:
     import torch
 
-    tensor = torch.from_numpy(raw)
-    return tensor.view(torch.bfloat16) if storage_dtype == "bfloat16" else tensor
+    blocks = values.unflatten(-1, (-1, BLOCK))  # [B, L, K, 32]
+    # The scale has the sign that puts the largest value at -8: eight steps on its side instead of seven.
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))  # [B, L, K, 1]
+    scale = (largest / -8).half()
+    quantised = (blocks * _inverse(scale)).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
+    pairs = quantised.flatten(2).unflatten(2, (-1, 2))  # [B, L, D / 2, 2]
+    packed = pairs[..., 0] | (pairs[..., 1] << 4)
+    return torch.cat([packed.flatten(1), scale.flatten(1).view(torch.uint8)], dim=1)
 
 
-def to_float32(raw: np.ndarray, storage_dtype: str) -> np.ndarray:
-    """Turn stored rows into float32 values without torch, exactly."""
-    if storage_dtype == "bfloat16":
-        # bfloat16 is the upper half of a float32.
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw.astype(np.float32)
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    # Of the scale as it is stored; a block of zeros has scale 0 and stays 0.
+    import torch
 
-
-def finite_rows(raw: np.ndarray, storage_dtype: str) -> np.ndarray:
-    """Tell for each row whether all its values are finite.
-
-    Args:
-        raw: ``[B, tokens, dim]`` stored values.
-        storage_dtype: Their storage dtype.
-
-    Returns:
-        ``bool [B]``.
-    """
-    if storage_dtype == "bfloat16":
-        # All exponent bits set means inf or NaN.
-        bad = (raw & 0x7F80) == 0x7F80
-        return ~bad.reshape(len(raw), -1).any(axis=1)
-    return np.isfinite(raw).reshape(len(raw), -1).all(axis=1)
-
-
-def hdf5_type(storage_dtype: str) -> h5py.h5t.TypeID:
-    """Return the HDF5 datatype of a storage dtype.
-
-    h5py has no bfloat16; the custom float made here equals HDF5 2.0's ``H5T_FLOAT_BFLOAT16LE``, and older tools read
-    it as any float.
-    """
-    if storage_dtype != "bfloat16":
-        return h5py.h5t.py_create(STORAGE_DTYPES[storage_dtype])
-    bfloat16 = h5py.h5t.IEEE_F16LE.copy()
-    bfloat16.set_fields(15, 7, 8, 0, 7)
-    bfloat16.set_ebias(127)
-    return bfloat16
+    return torch.where(scale == 0, 0.0, scale.float().reciprocal())

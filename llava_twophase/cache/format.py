@@ -7,31 +7,39 @@ Shard (HDF5 file)
     1. A shard MUST be an HDF5 file with a user block of 4096 bytes and superblock version 0, which h5ls, h5dump,
        HDFView and MATLAB open without a plugin. It MUST NOT hold links or datasets other than those below.
     2. The user block MUST be one line of canonical JSON (sorted keys, no spaces, ASCII), padded with spaces, ending in
-       a newline. This *header* MUST hold ``format``, ``schema``, ``fingerprint`` (sha256 of the fingerprint's canonical
-       JSON), ``file_bytes``, ``datasets`` and ``xxh3_128``.
+       a newline. This *header* MUST hold ``format``, ``schema``, ``storage``, ``fingerprint`` (SHA-256 of the
+       fingerprint's canonical JSON), ``file_bytes``, ``datasets`` and ``xxh3_128``.
     3. ``datasets`` MUST give for each dataset its ``dtype``, ``shape`` and ``offset``: each is contiguous, unfiltered,
        and starts at that byte of the file. A reader MAY use offset and length alone (pread, object store, GPUDirect).
-    4. ``/features`` [rows, tokens, dim] MUST start at a multiple of 4096 and be float32, float16 or bfloat16, the last
-       as HDF5's custom float of 16 bits (sign 15, exponent 7-14, bias 127, mantissa 0-6).
+    4. ``storage`` names how features are kept. ``/features`` MUST start at a multiple of 4096, all values be finite:
+       ``float32``, ``float16``, ``bfloat16``: [rows, tokens, dim] are the values themselves, bfloat16 as HDF5's custom
+       float of 16 bits (sign 15, exponent 7-14, bias 127, mantissa 0-6).
+       ``int8``: q int8 [rows, tokens, dim] with ``/scale`` float16 [rows, tokens].
+       ``int4``: uint8 [rows, tokens, dim / 2], each byte q + 8 of an even channel in the low four bits and of the next
+       one in the high, with ``/scale`` float16 [rows, tokens, dim / 32] for 32 neighbouring channels.
+       For both, value = q * scale * std + mean, in float32, with float32 [dim] ``/channel_std``, ``/channel_mean``,
+       the same in all shards of a cache.
     5. ``/image_key`` [rows] MUST be fixed-length null-padded UTF-8: the path relative to the image folder, forward
        slashes, never absolute, never leaving the folder. A key MUST NOT stand twice in a cache.
-    6. ``/key_xxh3`` uint64 [rows] MUST be the XXH3-64 of the key's bytes; ``/row_xxh3`` uint64 [rows] of the row's
-       stored bytes in ``/features``.
+    6. ``/key_xxh3`` uint64 [rows] MUST be the XXH3-64 of the key's bytes; ``/row_xxh3`` uint64 [rows] that of the row's
+       bytes in ``/features``, followed by its bytes in ``/scale`` where there is one.
     7. ``/source_size`` uint64 [rows] and ``/source_sha256`` uint8 [rows, 32] MUST be the image file's size and SHA-256.
-    8. ``xxh3_128`` MUST be the XXH3-128 of all bytes behind the user block but the rows of ``/features``. With the
-       row checksums and the header's canonical form, every bit of the file is checked.
-    9. The root attributes ``schema`` (int), ``fingerprint`` and ``provenance`` (JSON) MUST be there.
+    8. ``xxh3_128`` MUST be the XXH3-128 of all bytes behind the user block but those of ``/features`` and ``/scale``.
+       With the row checksums and the header's canonical form, every bit of the file is checked.
+    9. The root attributes ``schema`` (int), ``fingerprint`` and ``provenance`` (JSON) MUST be there, and ``encoding``
+       at ``/features``: how to read its values, in words.
     10. A shard MUST be written under another name, synced, and renamed: sealed, or absent. A sealed shard MUST NOT
         change. Its bytes MUST NOT depend on host, date or number of ranks.
 
 Manifest (``manifest.json``)
-    11. It MUST hold ``format``, ``schema``, ``fingerprint``, ``provenance``, ``images_per_shard``, ``complete``,
-        ``plan`` and ``shards``: for each its ``file``, ``rows``, ``file_bytes`` and ``xxh3_128``. It MUST be replaced
-        by rename.
+    11. It MUST hold ``format``, ``schema``, ``fingerprint``, ``provenance``, ``channels`` (for int8 and int4, ``mean``
+        and ``std`` as base64 of float32), ``images_per_shard``, ``complete``, ``plan`` and ``shards``: for each its
+        ``file``, ``rows``, ``file_bytes`` and ``xxh3_128``. It MUST be replaced by rename.
     12. ``complete`` MUST be false while an extraction is under way or was cut, and turn true last.
 
 Readers
-    13. A reader MUST refuse another ``format`` or ``schema`` by name, and MUST NOT read outside the directory.
+    13. A reader MUST refuse another ``format`` or ``schema``, or a ``storage`` it does not know, by name, and MUST NOT
+        read outside the directory.
     14. A reader MUST NOT lock, and MUST refuse a shard whose header, size or fingerprint disagrees with the manifest.
     15. A reader MAY ignore keys of header and manifest that it does not know.
 """
@@ -60,8 +68,24 @@ STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("<u2"),
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
+    "int8": np.dtype("|i1"),
+    "int4": np.dtype("|u1"),
 }
-"""Storage dtype to the numpy dtype of its raw bytes; numpy has no bfloat16, so its bits come as uint16."""
+"""Storage dtype to the numpy dtype of ``/features``; numpy has no bfloat16, so its bits come as uint16."""
+QUANTISED = ("int8", "int4")
+BLOCK = 32
+ROW_PARTS = ("features", "scale")
+"""The datasets that a row's stored bytes come from, in the order in which they are hashed and read."""
+
+ENCODINGS = {
+    "bfloat16": "bfloat16 values",
+    "float16": "float16 values",
+    "float32": "float32 values",
+    "int8": "q; value = q * scale[row, token] * channel_std + channel_mean",
+    "int4": "two to a byte: q + 8 of channel 2i in bits 0-3 of byte i, of channel 2i + 1 in bits 4-7; "
+    "value = q * scale[row, token, channel // 32] * channel_std + channel_mean",
+}
+"""Storage dtype to the attribute ``encoding`` of ``/features``."""
 
 _COLUMNS = {
     "key_xxh3": ("<u8", ()),
@@ -95,11 +119,25 @@ class Dataset:
         """Stored bytes."""
         return prod(self.shape) * self.numpy_dtype.itemsize
 
+    @property
+    def row_bytes(self) -> int:
+        """Stored bytes of one row."""
+        return prod(self.shape[1:]) * self.numpy_dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Header:
-    """A shard's user block: all that a reader needs to find its bytes."""
+    """A shard's user block: all that a reader needs to find its bytes.
 
+    Attributes:
+        storage: Storage dtype, a key of ``STORAGE_DTYPES``.
+        fingerprint: SHA-256 (hex) of the fingerprint.
+        file_bytes: Length of the file.
+        datasets: Where each dataset lies.
+        xxh3_128: Checksum (hex) of all but the user block and the rows' features.
+    """
+
+    storage: str
     fingerprint: str
     file_bytes: int
     datasets: dict[str, Dataset]
@@ -111,15 +149,22 @@ class Header:
         return self.datasets["features"].shape[0]
 
     @property
-    def storage_dtype(self) -> str:
-        """Storage dtype by its long name."""
-        return storage_dtype_name(self.datasets["features"].dtype)
+    def feature_shape(self) -> tuple[int, int]:
+        """Tokens and width of one image's features, decoded."""
+        _, tokens, width = self.datasets["features"].shape
+        return tokens, width * 2 if self.storage == "int4" else width
+
+    @property
+    def row_parts(self) -> list[Dataset]:
+        """The datasets that make up a row's stored bytes, in order."""
+        return [self.datasets[name] for name in ROW_PARTS if name in self.datasets]
 
     def encode(self) -> bytes:
         """Return the user block, ``USER_BLOCK`` bytes."""
         content = {
             "format": FORMAT,
             "schema": SCHEMA,
+            "storage": self.storage,
             "fingerprint": self.fingerprint,
             "file_bytes": self.file_bytes,
             "datasets": {
@@ -159,8 +204,16 @@ def decode_header(block: bytes, file: str) -> Header:
             str(name): Dataset(str(entry["dtype"]), tuple(map(_count, entry["shape"])), _count(entry["offset"]))
             for name, entry in content["datasets"].items()
         }
-        header = Header(str(content["fingerprint"]), _count(content["file_bytes"]), datasets, str(content["xxh3_128"]))
+        header = Header(
+            _storage(content["storage"], file),
+            str(content["fingerprint"]),
+            _count(content["file_bytes"]),
+            datasets,
+            str(content["xxh3_128"]),
+        )
         _check_layout(header)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} has a damaged header: {error!r}; extract the shard again") from None
     return header
@@ -181,10 +234,25 @@ def check_schema(content: dict[str, Any], file: str) -> None:
         )
 
 
-def columns(rows: int, key_bytes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Give dtype and shape of every dataset of a shard but ``features``, in file order."""
-    fixed = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in _COLUMNS.items()}
-    return {"image_key": (f"|S{key_bytes}", (rows,)), **fixed}
+def layout(
+    storage: str, rows: int, feature_shape: tuple[int, int], key_bytes: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Give dtype and shape of every dataset of a shard, in file order.
+
+    Raises:
+        UserError: ``int4`` and a width that is no multiple of its block.
+    """
+    tokens, dim = feature_shape
+    if storage == "int4" and dim % BLOCK:
+        raise UserError(f"int4 keeps blocks of {BLOCK} channels, but the features are {dim} wide; use int8")
+    datasets: dict[str, tuple[str, tuple[int, ...]]] = {"image_key": (f"|S{key_bytes}", (rows,))}
+    datasets |= {name: (dtype, (rows, *shape)) for name, (dtype, shape) in _COLUMNS.items()}
+    if storage in QUANTISED:
+        datasets |= {"channel_mean": ("<f4", (dim,)), "channel_std": ("<f4", (dim,))}
+        datasets["scale"] = ("<f2", (rows, tokens) if storage == "int8" else (rows, tokens, dim // BLOCK))
+    dtype = "bfloat16" if storage == "bfloat16" else STORAGE_DTYPES[storage].str
+    datasets["features"] = (dtype, (rows, tokens, dim // 2 if storage == "int4" else dim))
+    return datasets
 
 
 def canonical_json(value: Any) -> str:
@@ -202,39 +270,29 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.h5"
 
 
-def storage_dtype_name(dtype: str) -> str:
-    """Turn a dataset's dtype into the storage dtype's long name.
-
-    Raises:
-        ValueError: It is none of the storage dtypes.
-    """
-    names = {"bfloat16": "bfloat16", "<f2": "float16", "<f4": "float32"}
-    if dtype not in names:
-        raise ValueError(f"unknown storage dtype {dtype}")
-    return names[dtype]
-
-
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
         raise ValueError(f"{value!r} is no count")
     return value
 
 
+def _storage(value: Any, file: str) -> str:
+    if value not in STORAGE_DTYPES:
+        raise UserError(f"{file} stores features as {value!r}; this llava-twophase reads {', '.join(STORAGE_DTYPES)}")
+    return str(value)
+
+
 def _check_layout(header: Header) -> None:
-    features = header.datasets["features"]
-    rows, _tokens, _dim = features.shape
-    storage_dtype_name(features.dtype)
-    key = header.datasets["image_key"]
+    features, key = header.datasets["features"], header.datasets["image_key"]
     if not key.dtype.startswith("|S") or not 1 <= key.numpy_dtype.itemsize <= 1 << 16:
         raise ValueError(f"image_key has dtype {key.dtype}")
     if min(features.shape) < 1 or features.offset % ALIGNMENT:
         raise ValueError("features is empty or not aligned")
-    if header.datasets.keys() != {"features", "image_key", *_COLUMNS}:
+    expected = layout(header.storage, header.rows, header.feature_shape, key.numpy_dtype.itemsize)
+    if header.datasets.keys() != expected.keys():
         raise ValueError(f"its datasets are {sorted(header.datasets)}")
-    for name, (dtype, shape) in columns(rows, key.numpy_dtype.itemsize).items():
-        data = header.datasets[name]
-        if (data.dtype, data.shape) != (dtype, shape):
-            raise ValueError(f"{name} is {data.dtype} {data.shape}, expected {dtype} {shape}")
     for name, data in header.datasets.items():
+        if (data.dtype, data.shape) != expected[name]:
+            raise ValueError(f"{name} is {data.dtype} {data.shape}, expected {expected[name]}")
         if data.offset < USER_BLOCK or data.offset + data.nbytes > header.file_bytes:
             raise ValueError(f"{name} lies outside the file")

@@ -12,6 +12,15 @@ from typing import Any
 from llava_twophase.cache.format import FORMAT, MANIFEST, SCHEMA, canonical_json, check_schema
 from llava_twophase.errors import UserError
 
+_KINDS: dict[str, type] = {
+    "fingerprint": dict,
+    "provenance": dict,
+    "channels": dict,
+    "images_per_shard": int,
+    "complete": bool,
+    "plan": dict,
+}
+
 
 @dataclass(frozen=True)
 class ShardEntry:
@@ -32,6 +41,7 @@ class Manifest:
         provenance: What is recorded and never compared.
         images_per_shard: Rows of a full shard.
         complete: Whether the last extraction came to its end.
+        channels: For int8 and int4, what ``codec.Channels.to_json`` gives; the same for every rank and after a resume.
         plan: While incomplete, which work the shards from ``first_shard`` on belong to: see ``extract/plan.py``.
         shards: The sealed shards.
     """
@@ -41,6 +51,7 @@ class Manifest:
     images_per_shard: int
     complete: bool = False
     plan: dict[str, Any] = field(default_factory=dict)
+    channels: dict[str, Any] = field(default_factory=dict)
     shards: list[ShardEntry] = field(default_factory=list)
 
     @property
@@ -69,12 +80,11 @@ def read_manifest(cache: Path) -> Manifest:
     check_schema(content, str(path))
     try:
         shards = [_shard_entry(entry) for entry in content["shards"]]
-        values = {name: content[name] for name in ("fingerprint", "provenance", "images_per_shard", "complete", "plan")}
+        values = {name: content[name] for name in _KINDS}
         canonical_json(values)  # refuses NaN and infinity
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
-    expected = {"fingerprint": dict, "provenance": dict, "images_per_shard": int, "complete": bool, "plan": dict}
-    for name, kind in expected.items():
+    for name, kind in _KINDS.items():
         if type(values[name]) is not kind:
             raise UserError(f"{path} is damaged: {name} is {values[name]!r}")
     return Manifest(shards=shards, **values)

@@ -17,7 +17,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from llava_twophase.cache.codec import to_stored
 from llava_twophase.cache.manifest import ShardEntry
 from llava_twophase.cache.writer import ShardSpec, ShardWriter, sha256
 from llava_twophase.errors import UserError
@@ -111,6 +110,7 @@ def extract(
     ]
     dataset = CropDataset(images, tower.preprocessor, [keys for _, keys in batches])
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=tower.device.type == "cuda")
+    codec = spec.codec
     total = sum(len(shard.keys) for shard in work)
     with tqdm(total=total, unit="img", desc="features", disable=None) as bar, _Writer() as writer:
         for (shard, keys), crops in zip(batches, loader, strict=True):
@@ -118,7 +118,7 @@ def extract(
                 raise UserError("\n  ".join(["images that cannot be used; mend or remove their records:", *crops.bad]))
             if writer.shard is not shard:
                 writer.start(shard, ShardWriter(shard_path(cache, shard.number), shard.keys, spec))
-            writer.append(to_stored(tower.encode(crops.pixels).cpu()), crops.sources)
+            writer.append(codec.encode(tower.encode(crops.pixels)).cpu().numpy(), crops.sources)
             bar.update(len(keys))
             if shard.keys[-1] == keys[-1]:
                 yield writer.seal()
