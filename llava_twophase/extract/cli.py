@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_twophase import __version__
 from llava_twophase.cache.fingerprint import differences, normalize
-from llava_twophase.cache.format import MANIFEST, SHARDS
+from llava_twophase.cache.format import MANIFEST, QUANTISED, SHARDS, layout
 from llava_twophase.cache.manifest import Manifest, read_manifest, write_manifest
 from llava_twophase.distributed import Ranks, ranks_from_environment
 from llava_twophase.errors import UserError, run_command
@@ -27,6 +27,7 @@ from llava_twophase.records import image_keys, load_records
 logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+STORAGE_DTYPES = {**COMPUTE_DTYPES, "int8": "int8", "int4": "int4"}
 _WAIT_SECONDS = 600
 
 _EXAMPLE = """\
@@ -70,7 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mm_vision_select_layer", type=int, default=-2, help="hidden state to keep (default: -2, the last but one)")
     add("--mm_vision_select_feature", choices=("patch", "cls_patch"), default="patch", help="patch drops the CLS token")
     add("--image_aspect_ratio", choices=("square", "pad"), default="square", help="as in LLaVA (default: square)")
-    add("--compute_dtype", choices=tuple(COMPUTE_DTYPES), default="bf16", help="of tower and cache (default: bf16)")
+    add("--compute_dtype", choices=tuple(COMPUTE_DTYPES), default="bf16", help="of the tower (default: bf16)")
+    add(
+        "--storage_dtype",
+        choices=("auto", *STORAGE_DTYPES),
+        default="auto",
+        help="of the cache: the compute dtype, exactly (auto), or int8 or int4, half and 28 %% of bf16's size",
+    )
     add("--batch_size", type=_positive, default=32, help="images of one forward pass (default: 32)")
     add("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding processes (default: one a core)")
     add("--images_per_shard", type=_positive, default=1024, help="rows of one HDF5 file (default: 1024)")
@@ -78,8 +85,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def storage_dtype(compute: str, storage: str) -> str:
+    """Choose the storage dtype.
+
+    Args:
+        compute: ``--compute_dtype``.
+        storage: ``--storage_dtype``.
+
+    Returns:
+        Its long name.
+
+    Raises:
+        UserError: It would round what the tower computed, without int8's and int4's scales.
+    """
+    if storage in ("auto", compute) or storage in QUANTISED or storage == "fp32":
+        return STORAGE_DTYPES[compute if storage == "auto" else storage]
+    raise UserError(
+        f"--storage_dtype {storage} cannot hold {compute} features exactly; use --compute_dtype {storage}, or "
+        f"--storage_dtype {compute}, or int8 for half the size"
+    )
+
+
 def _run(args: argparse.Namespace) -> int:
     ranks = ranks_from_environment()
+    storage = storage_dtype(args.compute_dtype, args.storage_dtype)
     keys = image_keys(load_records(args.data_path))
 
     # torch is imported only now, so that --help and bad records answer at once.
@@ -91,7 +120,15 @@ def _run(args: argparse.Namespace) -> int:
     preprocessor = Preprocessor(args.vision_tower, args.image_aspect_ratio)
     tower = _load_tower(args, preprocessor, ranks)
     cache = Path(args.feature_cache)
-    manifest = _open_cache(cache, args, normalize(_fingerprint(tower, args)), ranks)
+    fingerprint = normalize({**tower.fingerprint(), "storage_dtype": storage})
+    manifest = _open_cache(cache, args, fingerprint, ranks)
+    layout(storage, 1, tower.feature_shape, 1)  # refuses a width that int4 cannot keep
+    if storage in QUANTISED and not manifest.channels:
+        from llava_twophase.extract.channels import measure_channels
+
+        # Once for a cache: other ranks and later runs take them from the manifest.
+        channels, named = measure_channels(images, tower, keys, args.batch_size, args.num_workers)
+        manifest.channels, manifest.fingerprint = channels.to_json(), {**fingerprint, "channels": named}
     plan = make_plan(cache, manifest, keys, args.images_per_shard)
     if not plan.work and manifest.complete:
         logger.info("%s: all %d images are cached, nothing to do", cache, len(keys))
@@ -101,12 +138,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _work(cache: Path, manifest: Manifest, plan: Plan, images: Any, tower: Any, args: Any, ranks: Ranks) -> None:
+    from llava_twophase.cache.codec import Channels
     from llava_twophase.cache.writer import ShardSpec
     from llava_twophase.extract.pipeline import extract
 
-    dtype = COMPUTE_DTYPES[args.compute_dtype]
+    storage = manifest.fingerprint["storage_dtype"]
+    channels = Channels.from_json(manifest.channels) if manifest.channels else None
     # The manifest's provenance, not this run's: shards of one cache are equal byte for byte whoever writes them.
-    spec = ShardSpec(tower.feature_shape, dtype, manifest.fingerprint, manifest.provenance["software"])
+    spec = ShardSpec(tower.feature_shape, storage, manifest.fingerprint, manifest.provenance["software"], channels)
     require_space(cache, plan.images * spec.row_bytes)
     if ranks.is_main:
         manifest.complete, manifest.plan = False, {"first_shard": plan.first_shard, "digest": plan.digest}
@@ -150,10 +189,6 @@ def _load_tower(args: argparse.Namespace, preprocessor: Any, ranks: Ranks) -> An
         getattr(torch, COMPUTE_DTYPES[args.compute_dtype]),
         device,
     )
-
-
-def _fingerprint(tower: Any, args: argparse.Namespace) -> dict[str, Any]:
-    return {**tower.fingerprint(), "storage_dtype": COMPUTE_DTYPES[args.compute_dtype]}
 
 
 def _open_cache(cache: Path, args: argparse.Namespace, fingerprint: dict[str, Any], ranks: Ranks) -> Manifest:
