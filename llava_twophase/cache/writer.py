@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,21 @@ class ShardSpec:
         return self.codec.row_bytes
 
 
+class NotFinite(UserError):
+    """Features hold inf or NaN.
+
+    Attributes:
+        rows: int64, which rows of the ones to append.
+    """
+
+    def __init__(self, keys: Sequence[str], rows: np.ndarray) -> None:
+        super().__init__(
+            f"the tower's features of {list(keys[:5])} are not finite; try --compute_dtype bf16 or fp32 "
+            "(fp16 overflows above 65504)"
+        )
+        self.rows = rows
+
+
 class ShardWriter:
     """Writes the rows of one shard in order, then seals it.
 
@@ -67,29 +83,24 @@ class ShardWriter:
     looks like a shard, and equal rows give an equal file byte for byte.
 
     Args:
-        path: The sealed file's path; the work file beside it ends in ``.tmp``.
-        keys: Image keys, one for each row to come.
+        path: The sealed file's path; the work file beside it ends in ``.tmp``, and its name is this process's own.
+        keys: Image keys, one for each row to come but for those that ``leave_out`` names.
         spec: What all shards share.
     """
 
     def __init__(self, path: Path, keys: Sequence[str], spec: ShardSpec) -> None:
         self.path, self._spec, self._codec = path, spec, spec.codec
-        self._aside = path.with_name(f"{path.name}.tmp")
-        self._datasets = _lay_out(self._aside, keys, spec)
-        self._descriptor = os.open(self._aside, os.O_RDWR)
         self._keys = list(keys)
-        encoded = [key.encode("utf-8") for key in keys]
+        self._lay_out()
         self._columns = {
-            name: np.zeros(data.shape, data.numpy_dtype)
-            for name, data in self._datasets.items()
-            if name not in ROW_PARTS
+            name: np.zeros(self._datasets[name].shape, self._datasets[name].numpy_dtype)
+            for name in ("row_xxh3", "source_size", "source_sha256")
         }
-        self._columns["image_key"][:] = encoded
-        self._columns["key_xxh3"][:] = [xxhash.xxh3_64_intdigest(key) for key in encoded]
-        if spec.channels is not None:
-            self._columns["channel_mean"][:] = spec.channels.mean
-            self._columns["channel_std"][:] = spec.channels.std
         self._written = 0
+
+    def leave_out(self, key: str) -> None:
+        """Say that a key which is not yet written gets no row: the shard is as if it had not been asked for."""
+        self._keys.remove(key)
 
     def append(self, rows: np.ndarray, sources: Sequence[tuple[int, bytes]]) -> None:
         """Write the next rows.
@@ -100,18 +111,15 @@ class ShardWriter:
             sources: Size in bytes and SHA-256 of each image file.
 
         Raises:
-            UserError: Values that are not finite, by image; nothing of this shard is kept.
+            NotFinite: Values that are not finite, by image; none of these rows is written.
         """
         rows = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
         assert rows.shape[1] == self._codec.row_bytes
         first, last = self._written, self._written + len(rows)
         finite = self._codec.finite(rows)
         if not finite.all():
-            bad = [self._keys[first + row] for row in np.flatnonzero(~finite)]
-            raise UserError(
-                f"the tower's features of {bad[:5]} are not finite; try --compute_dtype bf16 or fp32 "
-                "(fp16 overflows above 65504)"
-            )
+            bad = np.flatnonzero(~finite)
+            raise NotFinite([self._keys[first + row] for row in bad], bad)
         start = 0
         for name in ROW_PARTS:
             if name in self._datasets:
@@ -132,7 +140,9 @@ class ShardWriter:
         """
         if self._written != len(self._keys):
             raise ValueError(f"{self.path.name} has {self._written} of {len(self._keys)} rows")
-        for name, values in self._columns.items():
+        if self._written < self._datasets["features"].shape[0]:
+            self._shrink()
+        for name, values in self._all_columns().items():
             pwrite_all(self._descriptor, values, self._datasets[name].offset)
         size = os.fstat(self._descriptor).st_size
         header = Header(self._spec.storage_dtype, fingerprint_hash(self._spec.fingerprint), size, self._datasets, "")
@@ -140,15 +150,48 @@ class ShardWriter:
         header = replace(header, xxh3_128=digest)
         pwrite_all(self._descriptor, np.frombuffer(header.encode(), np.uint8), 0)
         os.fsync(self._descriptor)
-        os.close(self._descriptor)
+        self._close()
         self._aside.replace(self.path)
         sync_folder(self.path.parent)
         return ShardEntry(self.path.name, header.rows, size, digest)
 
     def discard(self) -> None:
         """Give up: close and remove the work file."""
-        os.close(self._descriptor)
+        self._close()
         self._aside.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    def _lay_out(self) -> None:
+        # A name of its own: a rank of an earlier run that still lives must not write into this one's file.
+        self._aside = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.tmp")
+        self._datasets = _lay_out(self._aside, self._keys, self._spec)
+        self._descriptor = os.open(self._aside, os.O_RDWR)
+
+    def _shrink(self) -> None:
+        # Rows were left out, which is rare: lay out the file anew and move what was written.
+        before, descriptor, aside = self._datasets, self._descriptor, self._aside
+        self._lay_out()
+        for name in ROW_PARTS:
+            if name in before:
+                source, target = before[name].offset, self._datasets[name]
+                for start in range(0, target.nbytes, 1 << 24):
+                    piece = os.pread(descriptor, min(1 << 24, target.nbytes - start), source + start)
+                    pwrite_all(self._descriptor, np.frombuffer(piece, np.uint8), target.offset + start)
+        os.close(descriptor)
+        aside.unlink()
+
+    def _all_columns(self) -> dict[str, np.ndarray]:
+        names = [key.encode("utf-8") for key in self._keys]
+        columns = {name: values[: self._written] for name, values in self._columns.items()}
+        columns["image_key"] = np.array(names, self._datasets["image_key"].numpy_dtype)
+        columns["key_xxh3"] = np.array([xxhash.xxh3_64_intdigest(name) for name in names], np.uint64)
+        if self._spec.channels is not None:
+            columns["channel_mean"], columns["channel_std"] = self._spec.channels.mean, self._spec.channels.std
+        return columns
 
 
 def hash_around(descriptor: int, header: Header) -> str:

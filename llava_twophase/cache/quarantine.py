@@ -1,0 +1,106 @@
+"""``quarantine.jsonl``: the images that an extraction left out, and why; knows nothing of how images are read.
+
+One JSON object a line, UTF-8, in the order of image keys::
+
+    {"key": "00453/004539375.jpg", "reason": "cannot be decoded: ...", "source_sha256": "9f86...", "source_size": 4711}
+
+``source_sha256`` (hex) and ``source_size`` are those of the file as it was found, null where it could not be read. An
+image that stands here is tried again only when they have changed. While an extraction is under way, each shard's part
+waits beside it as ``shards/shard-NNNNNN.h5.quarantine.jsonl``, so that a shard and its part survive a kill together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llava_twophase.cache.format import QUARANTINE, SHARDS
+from llava_twophase.cache.manifest import sync_folder
+from llava_twophase.errors import UserError
+
+PART = ".quarantine.jsonl"
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """One image that was left out.
+
+    Attributes:
+        key: Image key.
+        reason: Why.
+        source_size: The file's bytes, None where it could not be read.
+        source_sha256: Their SHA-256 (hex), or None.
+    """
+
+    key: str
+    reason: str
+    source_size: int | None = None
+    source_sha256: str | None = None
+
+
+def read_quarantine(cache: str | Path) -> dict[str, Quarantined]:
+    """Read which images a cache leaves out.
+
+    Args:
+        cache: The cache's directory.
+
+    Returns:
+        Image key to entry, in file order; empty where nothing was left out.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    return _read(Path(cache) / QUARANTINE)
+
+
+def write_quarantine(cache: Path, entries: Iterable[Quarantined]) -> None:
+    """Replace ``quarantine.jsonl`` by rename; without entries there is none."""
+    _write(cache / QUARANTINE, entries)
+
+
+def write_part(shard: Path, entries: Iterable[Quarantined]) -> None:
+    """Keep what a shard leaves out beside it, before it is sealed; without entries, remove an earlier run's part."""
+    _write(shard.with_name(shard.name + PART), entries)
+
+
+def read_parts(cache: Path) -> dict[str, dict[str, Quarantined]]:
+    """Read the parts of an extraction under way: shard file name to what it leaves out."""
+    parts = sorted((cache / SHARDS).glob(f"shard-*{PART}"))
+    return {path.name.removesuffix(PART): _read(path) for path in parts}
+
+
+def remove_parts(cache: Path) -> None:
+    """Remove all parts, once ``quarantine.jsonl`` holds them."""
+    for path in (cache / SHARDS).glob(f"shard-*{PART}"):
+        path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Quarantined]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}; delete it to try its images again") from None
+    try:
+        entries = [Quarantined(**json.loads(line)) for line in lines if line]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to try its images again") from None
+    return {entry.key: entry for entry in entries}
+
+
+def _write(path: Path, entries: Iterable[Quarantined]) -> None:
+    text = "".join(json.dumps(asdict(entry), sort_keys=True, ensure_ascii=False) + "\n" for entry in entries)
+    if not text:
+        path.unlink(missing_ok=True)
+        return
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
