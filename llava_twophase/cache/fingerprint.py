@@ -18,12 +18,15 @@ def normalize(fingerprint: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(canonical_json(fingerprint)))
 
 
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+def differences(
+    found: dict[str, Any], expected: dict[str, Any], names: tuple[str, str] = ("the cache", "this run")
+) -> list[str]:
     """Compare two fingerprints.
 
     Args:
         found: What the cache says of itself.
         expected: What the run at hand would make or need; fields that it leaves out at the top are not compared.
+        names: What to call the two.
 
     Returns:
         One line for each field that differs, with its dotted name and both values; empty where they agree.
@@ -31,7 +34,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     flat_found = _flatten(normalize({name: found.get(name, MISSING) for name in expected}))
     flat_expected = _flatten(normalize(expected))
     return [
-        f"{name}: the cache has {flat_found.get(name, MISSING)!r}, this run {flat_expected.get(name, MISSING)!r}"
+        f"{name}: {names[0]} has {flat_found.get(name, MISSING)!r}, {names[1]} {flat_expected.get(name, MISSING)!r}"
         for name in sorted(flat_found.keys() | flat_expected.keys())
         if flat_found.get(name, MISSING) != flat_expected.get(name, MISSING)
     ]

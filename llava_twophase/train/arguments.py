@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -67,6 +67,11 @@ class DataArguments:
     image_folder: str | None = _flag(None, "folder of the images; needed without --feature_cache")
     feature_cache: str | None = _flag(None, "cache that phase one made; without it the tower runs in every step")
     image_aspect_ratio: str = _flag("square", "square or pad")
+    eval_data_path: str | None = _flag(None, "records to evaluate on; needs --eval_strategy")
+    eval_fraction: float = _flag(0.0, "part of --data_path to hold out and evaluate on instead")
+    drop_unk_tokens: bool = _flag(
+        False, "leave <unk> out of captions: what LLaVA's padding mask does by accident, for exact comparisons with it"
+    )
     lazy_preprocess: bool = _flag(True, "accepted: samples are always made when needed")
     is_multimodal: bool = _flag(True, "accepted: every record has an image here")
 
@@ -123,6 +128,11 @@ class Arguments:
         if self.training.bf16:
             return torch.bfloat16
         return torch.float16 if self.training.fp16 else torch.float32
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every argument as JSON, defaults included, for the run's folder."""
+        training = self.training.to_dict()
+        return {"model": asdict(self.model), "data": asdict(self.data), "training": training}
 
     @property
     def tower_dtype(self) -> torch.dtype:

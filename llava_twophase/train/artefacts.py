@@ -1,15 +1,21 @@
-"""``config.json`` beside ``mm_projector.bin``, as LLaVA's transformers 4.37 reads it; knows nothing of training."""
+"""What a run leaves in its folder: LLaVA's ``config.json`` beside ``mm_projector.bin``, and how it came about."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from llava_twophase.train.arguments import Arguments
+from llava_twophase.train.projector import save_projector
+
+logger = logging.getLogger(__name__)
 
 _MODEL_TYPES = {"llama": "llava_llama", "mistral": "llava_mistral"}
 
@@ -54,6 +60,48 @@ def llava_config(base: PretrainedConfig, arguments: Arguments, mm_hidden_size: i
         "use_mm_proj": True,
     }
     return config
+
+
+def write_artefacts(
+    folder: Path, projector: nn.Module, config: dict[str, Any], arguments: Arguments, features: dict[str, Any] | None
+) -> Path:
+    """Write all that a run leaves besides ``trainer_state.json``.
+
+    Args:
+        folder: The output folder.
+        projector: The trained projector.
+        config: As ``llava_config`` makes it.
+        arguments: The run's arguments, written with all defaults resolved as ``arguments.json``.
+        features: Fingerprint of the feature cache, written as ``feature_cache.json``; None for on-the-fly runs.
+
+    Returns:
+        The projector's file, written last: where it is, the rest is.
+    """
+    write_json(folder / "config.json", config)
+    write_json(folder / "arguments.json", arguments.resolved())
+    if features is not None:
+        write_json(folder / "feature_cache.json", {"path": arguments.data.feature_cache, "fingerprint": features})
+    draw_losses(folder / "trainer_state.json", folder / "loss.png")
+    return save_projector(projector, folder)
+
+
+def draw_losses(state: Path, picture: Path) -> None:
+    """Draw the loss over the steps, where matplotlib (the ``plots`` extra) is there."""
+    if find_spec("matplotlib") is None:
+        logger.info("no %s: pip install 'llava-twophase[plots]' to get the loss curve as a picture", picture.name)
+        return
+    from matplotlib.figure import Figure
+
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
+    for name, style in (("loss", "-"), ("eval_loss", "o--")):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss (nats a caption token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

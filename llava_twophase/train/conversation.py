@@ -30,21 +30,29 @@ class PlainTemplate:
         encode: Text to ids without special tokens in front: see ``text_encoder``.
         model_max_length: Longest sequence, in tokens, image features included.
         image_tokens: Positions that the image token becomes.
+        drop_unk: Leave out unknown tokens, as LLaVA does where pad and unknown token are one.
 
     Attributes:
         image_at: Position of the image token: 1 behind a BOS, else 0.
+        image_tokens: Positions that the image token becomes.
 
     Raises:
         UserError: The image alone fills ``model_max_length``, so no caption token would ever be learnt.
     """
 
     def __init__(
-        self, tokenizer: Any, encode: Callable[[str], list[int]], model_max_length: int, image_tokens: int
+        self,
+        tokenizer: Any,
+        encode: Callable[[str], list[int]],
+        model_max_length: int,
+        image_tokens: int,
+        drop_unk: bool = False,
     ) -> None:
         self._encode = encode
+        self._dropped = tokenizer.unk_token_id if drop_unk else None
         bos = tokenizer.bos_token_id
         self._prefix = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
-        self.image_at = len(self._prefix)
+        self.image_at, self.image_tokens = len(self._prefix), image_tokens
         # LLaVA parity: it cuts the text, the image counted as one token, then the spliced sequence: the tighter cut.
         self._longest = model_max_length - image_tokens + 1
         if self._longest <= len(self._prefix) + 1:
@@ -62,7 +70,7 @@ class PlainTemplate:
         Returns:
             ``input_ids [T]`` and ``labels [T]``, cut to ``model_max_length``.
         """
-        text = self._encode(caption + "\n")
+        text = [token for token in self._encode(caption + "\n") if token != self._dropped]
         start = [*self._prefix, IMAGE_TOKEN_INDEX]
         input_ids = (start + text)[: self._longest]
         labels = ([IGNORE_INDEX] * len(start) + text)[: self._longest]

@@ -25,6 +25,7 @@ class LlavaProjectorModel(nn.Module):
         llm: A frozen causal LM, already on its device.
         mm_projector: Maps ``[B, L, D]`` to ``[B, L, H]``.
         image_at: Position of the image token in ``input_ids``: 1 behind a BOS, else 0.
+        image_tokens: L, the positions that the image token becomes; only what is logged needs it.
         encode: For on-the-fly mode: ``uint8 [B, S, S, 3]`` to ``[B, L, D]`` without gradient.
     """
 
@@ -36,10 +37,11 @@ class LlavaProjectorModel(nn.Module):
         llm: Any,
         mm_projector: nn.Module,
         image_at: int = 1,
+        image_tokens: int = 0,
         encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.image_at = image_at
+        self.image_at, self.image_tokens = image_at, image_tokens
         self.mm_projector = mm_projector
         object.__setattr__(self, "llm", llm.requires_grad_(False))
         self._encode = encode

@@ -49,18 +49,17 @@ def build_projector(kind: str, in_features: int, out_features: int) -> nn.Module
     return nn.Sequential(*layers)
 
 
-def save_projector(projector: nn.Module, folder: Path, dtype: torch.dtype) -> Path:
+def save_projector(projector: nn.Module, folder: Path) -> Path:
     """Write ``mm_projector.bin``: a plain dict of CPU tensors under LLaVA's names, replaced by rename.
 
     Args:
-        projector: The trained module.
+        projector: The trained module; its weights keep their dtype, as in LLaVA.
         folder: Where the file goes.
-        dtype: Of the file; LLaVA keeps the run's own.
 
     Returns:
         The file's path.
     """
-    state = {_PREFIX + name: tensor.detach().to("cpu", dtype) for name, tensor in projector.state_dict().items()}
+    state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in projector.state_dict().items()}
     path = folder / FILE
     aside = path.with_name(f"{FILE}.tmp")
     with aside.open("wb") as file:

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
 
-from llava_twophase.cache.fingerprint import differences
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.errors import UserError, collected
-from llava_twophase.records import Record, image_keys, load_records
+from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import Arguments
-from llava_twophase.train.artefacts import llava_config, write_json
+from llava_twophase.train.artefacts import llava_config, write_artefacts
+from llava_twophase.train.checkpoints import CheckpointKeeper, checkpoint_to_resume
+from llava_twophase.train.checks import check_inputs, run_identity
 from llava_twophase.train.collator import collate
-from llava_twophase.train.conversation import PlainTemplate, text_encoder
 from llava_twophase.train.dataset import CaptionDataset
 from llava_twophase.train.model import LlavaProjectorModel
-from llava_twophase.train.projector import build_projector, load_projector, save_projector
 from llava_twophase.train.trainer import ProjectorTrainer
-
-if TYPE_CHECKING:
-    from llava_twophase.train.on_the_fly import OnTheFly
 
 logger = logging.getLogger(__name__)
 
@@ -45,93 +36,37 @@ def run(arguments: Arguments) -> int:
         UserError: Bad input, before the LLM is loaded wherever that can be known.
     """
     training = arguments.training
-    # Cheap checks first: nothing below may fail after hours for a reason that was there at the start.
-    _require_trackers(training.report_to)
-    records = load_records(arguments.data.data_path)
-    source = _feature_source(arguments, records)
-    config, tokenizer = _load_text(arguments)
     set_seed(training.seed)
-    tokens, width = _feature_shape(arguments, source)
-    encode_text = text_encoder(arguments.model.model_name_or_path, tokenizer, training.cache_dir)
-    template = PlainTemplate(tokenizer, encode_text, training.model_max_length, tokens)
-    projector = _projector(arguments, width, config.get_text_config().hidden_size)
-    llm = _load_llm(arguments)
-    encode = None if isinstance(source, FeatureCache) else source.encode
-    model = LlavaProjectorModel(llm, projector, template.image_at, encode)
-    trainer = ProjectorTrainer(
-        model, training, data_collator=collate, train_dataset=CaptionDataset(records, template, source)
-    )
-    logger.info("%d records, %d trainable weights", len(records), sum(p.numel() for p in projector.parameters()))
+    inputs = check_inputs(arguments)
+    identity = run_identity(arguments, inputs)
     folder = Path(str(training.output_dir))
-    checkpoint = training.resume_from_checkpoint or (get_last_checkpoint(str(folder)) if folder.is_dir() else None)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint, identity)
+    template = inputs.template
+    encode = None if isinstance(inputs.source, FeatureCache) else inputs.source.encode
+    llm = _load_llm(arguments)
+    model = LlavaProjectorModel(llm, inputs.projector, template.image_at, template.image_tokens, encode)
+    # Ours to remove, once the new checkpoint is whole on every rank.
+    keeper = CheckpointKeeper(identity, training.save_total_limit)
+    training.save_total_limit = None
+    trainer = ProjectorTrainer(
+        model,
+        training,
+        data_collator=collate,
+        train_dataset=CaptionDataset(inputs.records, inputs.template, inputs.source),
+        eval_dataset=CaptionDataset(inputs.eval_records, inputs.template, inputs.source)
+        if inputs.eval_records
+        else None,
+        callbacks=[keeper],
+    )
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    logger.info("%d records, %d held out, %d trainable weights", len(inputs.records), len(inputs.eval_records), weights)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_state()
     if trainer.is_world_process_zero():
-        write_json(folder / "config.json", llava_config(config, arguments, width))
-        logger.info("wrote %s", save_projector(projector, folder, arguments.dtype))
+        config = llava_config(inputs.config, arguments, inputs.width)
+        features = inputs.source.fingerprint if isinstance(inputs.source, FeatureCache) else None
+        logger.info("wrote %s", write_artefacts(folder, inputs.projector, config, arguments, features))
     return 0
-
-
-def _feature_source(arguments: Arguments, records: Sequence[Record]) -> FeatureCache | OnTheFly:
-    model, data = arguments.model, arguments.data
-    keys = image_keys(records)
-    if data.feature_cache is None:
-        from llava_twophase.train.on_the_fly import OnTheFly
-
-        source = OnTheFly(str(data.image_folder), model.vision_tower, data.image_aspect_ratio)
-        source.require(keys)
-        return source
-    cache = FeatureCache(data.feature_cache)
-    _require_same(cache, arguments)
-    missing = [key for key in keys if key not in cache]
-    if missing:
-        raise collected(
-            missing, f"{len(missing)} of {len(keys)} images have no features in {cache.path}; extract them first"
-        )
-    return cache
-
-
-def _require_same(cache: FeatureCache, arguments: Arguments) -> None:
-    model, fingerprint = arguments.model, cache.fingerprint
-    layer = model.mm_vision_select_layer
-    wanted = {
-        # One spelling for one layer: 23 of 24 is -2.
-        "select_layer": layer if layer < 0 else layer - fingerprint["tower"]["num_hidden_layers"] - 1,
-        "select_feature": model.mm_vision_select_feature,
-        "image_aspect_ratio": arguments.data.image_aspect_ratio,
-    }
-    found = differences(fingerprint, wanted)
-    made_by = cache.manifest.provenance.get("vision_tower")
-    if made_by != model.vision_tower:
-        found.append(f"vision_tower: the cache has {made_by!r}, this run {model.vision_tower!r}")
-    if found:
-        raise collected(found, f"{cache.path} was made otherwise; use its settings, or extract another cache")
-
-
-def _load_text(arguments: Arguments) -> tuple[Any, Any]:
-    name, cache_dir = arguments.model.model_name_or_path, arguments.training.cache_dir
-    try:
-        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-        tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {name}: its config or tokenizer cannot be loaded: {error}") from None
-    return config, tokenizer
-
-
-def _feature_shape(arguments: Arguments, source: FeatureCache | OnTheFly) -> tuple[int, int]:
-    if isinstance(source, FeatureCache):
-        return source.feature_shape
-    model = arguments.model
-    return source.load_tower(
-        model.mm_vision_select_layer, model.mm_vision_select_feature, arguments.tower_dtype, arguments.training.device
-    )
-
-
-def _projector(arguments: Arguments, width: int, hidden_size: int) -> torch.nn.Module:
-    projector = build_projector(arguments.model.mm_projector_type, width, hidden_size)
-    if arguments.model.pretrain_mm_mlp_adapter is not None:
-        load_projector(arguments.model.pretrain_mm_mlp_adapter, projector)
-    return projector
 
 
 def _load_llm(arguments: Arguments) -> Any:
@@ -149,11 +84,3 @@ def _load_llm(arguments: Arguments) -> Any:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {model.model_name_or_path} cannot be loaded: {error}") from None
-
-
-def _require_trackers(report_to: str | list[str] | None) -> None:
-    names = [report_to] if isinstance(report_to, str) else report_to or []
-    missing = [name for name in names if name in ("wandb", "tensorboard", "trackio") and find_spec(name) is None]
-    if missing:
-        extra = ",".join(missing)
-        raise UserError(f"--report_to {extra}: pip install 'llava-twophase[{extra}]' first, or use --report_to none")

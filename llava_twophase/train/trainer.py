@@ -1,18 +1,33 @@
-"""HF Trainer with LLaVA's order of samples; what to train and where its files go is ``cli.py``'s."""
+"""HF Trainer with LLaVA's order of samples and an eye on what it does; where files go is ``run.py``'s."""
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from llava_twophase.errors import UserError
 from llava_twophase.train.dataset import CaptionDataset
+from llava_twophase.train.metrics import GradientProbe, Meter, StepFlops
+from llava_twophase.train.model import LlavaProjectorModel
 from llava_twophase.train.order import EpochOrder
 
 
 class ProjectorTrainer(Trainer):
     """Trains the projector; the loss is the mean of each device's batch, averaged over devices, as in LLaVA."""
+
+    def __init__(self, model: LlavaProjectorModel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self._projector_model = model
+        self._flops = StepFlops.of(model.llm)
+        self._meter = Meter()
+        self._checked = False
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the data loader in LLaVA's order, one share of it for each process."""
@@ -39,3 +54,67 @@ class ProjectorTrainer(Trainer):
             drop_last=args.dataloader_drop_last,
         )
         return self.accelerator.prepare(loader)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Fetch the micro-batches of one step, and note how long that took."""
+        started = time.perf_counter()
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._meter.waited += time.perf_counter() - started
+        return batches
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run one micro-batch; the first one of a run must have a finite loss and gradients that are not zero.
+
+        Raises:
+            UserError: It has not, so the run would learn nothing.
+        """
+        self._count(inputs)
+        if self._checked:
+            return super().training_step(model, inputs, num_items_in_batch)
+        probe = GradientProbe(self._projector_model.mm_projector)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            probe.close()
+        self._checked = True
+        _require_learning(loss.item(), probe)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with rates since the last time; a loss that is not finite ends the run.
+
+        Raises:
+            UserError: The loss is not finite; checkpoints stay.
+        """
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise UserError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; try --bf16 True instead of fp16, or "
+                    "a lower --learning_rate; the last checkpoint is untouched"
+                )
+            logs |= self._meter.report(self.args.world_size, self.args.device)
+            self._meter = Meter()
+        super().log(logs, start_time)
+
+    def _count(self, inputs: dict[str, Any]) -> None:
+        samples, length = inputs["labels"].shape
+        positions = length - 1 + self._projector_model.image_tokens
+        self._meter.samples += samples
+        self._meter.tokens += samples * positions
+        self._meter.flops += self._flops.count(samples, positions, length - self._projector_model.image_at)
+
+
+def _require_learning(loss: float, probe: GradientProbe) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the first loss is {loss}; stopped before anything was learnt: is the LLM or the cache broken?"
+        )
+    broken = {name: value for name, value in probe.largest.items() if not math.isfinite(value)}
+    if broken:
+        raise UserError(f"the first gradients of {sorted(broken)} are not finite; try --bf16 True instead of fp16")
+    if len(probe.largest) < probe.expected or not any(probe.largest.values()):
+        raise UserError(f"the projector got no gradient at the first step ({probe.largest}); it would learn nothing")

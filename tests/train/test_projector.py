@@ -24,7 +24,7 @@ def raw(kind):
 def test_file_has_llavas_names_and_comes_back(kind, tmp_path):
     torch.manual_seed(1)
     projector = raw(kind)
-    path = save_projector(projector, tmp_path, torch.float32)
+    path = save_projector(projector, tmp_path)
     state = torch.load(path, weights_only=True)
     assert type(state) is dict
     assert list(state) == [f"model.mm_projector.{name}" for name in NAMES[kind]]
@@ -37,7 +37,7 @@ def test_file_has_llavas_names_and_comes_back(kind, tmp_path):
 
 
 def test_file_has_the_runs_dtype(tmp_path):
-    path = save_projector(raw("linear"), tmp_path, torch.bfloat16)
+    path = save_projector(raw("linear").bfloat16(), tmp_path)
     assert {tensor.dtype for tensor in torch.load(path, weights_only=True).values()} == {torch.bfloat16}
 
 
@@ -57,7 +57,7 @@ def test_types_without_a_meaning_are_refused(kind):
 
 
 def test_another_projectors_file_is_refused(tmp_path):
-    path = save_projector(raw("linear"), tmp_path, torch.float32)
+    path = save_projector(raw("linear"), tmp_path)
     with pytest.raises(UserError, match="holds another projector"):
         load_projector(path, raw("mlp2x_gelu"))
 

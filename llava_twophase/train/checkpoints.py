@@ -1,0 +1,117 @@
+"""Which checkpoints are whole, and whether this run may go on from one; what is in them is Trainer's and DeepSpeed's.
+
+Trainer writes a checkpoint's files one by one and from several ranks. A marker, written when all ranks are done, tells
+a whole checkpoint from one that a kill cut short; older ones are removed only after it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llava_twophase.cache.fingerprint import differences, normalize
+from llava_twophase.errors import UserError, collected
+from llava_twophase.train.artefacts import write_json
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Marks whole checkpoints and keeps the newest of them.
+
+    Args:
+        identity: What a run that goes on from them must have in common with this one.
+        keep: How many to keep, None for all.
+    """
+
+    def __init__(self, identity: dict[str, Any], keep: int | None) -> None:
+        self._identity, self._keep = identity, keep
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Log whenever a checkpoint is written: the losses since the last log would otherwise be lost to a resume."""
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """As after a step, for ``--save_strategy epoch``."""
+        return self.on_step_end(args, state, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Mark the checkpoint that all ranks have written, then remove what is older than ``keep``."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if not state.is_world_process_zero:
+            return
+        folder = Path(str(args.output_dir))
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        for path in checkpoint.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        write_json(checkpoint / MARKER, self._identity)
+        if self._keep is not None and self._keep > 0:
+            for old in whole_checkpoints(folder)[: -self._keep]:
+                # The marker goes first: a removal that is cut short leaves no checkpoint that looks whole.
+                (old / MARKER).unlink()
+                shutil.rmtree(old)
+
+
+def whole_checkpoints(output_dir: Path) -> list[Path]:
+    """List the checkpoints with a marker, oldest step first; one without was cut short and is never resumed from."""
+    steps = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(steps) if (path / MARKER).is_file()]
+
+
+def checkpoint_to_resume(output_dir: Path, asked: str | None, identity: dict[str, Any]) -> Path | None:
+    """Choose where to go on from: the same command run again goes on from its newest whole checkpoint.
+
+    Args:
+        output_dir: The run's folder.
+        asked: ``--resume_from_checkpoint``, a folder; None or ``True`` for the newest one.
+        identity: This run's.
+
+    Returns:
+        The checkpoint's folder, None to start from the beginning.
+
+    Raises:
+        UserError: There is none where one was asked for, or it belongs to a run with other settings.
+    """
+    if asked is not None and asked not in ("True", "true"):
+        found: Path | None = Path(asked)
+        if not (Path(asked) / MARKER).is_file():
+            raise UserError(f"--resume_from_checkpoint {asked} is no whole checkpoint: it has no {MARKER}")
+    else:
+        found = next(reversed(whole_checkpoints(output_dir)), None)
+        if found is None and asked is not None:
+            raise UserError(f"--resume_from_checkpoint True: {output_dir} holds no whole checkpoint")
+    if found is None:
+        return None
+    saved = json.loads((found / MARKER).read_text(encoding="utf-8"))
+    different = differences(saved, normalize(identity), names=("the checkpoint", "this run"))
+    if different:
+        raise collected(
+            different, f"{found} cannot be continued with other settings; use its own, or another --output_dir"
+        )
+    logger.info("resuming from %s", found)
+    return found
+
+
+_STEP = re.compile(r"checkpoint-(\d+)")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

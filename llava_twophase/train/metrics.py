@@ -1,0 +1,116 @@
+"""What a run shows beside its loss: samples, tokens and FLOPs a second, memory, and how long it waited for data.
+
+All of it comes from shapes and clocks on the host; nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Floating-point operations of a step against a frozen LLM: forward, and backward to its inputs alone.
+
+    Each matrix weight costs 2 operations a token forward and 2 backward; its own gradient, 2 more, is never formed.
+
+    Attributes:
+        body: Matrix weights of the decoder layers.
+        head: Matrix weights of the output embedding.
+        attention: Layers times query width; scores and mixing cost 12 a pair of positions, half of it under causality.
+    """
+
+    body: int
+    head: int
+    attention: int
+
+    @classmethod
+    def of(cls, llm: Any) -> StepFlops:
+        """Count an LLM's weights."""
+        head = llm.get_output_embeddings().weight
+        embedding = llm.get_input_embeddings().weight
+        matrices = {id(p): p.numel() for p in llm.parameters() if p.ndim == 2}
+        for table in (head, embedding):
+            matrices.pop(id(table), None)
+        config = llm.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            sum(matrices.values()), head.numel(), config.num_hidden_layers * config.num_attention_heads * head_dim
+        )
+
+    def count(self, samples: int, positions: int, kept: int) -> float:
+        """Return the operations of a batch.
+
+        Args:
+            samples: B.
+            positions: N, spliced positions of each sample.
+            kept: Positions whose logits are computed.
+        """
+        weights = 4 * (self.body * positions + self.head * kept)
+        return samples * (weights + 6 * self.attention * positions * positions)
+
+
+@dataclass
+class Meter:
+    """Adds up what happened since the last log."""
+
+    samples: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    waited: float = 0.0
+    since: float = field(default_factory=time.perf_counter)
+
+    def report(self, world_size: int, device: torch.device) -> dict[str, float]:
+        """Return rates over all ranks since the meter was made.
+
+        Returns:
+            ``samples_per_second``, ``tokens_per_second`` (spliced positions), ``tflops_per_device``,
+            ``data_wait_percent``, and ``memory_gb``: this rank's peak of device memory, or of the process on a CPU.
+        """
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        return {
+            "samples_per_second": round(world_size * self.samples / seconds, 3),
+            "tokens_per_second": round(world_size * self.tokens / seconds, 1),
+            "tflops_per_device": round(self.flops / seconds / 1e12, 4),
+            "data_wait_percent": round(100 * self.waited / seconds, 2),
+            "memory_gb": round(_peak_memory(device) / 1e9, 3),
+        }
+
+
+class GradientProbe:
+    """Looks at the projector's gradients of one backward pass, in whatever way they are accumulated and reduced after.
+
+    Args:
+        module: The projector.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.largest: dict[str, float] = {}
+        self._handles = [
+            parameter.register_hook(lambda gradient, name=name: self._see(name, gradient))
+            for name, parameter in module.named_parameters()
+        ]
+        self.expected = len(self._handles)
+
+    def close(self) -> None:
+        """Stop looking."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _see(self, name: str, gradient: torch.Tensor) -> None:
+        largest = gradient.detach().abs().max().item()
+        self.largest[name] = largest if largest == largest else float("nan")
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
