@@ -89,9 +89,9 @@ class ProjectorTrainingArguments(TrainingArguments):
     mm_projector_lr: float | None = _flag(None, "learning rate of the projector; overrides --learning_rate")
     freeze_mm_mlp_adapter: bool = _flag(False, "must be False: nothing would be trained")
     cache_dir: str | None = _flag(None, "where hub downloads are kept")
-    bits: int = _flag(16, "must be 16 for now")
-    double_quant: bool = _flag(True, "accepted: has no effect with --bits 16")
-    quant_type: str = _flag("nf4", "accepted: has no effect with --bits 16")
+    bits: int = _flag(16, "of the frozen LLM: 16, or 8 or 4 with bitsandbytes on a GPU")
+    double_quant: bool = _flag(True, "only with --bits 4")
+    quant_type: str = _flag("nf4", "only with --bits 4")
     lora_enable: bool = _flag(False, "must be False: stage 1 trains the projector alone")
     lora_r: int = _flag(64, "accepted: has no effect without LoRA")
     lora_alpha: int = _flag(16, "accepted: has no effect without LoRA")
@@ -178,7 +178,7 @@ def _refusals(model: ModelArguments, data: DataArguments, training: ProjectorTra
         (not model.tune_mm_mlp_adapter, f"--tune_mm_mlp_adapter must be True: {frozen}"),
         (training.freeze_mm_mlp_adapter, "--freeze_mm_mlp_adapter True would leave nothing to train; leave it out"),
         (training.lora_enable, f"--lora_enable True: {frozen}; leave it out"),
-        (training.bits != 16, f"--bits {training.bits}: quantised LLMs are not supported; use 16"),
+        (training.bits not in (4, 8, 16), f"--bits {training.bits}: expected 4, 8 or 16"),
         (model.mm_use_im_start_end, f"--mm_use_im_start_end True: {special}; use False"),
         (model.mm_use_im_patch_token, f"--mm_use_im_patch_token True: {special}; use False"),
         (model.mm_patch_merge_type != "flat", f"--mm_patch_merge_type {model.mm_patch_merge_type}: use flat"),
