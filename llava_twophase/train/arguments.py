@@ -69,6 +69,10 @@ class DataArguments:
     image_aspect_ratio: str = _flag("square", "square or pad")
     eval_data_path: str | None = _flag(None, "records to evaluate on; needs --eval_strategy")
     eval_fraction: float = _flag(0.0, "part of --data_path to hold out and evaluate on instead")
+    sample_captions: int = _flag(0, "captions to write at each evaluation, as HTML and to the tracker")
+    drop_quarantined: bool = _flag(
+        False, "leave out records whose image is in the cache's quarantine.jsonl, instead of refusing to start"
+    )
     drop_unk_tokens: bool = _flag(
         False, "leave <unk> out of captions: what LLaVA's padding mask does by accident, for exact comparisons with it"
     )
@@ -83,6 +87,10 @@ class ProjectorTrainingArguments(TrainingArguments):
     eval_strategy: str = _flag("no", "no, steps or epoch", aliases=["--evaluation_strategy"])
     warmup_ratio: float = _flag(0.0, "part of all steps for warm-up; the same as a fraction in --warmup_steps")
     optim: str = _flag("adamw_torch", "optimizer, as in HF Trainer")
+    average_tokens_across_devices: bool = _flag(
+        False, "False: LLaVA's loss, the mean of each device's batch; True: the mean over the tokens of the whole batch"
+    )
+    logging_nan_inf_filter: bool = _flag(False, "True would hide a loss that is not finite, which ends a run here")
     remove_unused_columns: bool = _flag(False, "has no effect: samples hold only what the model takes")
     model_max_length: int = _flag(2048, "longest sequence, the image's positions included")
     group_by_modality_length: bool = _flag(False, "batches of similar text length, as LLaVA groups them")
@@ -186,6 +194,18 @@ def _refusals(model: ModelArguments, data: DataArguments, training: ProjectorTra
         (
             data.feature_cache is None and data.image_folder is None,
             "give --feature_cache, or --image_folder to run the tower in every step",
+        ),
+        (
+            not 0 <= data.eval_fraction < 1,
+            f"--eval_fraction {data.eval_fraction}: expected a part of the records, at least 0 and below 1",
+        ),
+        (
+            training.do_eval and data.eval_data_path is None and not data.eval_fraction,
+            "--eval_strategy needs records to evaluate on: give --eval_data_path or --eval_fraction",
+        ),
+        (
+            bool(data.sample_captions) and not training.do_eval,
+            "--sample_captions writes at each evaluation: give --eval_strategy steps or epoch too",
         ),
         (
             model.compute_dtype not in (None, "bf16", "fp16", "fp32"),

@@ -11,11 +11,12 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.artefacts import llava_config, write_artefacts
 from llava_twophase.train.checkpoints import CheckpointKeeper, checkpoint_to_resume
-from llava_twophase.train.checks import check_inputs, run_identity
+from llava_twophase.train.checks import Inputs, check_inputs, run_identity
 from llava_twophase.train.collator import collate
 from llava_twophase.train.dataset import CaptionDataset
 from llava_twophase.train.llm import gathered, load_llm
 from llava_twophase.train.model import LlavaProjectorModel
+from llava_twophase.train.samples import CaptionSamples
 from llava_twophase.train.trainer import ProjectorTrainer
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def run(arguments: Arguments) -> int:
         eval_dataset=CaptionDataset(inputs.eval_records, inputs.template, inputs.source)
         if inputs.eval_records
         else None,
-        callbacks=[keeper],
+        callbacks=[keeper, *_samples(arguments, inputs, model)],
     )
     weights = sum(parameter.numel() for parameter in model.parameters())
     logger.info("%d records, %d held out, %d trainable weights", len(inputs.records), len(inputs.eval_records), weights)
@@ -66,3 +67,12 @@ def run(arguments: Arguments) -> int:
             features = inputs.source.fingerprint if isinstance(inputs.source, FeatureCache) else None
             logger.info("wrote %s", write_artefacts(folder, inputs.projector, config, arguments, features))
     return 0
+
+
+def _samples(arguments: Arguments, inputs: Inputs, model: LlavaProjectorModel) -> list[CaptionSamples]:
+    data = arguments.data
+    if not data.sample_captions:
+        return []
+    records = inputs.eval_records[: data.sample_captions]
+    folder = Path(str(arguments.training.output_dir))
+    return [CaptionSamples(model, inputs.template, inputs.tokenizer, records, inputs.source, data.image_folder, folder)]
