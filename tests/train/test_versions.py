@@ -1,8 +1,7 @@
 """Which releases a run accepts."""
 
-import tomllib
-
 import pytest
+import tomllib
 from packaging.requirements import Requirement
 
 from helpers import ROOT
