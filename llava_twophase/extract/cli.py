@@ -74,7 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the cache: the compute dtype, exactly (auto), or int8 or int4, half and 28 %% of bf16's size",
     )
     add("--batch_size", type=_positive, default=32, help="images of one forward pass (default: 32)")
-    add("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding processes (default: one a core)")
+    add(
+        "--num_workers",
+        type=_not_negative,
+        default=min(8, os.cpu_count() or 1),
+        help="decoding processes (default: one a core)",
+    )
     add(
         "--on_bad_image",
         choices=("fail", "skip"),
@@ -118,6 +123,13 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     from llava_twophase.extract.run import run
 
     return run(args, records, ranks)
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
 
 
 def _positive(text: str) -> int:

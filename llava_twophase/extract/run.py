@@ -214,7 +214,9 @@ def _begin(cache: Path, manifest: Manifest, plan: Plan) -> None:
     remove_work_files(cache)
     if not plan.goes_on:
         _merge_quarantine(cache, plan)
-    manifest.complete, manifest.plan = False, {"first_shard": plan.first_shard, "digest": plan.digest}
+    manifest.complete = False
+    if plan.work or not manifest.plan:  # else a run was cut when all but the last lines of it were written
+        manifest.plan = {"first_shard": plan.first_shard, "digest": plan.digest}
     manifest.shards = plan.sealed
     write_manifest(cache, manifest)
 

@@ -23,7 +23,7 @@ from llava_twophase.cache.format import layout
 from llava_twophase.cache.manifest import Manifest
 from llava_twophase.cache.writer import ShardSpec
 from llava_twophase.distributed import Ranks
-from llava_twophase.errors import collected
+from llava_twophase.errors import UserError, collected
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
 
@@ -33,6 +33,10 @@ def load_tower(args: argparse.Namespace, ranks: Ranks) -> VisionTower:
     device = args.device
     if device == "auto":
         device = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise UserError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from None
     return VisionTower(
         args.vision_tower,
         Preprocessor(args.vision_tower, args.image_aspect_ratio),
