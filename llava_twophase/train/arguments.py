@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from llava_twophase.errors import collected
+from llava_twophase.errors import UserError, collected
 from llava_twophase.train.conversation import TEMPLATES
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,9 @@ class ProjectorTrainingArguments(TrainingArguments):
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
         if self.mm_projector_lr is not None:
             self.learning_rate = self.mm_projector_lr
+        if not torch.accelerator.is_available() and not self.use_cpu:
+            logger.warning("no accelerator is there: training on the CPU")
+            self.use_cpu = True
         if self.tf32 and not torch.cuda.is_available():
             logger.warning("--tf32 True is ignored: there is no CUDA device")
             self.tf32 = None
@@ -172,7 +175,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    model, data, training = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    try:
+        model, data, training = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     problems = _refusals(model, data, training)
     if problems:
         raise collected(problems, "flags that stage 1 cannot honour")

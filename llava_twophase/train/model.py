@@ -69,8 +69,9 @@ class LlavaProjectorModel(nn.Module):
             features = self._encode(crops)
         embeds = self.splice(input_ids, features)  # [B, N, H]
         image_at = self.image_at
+        # Indices, not a number: a slice would not be contiguous, and the output embedding copied for each sample.
         # The last image position predicts the caption's first token; logits before it would be thrown away.
-        kept = input_ids.shape[1] - image_at
+        kept = torch.arange(embeds.shape[1] - input_ids.shape[1] + image_at, embeds.shape[1], device=embeds.device)
         logits = self.llm(inputs_embeds=embeds, use_cache=False, logits_to_keep=kept).logits  # [B, kept, V]
         targets = labels[:, image_at + 1 :]  # [B, kept - 1]
         loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)

@@ -16,7 +16,7 @@ import torch
 
 from helpers import ROOT, free_port, needs_compiler, process_environment, run
 
-KILLS = int(os.environ.get("LLAVA_TWOPHASE_KILLS", "2"))
+KILLS = int(os.environ.get("LLAVA_TWOPHASE_KILLS", "1"))
 
 
 @pytest.fixture(scope="module")
