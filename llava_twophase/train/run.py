@@ -24,7 +24,7 @@ from llava_twophase.train.trainer import ProjectorTrainer
 logger = logging.getLogger(__name__)
 
 _OUT_OF_MEMORY = (
-    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, use --gradient_checkpointing "
+    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps as much, use --gradient_checkpointing "
     "True, spread the LLM with --deepspeed pipelines/zero3.json, or quantise it with --bits 4"
 )
 
