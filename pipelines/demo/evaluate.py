@@ -72,22 +72,28 @@ class _Trained:
 
     def generate(self, keys: Sequence[str]) -> list[str]:
         """Return a greedily generated caption for each image, up to its newline."""
-        prompt = self.template("")[0][: self.template.image_at + 1]  # [BOS, IMAGE], or [IMAGE] where there is no BOS
-        newline = self.template("")[0][-1]
-        captions = []
+        captions: list[str] = []
         for start in range(0, len(keys), BATCH):
-            features = self.cache.tensor(keys[start : start + BATCH])
-            embeds = self.model.splice(torch.tensor([prompt] * len(features)), features)  # [B, L, H]
-            written = self.model.llm.generate(
-                inputs_embeds=embeds,
-                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-                max_new_tokens=LONGEST_CAPTION,
-                do_sample=False,
-                eos_token_id=newline,
-                pad_token_id=newline,
-            )
-            captions += self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [caption.split("\n")[0] for caption in captions]
+            written = self._generate(self.cache.tensor(keys[start : start + BATCH]))
+            captions += (text.split("\n")[0] for text in self.tokenizer.batch_decode(written))
+        return captions
+
+    def _generate(self, features: torch.Tensor) -> torch.Tensor:
+        """Return generated ids, `[B, T]`, for features `[B, L, D]`; what follows a newline is to be dropped."""
+        empty, _ = self.template("")  # [BOS, IMAGE, newline], or without BOS
+        prompt, newline = torch.tensor([empty[: self.template.image_at + 1]] * len(features)), empty[-1]
+        inputs = {"inputs_embeds": self.model.splice(prompt, features)}  # [B, L, H]
+        past, written = None, []
+        ended = torch.zeros(len(features), dtype=torch.bool)
+        while len(written) < LONGEST_CAPTION and not ended.all():
+            # An index, not a count: as in training, a slice of the hidden states would make lm_head copy its weight.
+            last = torch.tensor([next(iter(inputs.values())).shape[1] - 1])
+            output = self.model.llm(**inputs, past_key_values=past, use_cache=True, logits_to_keep=last)
+            past, token = output.past_key_values, output.logits[:, -1].argmax(-1)  # [B]
+            written.append(token)
+            ended |= token == newline
+            inputs = {"input_ids": token[:, None]}
+        return torch.stack(written, dim=1)
 
 
 def wrong_partners(captions: Sequence[str]) -> list[int]:
