@@ -81,7 +81,7 @@ class ProjectorTrainer(Trainer):
         finally:
             probe.close()
         self._checked = True
-        _require_learning(loss.item(), probe)
+        require_learning(loss.item(), probe)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -108,7 +108,16 @@ class ProjectorTrainer(Trainer):
         self._meter.flops += self._flops.count(samples, positions, length - self._projector_model.image_at)
 
 
-def _require_learning(loss: float, probe: GradientProbe) -> None:
+def require_learning(loss: float, probe: GradientProbe) -> None:
+    """Check the first step of a run.
+
+    Args:
+        loss: The micro-batch's.
+        probe: What it saw of the gradients.
+
+    Raises:
+        UserError: The loss or a gradient is not finite, or there is no gradient: the run would learn nothing.
+    """
     if not math.isfinite(loss):
         raise UserError(
             f"the first loss is {loss}; stopped before anything was learnt: is the LLM or the cache broken?"
