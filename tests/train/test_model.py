@@ -56,7 +56,7 @@ def test_loss_is_the_mean_over_the_batchs_caption_tokens(model):
 
 
 def test_image_comes_first_without_bos(model):
-    model.image_at = 0
+    model = LlavaProjectorModel(model.llm, model.mm_projector, image_at=0)
     samples = [sample(caption, seed, bos=False) for seed, caption in enumerate(CAPTIONS)]
     expected = reference_loss(model, samples, image_at=0)
     torch.testing.assert_close(model(**collate(samples))["loss"], expected, rtol=1e-6, atol=1e-6)
