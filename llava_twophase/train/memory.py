@@ -15,8 +15,8 @@ from torch import nn
 
 # Positions of a micro-batch beyond which larger matrices gain nothing. An accelerator wants many tiles to fill its
 # last wave (4096 positions: 1280 tiles of 128 x 128 at width 5120, ten waves on 132 multiprocessors); a CPU core
-# reaches its rate within one sample's 600 (tests/benchmarks/train_step.py).
-ENOUGH_POSITIONS = {"cpu": 512}
+# reaches its rate within two samples of 600 (tests/benchmarks/train_step.py).
+ENOUGH_POSITIONS = {"cpu": 1024}
 ENOUGH_POSITIONS_ON_ACCELERATORS = 4096
 # Kept free for the allocator's fragments, and for batches with longer captions than the first one's.
 MARGIN = 0.15
