@@ -19,13 +19,14 @@ help: ## list these targets
 
 venv: $(STAMP) ## set up .venv with the pinned versions of constraints.txt
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/golden/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "error: $(PYTHON) is older than Python 3.10; name another with: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' \
 		|| { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,plots,demo]'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement tests/golden/requirements.txt
 	@touch $@
 
 test: lint type ## lint, type check, then every test (PYTEST_ARGS="-n 2")

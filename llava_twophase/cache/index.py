@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import xxhash
+
+from llava_twophase.errors import UserError
 
 _CHUNK = 1 << 20
 
@@ -18,26 +21,30 @@ class KeyIndex:
     """Finds rows by image key; shared between processes by fork, as nothing in it is written to.
 
     Args:
-        names: ``uint8``, the keys of all shards, null-padded to their shard's width, one behind the other.
-        hashes: ``uint64 [rows]``, the XXH3-64 of each key; overwritten.
-        rows: How many rows each shard has.
+        names: For each shard the bytes of its keys, each null-padded to the shard's width.
         widths: Bytes of a key in each shard.
+        hashes: The XXH3-64 of each key, as uint64; overwritten.
+
+    Attributes:
+        starts: int64, the first row of each shard, and the number of rows.
+
+    Raises:
+        UserError: A key stands twice.
     """
 
-    def __init__(self, names: np.ndarray, hashes: np.ndarray, rows: Sequence[int], widths: Sequence[int]) -> None:
-        self._names = memoryview(names)
-        self.starts = np.cumsum([0, *rows])
-        self._widths = np.array(widths)
-        self._name_starts = np.cumsum([0, *(count * width for count, width in zip(rows, widths, strict=True))])
-        # The hash's high bits over the row's number: sorting one array is twice as fast as argsort, and half as large.
-        # Keys whose high bits are equal are told apart by their names.
-        self._mask = np.uint64((1 << max(1, (len(hashes) - 1).bit_length())) - 1)
-        for start in range(0, len(hashes), _CHUNK):
-            part = hashes[start : start + _CHUNK]
+    def __init__(self, names: Sequence[bytes], widths: Sequence[int], hashes: bytearray) -> None:
+        self._names, self._widths = names, np.array(widths)
+        self.starts = np.cumsum([0, *(len(part) // width for part, width in zip(names, widths, strict=True))])
+        # An entry is the hash's high bits over the row's number: sorting one array is twice as fast as argsort, and
+        # half as large. Keys whose high bits are equal are told apart by their names.
+        self._entries = np.frombuffer(hashes, np.uint64)
+        self._mask = np.uint64((1 << max(1, (len(self) - 1).bit_length())) - 1)
+        for start in range(0, len(self), _CHUNK):
+            part = self._entries[start : start + _CHUNK]
             part &= ~self._mask
             part |= np.arange(start, start + len(part), dtype=np.uint64)
-        hashes.sort()
-        self._entries = hashes
+        self._entries.sort()
+        self._refuse_twins()
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -57,54 +64,45 @@ class KeyIndex:
         first = np.searchsorted(self._entries, wanted)
         # Nearly always there is one candidate; where there are more, the loop goes on to the next.
         candidates = (self._entries[np.minimum(first, len(self) - 1)] & self._mask).astype(np.int64)
-        begins, ends = (positions.tolist() for positions in self._spans(candidates))
-        rows = candidates.tolist()
-        for position, name in enumerate(names):
-            if bytes(self._names[begins[position] : ends[position]]).rstrip(b"\0") != name:
-                rows[position] = self._find_further(name, wanted[position], int(first[position]) + 1)
-        return np.array(rows, np.int64)
+        for position, (name, stored) in enumerate(zip(names, self._stored(candidates), strict=True)):
+            if stored != name:
+                candidates[position] = self._find_further(name, wanted[position], int(first[position]) + 1)
+        return candidates
 
     def names(self) -> Iterator[bytes]:
         """Iterate over image keys in row order."""
-        for shard, width in enumerate(self._widths.tolist()):
-            for begin in range(int(self._name_starts[shard]), int(self._name_starts[shard + 1]), width):
-                yield bytes(self._names[begin : begin + width]).rstrip(b"\0")
-
-    def twin(self) -> bytes | None:
-        """Return a key that stands twice, or None."""
-        groups: dict[int, list[int]] = defaultdict(list)
-        for start in range(0, len(self), _CHUNK):
-            part = self._entries[start : start + _CHUNK + 1]
-            for position in np.flatnonzero((part[1:] ^ part[:-1]) <= self._mask).tolist():
-                prefix = int(part[position] & ~self._mask)
-                groups[prefix] += (int(entry & self._mask) for entry in part[position : position + 2])
-        for rows in groups.values():
-            seen: set[bytes] = set()
-            for row in set(rows):
-                name = self._name(row)
-                if name in seen:
-                    return name
-                seen.add(name)
-        return None
+        for part, width in zip(self._names, self._widths.tolist(), strict=True):
+            for begin in range(0, len(part), width):
+                yield part[begin : begin + width].rstrip(b"\0")
 
     def shards(self, rows: np.ndarray) -> np.ndarray:
         """Return the shard of each row, ``int64`` like ``rows``."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
+    def _refuse_twins(self) -> None:
+        groups: dict[int, set[int]] = defaultdict(set)
+        for start in range(0, len(self), _CHUNK):
+            part = self._entries[start : start + _CHUNK + 1]
+            for position in np.flatnonzero((part[1:] ^ part[:-1]) <= self._mask).tolist():
+                prefix = int(part[position] & ~self._mask)
+                groups[prefix].update(int(entry & self._mask) for entry in part[position : position + 2])
+        for rows in groups.values():
+            for name, other in pairwise(sorted(self._stored(np.array(list(rows))))):
+                if name == other:
+                    raise UserError(f"image key {name.decode('utf-8', 'replace')!r} stands twice in the feature cache")
+
     def _find_further(self, name: bytes, wanted: np.uint64, position: int) -> int:
         while position < len(self) and self._entries[position] & ~self._mask == wanted:
             row = int(self._entries[position] & self._mask)
-            if self._name(row) == name:
+            if next(self._stored(np.array([row]))) == name:
                 return row
             position += 1
         return -1
 
-    def _name(self, row: int) -> bytes:
-        begin, end = self._spans(np.array([row]))
-        return bytes(self._names[int(begin[0]) : int(end[0])]).rstrip(b"\0")
-
-    def _spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # Where in the names the key of each row begins and ends.
+    def _stored(self, rows: np.ndarray) -> Iterator[bytes]:
+        # The keys of rows.
         shards = self.shards(rows)
-        begins = self._name_starts[shards] + (rows - self.starts[shards]) * self._widths[shards]
-        return begins, begins + self._widths[shards]
+        widths = self._widths[shards]
+        begins = (rows - self.starts[shards]) * widths
+        for shard, begin, width in zip(shards.tolist(), begins.tolist(), widths.tolist(), strict=True):
+            yield self._names[shard][begin : begin + width].rstrip(b"\0")

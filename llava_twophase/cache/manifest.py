@@ -118,6 +118,11 @@ def _shard_entry(entry: Any) -> ShardEntry:
     shard = ShardEntry(**{part.name: entry[part.name] for part in fields(ShardEntry)})
     if not isinstance(shard.file, str) or not re.fullmatch(r"shard-[0-9]{6,18}\.h5", shard.file):
         raise ValueError(f"shard file {shard.file!r} is not named shard-NNNNNN.h5")
-    if type(shard.rows) is not int or type(shard.file_bytes) is not int or not isinstance(shard.xxh3_128, str):
+    if (
+        type(shard.rows) is not int
+        or not 0 < shard.rows < 1 << 40
+        or type(shard.file_bytes) is not int
+        or not isinstance(shard.xxh3_128, str)
+    ):
         raise ValueError(f"shard entry {entry!r}")
     return shard

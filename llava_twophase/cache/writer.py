@@ -91,6 +91,7 @@ class ShardWriter:
     def __init__(self, path: Path, keys: Sequence[str], spec: ShardSpec) -> None:
         self.path, self._spec, self._codec = path, spec, spec.codec
         self._keys = list(keys)
+        self._descriptor = -1
         self._lay_out()
         self._columns = {
             name: np.zeros(self._datasets[name].shape, self._datasets[name].numpy_dtype)

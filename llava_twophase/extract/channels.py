@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from llava_twophase.cache.codec import Channels
 from llava_twophase.errors import UserError
-from llava_twophase.extract.pipeline import CropDataset
-from llava_twophase.vision.images import ImageFolder
+from llava_twophase.extract.crops import CropDataset
+from llava_twophase.vision.images import Images
 from llava_twophase.vision.tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ SAMPLE_SEED = 0
 
 
 def measure_channels(
-    images: ImageFolder, tower: VisionTower, keys: Sequence[str], batch_size: int, num_workers: int
+    images: Images, tower: VisionTower, keys: Sequence[str], batch_size: int, num_workers: int
 ) -> tuple[Channels, dict[str, Any]]:
     """Measure the mean and std of every channel.
 

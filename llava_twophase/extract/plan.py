@@ -1,22 +1,29 @@
 """Which images are missing and into which shards they go, before any work; knows nothing of pixels or towers.
 
 A plan's shards depend on the records and on what earlier, finished extractions left, never on ranks or on what a cut
-run sealed: so a run that goes on writes the shards that an uninterrupted one would have written.
+run sealed or left out: so a run that goes on writes the shards that an uninterrupted one would have written.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_twophase.cache.format import SHARDS, shard_name
 from llava_twophase.cache.manifest import Manifest, ShardEntry
+from llava_twophase.cache.quarantine import Quarantined, read_parts, read_quarantine
 from llava_twophase.cache.reader import FeatureCache, check_shard, read_header
 from llava_twophase.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+StillBad = Callable[[Sequence[Quarantined]], set[str]]
+"""Tells which quarantined images have not changed since."""
 
 
 @dataclass(frozen=True)
@@ -34,109 +41,158 @@ class Plan:
     Attributes:
         first_shard: Number of the plan's first shard; the ones before are finished.
         digest: Identifies the plan: its images in order and its shard size.
+        goes_on: Whether a cut run had begun with this very plan.
         work: Shards still to write.
-        sealed: Shards of this plan that a cut run sealed.
-        cached: Images already in sealed shards.
+        cached: Images of the records that are in sealed shards.
+        left_out: Images of the records that are quarantined and have not changed since.
+        sealed: The shards that are there.
     """
 
     first_shard: int
     digest: str
-    work: list[ShardWork]
-    sealed: list[ShardEntry] = field(default_factory=list)
+    goes_on: bool = False
+    work: list[ShardWork] = field(default_factory=list)
     cached: int = 0
+    left_out: list[Quarantined] = field(default_factory=list)
+    sealed: list[ShardEntry] = field(default_factory=list)
 
     @property
-    def images(self) -> int:
+    def keys(self) -> list[str]:
         """Images still to encode."""
-        return sum(len(shard.keys) for shard in self.work)
+        return [key for shard in self.work for key in shard.keys]
 
 
-def make_plan(cache: Path, manifest: Manifest | None, keys: Sequence[str], images_per_shard: int) -> Plan:
-    """Plan what is missing.
+def make_plan(
+    cache: Path, manifest: Manifest | None, keys: Sequence[str], images_per_shard: int, still_bad: StillBad
+) -> Plan:
+    """Plan what is missing; nothing is written.
 
     Args:
         cache: The cache's directory.
         manifest: Its manifest, or None where there is no cache yet.
         keys: Image keys of the records, each once.
         images_per_shard: Rows of a full shard.
+        still_bad: Tells which quarantined images need no new attempt.
 
     Returns:
         The plan; without work where all is cached.
     """
     if manifest is None:
-        return _plan(keys, 0, images_per_shard)
-    sealed = sealed_shards(cache, manifest)
-    if not manifest.complete and manifest.plan:
+        digest, work = _shards(keys, 0, images_per_shard)
+        return Plan(0, digest, work=work)
+    sealed, parts, quarantine = sealed_shards(cache, manifest), read_parts(cache), read_quarantine(cache)
+    # Also the plan of a complete cache, so that a shard that was lost comes back under its own number.
+    if manifest.plan:
         first = int(manifest.plan["first_shard"])
-        plan = _plan(_missing(cache, manifest, keys, sealed[:first]), first, images_per_shard)
-        if plan.digest == manifest.plan["digest"]:
-            mine = [entry for entry in sealed if _number(entry.file) >= first]
-            done = {_number(entry.file) for entry in mine}
-            left = [shard for shard in plan.work if shard.number not in done]
-            cached = len(keys) - sum(len(shard.keys) for shard in left)
-            return Plan(first, plan.digest, left, mine, cached)
+        cached = _cached(cache, manifest, keys, [entry for entry in sealed if shard_number(entry.file) < first])
+        bad = _known_bad(quarantine.values(), cached, still_bad)
+        digest, work = _shards(_without(keys, cached, bad), first, images_per_shard)
+        if digest == manifest.plan["digest"]:
+            done = {shard_number(entry.file) for entry in sealed}
+            left = [shard for shard in work if shard.number not in done and not _all_bad(shard, parts)]
+            for part in parts.values():
+                bad.update(part)
+            cached = _cached(cache, manifest, keys, sealed)
+            return Plan(first, digest, True, left, len(cached), _of(keys, bad), sealed)
     # Another set of records (or shard size) than the cut run had: what it sealed stays, the rest goes into new shards.
-    missing = _missing(cache, manifest, keys, sealed)
-    first = 1 + max((_number(entry.file) for entry in sealed), default=-1)
-    plan = _plan(missing, first, images_per_shard)
-    return Plan(first, plan.digest, plan.work, cached=len(keys) - len(missing))
+    cached = _cached(cache, manifest, keys, sealed)
+    for part in parts.values():
+        quarantine.update(part)
+    bad = _known_bad(quarantine.values(), cached, still_bad)
+    first = 1 + max((shard_number(entry.file) for entry in sealed), default=-1)
+    digest, work = _shards(_without(keys, cached, bad), first, images_per_shard)
+    return Plan(first, digest, False, work, len(cached), _of(keys, bad), sealed)
 
 
-def sealed_shards(cache: Path, manifest: Manifest) -> list[ShardEntry]:
-    """List the sealed shards: those of the manifest, then those sealed since it was written, by number.
+def sealed_shards(cache: Path, manifest: Manifest, known: Iterable[ShardEntry] = ()) -> list[ShardEntry]:
+    """List the sealed shards by number: those of the manifest that are there, and those sealed since it was written.
+
+    Args:
+        cache: The cache's directory.
+        manifest: Its manifest.
+        known: Entries that have been checked already.
 
     Raises:
-        UserError: A listed shard is missing or damaged, or a new one belongs to another cache.
+        UserError: A shard is damaged, or belongs to another cache.
     """
-    listed = {entry.file: entry for entry in manifest.shards}
+    checked = {entry.file: entry for entry in known}
+    listed = {**{entry.file: entry for entry in manifest.shards}, **checked}
     for path in sorted((cache / SHARDS).glob("shard-*.h5")):
         if path.name not in listed and re.fullmatch(r"shard-\d{6,}\.h5", path.name):
             header = read_header(path)
             listed[path.name] = ShardEntry(path.name, header.rows, header.file_bytes, header.xxh3_128)
-    entries = sorted(listed.values(), key=lambda entry: _number(entry.file))
-    for entry in entries:
-        check_shard(cache, entry, manifest.fingerprint)
-    return entries
+    for entry in list(listed.values()):
+        if not (cache / SHARDS / entry.file).exists():
+            logger.warning("%s is gone from %s: its images will be extracted again", entry.file, cache / SHARDS)
+            del listed[entry.file]
+        elif entry.file not in checked:
+            check_shard(cache, entry, manifest.fingerprint)
+    return sorted(listed.values(), key=lambda entry: shard_number(entry.file))
+
+
+def free_bytes(folder: Path) -> int:
+    """Return what is free on the disk of a folder, or of its nearest parent that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def require_space(folder: Path, needed: int) -> None:
     """Check that the features to come fit on the disk.
 
     Args:
-        folder: Where they go, or its nearest parent that exists.
+        folder: Where they go.
         needed: Bytes.
 
     Raises:
         UserError: They do not; with the figures.
     """
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if needed > free:
         raise UserError(
-            f"the features to extract need {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; "
-            "free some space or give another --feature_cache"
+            f"the features to extract need {needed / 1e9:.3f} GB, but {folder} has {free / 1e9:.3f} GB free; "
+            "free some space, give another --feature_cache, or halve the features with --storage_dtype int8"
         )
 
 
-def _plan(keys: Sequence[str], first: int, images_per_shard: int) -> Plan:
-    starts = range(0, len(keys), images_per_shard)
-    work = [ShardWork(first + i, keys[start : start + images_per_shard]) for i, start in enumerate(starts)]
-    digest = hashlib.sha256("\0".join([str(images_per_shard), *keys]).encode("utf-8")).hexdigest()
-    return Plan(first, digest, work)
-
-
-def _missing(cache: Path, manifest: Manifest, keys: Sequence[str], entries: list[ShardEntry]) -> list[str]:
-    if not entries:
-        return list(keys)
-    known = FeatureCache(cache, manifest=Manifest(manifest.fingerprint, {}, 0, True, shards=entries))
-    return [key for key in keys if key not in known]
-
-
-def _number(file: str) -> int:
+def shard_number(file: str) -> int:
+    """Return the number in a shard's file name."""
     return int(file.removeprefix("shard-").removesuffix(".h5"))
 
 
 def shard_path(cache: Path, number: int) -> Path:
     """Return where a shard is sealed."""
     return cache / SHARDS / shard_name(number)
+
+
+def _shards(keys: Sequence[str], first: int, images_per_shard: int) -> tuple[str, list[ShardWork]]:
+    starts = range(0, len(keys), images_per_shard)
+    work = [ShardWork(first + i, keys[start : start + images_per_shard]) for i, start in enumerate(starts)]
+    digest = hashlib.sha256("\0".join([str(images_per_shard), *keys]).encode("utf-8")).hexdigest()
+    return digest, work
+
+
+def _cached(cache: Path, manifest: Manifest, keys: Sequence[str], entries: list[ShardEntry]) -> set[str]:
+    if not entries:
+        return set()
+    known = FeatureCache(cache, manifest=Manifest(**{**vars(manifest), "complete": True, "shards": entries}))
+    return {key for key, row in zip(keys, known.find(keys).tolist(), strict=True) if row >= 0}
+
+
+def _known_bad(entries: Iterable[Quarantined], cached: Collection[str], still_bad: StillBad) -> dict[str, Quarantined]:
+    asked = [entry for entry in entries if entry.key not in cached]
+    same = still_bad(asked) if asked else set()
+    return {entry.key: entry for entry in asked if entry.key in same}
+
+
+def _without(keys: Sequence[str], *others: Collection[str]) -> list[str]:
+    return [key for key in keys if not any(key in other for other in others)]
+
+
+def _of(keys: Sequence[str], entries: dict[str, Quarantined]) -> list[Quarantined]:
+    return [entries[key] for key in keys if key in entries]
+
+
+def _all_bad(shard: ShardWork, parts: dict[str, dict[str, Quarantined]]) -> bool:
+    # Such a shard has no file, only the list of what it leaves out.
+    return parts.get(shard_name(shard.number), {}).keys() >= set(shard.keys)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from llava_twophase.errors import collected
+from llava_twophase.errors import UserError, collected
 from llava_twophase.train.conversation import TEMPLATES
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,10 @@ class DataArguments:
     image_aspect_ratio: str = _flag("square", "square or pad")
     eval_data_path: str | None = _flag(None, "records to evaluate on; needs --eval_strategy")
     eval_fraction: float = _flag(0.0, "part of --data_path to hold out and evaluate on instead")
+    sample_captions: int = _flag(0, "captions to write at each evaluation, as HTML and to the tracker")
+    drop_quarantined: bool = _flag(
+        False, "leave out records whose image is in the cache's quarantine.jsonl, instead of refusing to start"
+    )
     drop_unk_tokens: bool = _flag(
         False, "leave <unk> out of captions: what LLaVA's padding mask does by accident, for exact comparisons with it"
     )
@@ -83,15 +87,19 @@ class ProjectorTrainingArguments(TrainingArguments):
     eval_strategy: str = _flag("no", "no, steps or epoch", aliases=["--evaluation_strategy"])
     warmup_ratio: float = _flag(0.0, "part of all steps for warm-up; the same as a fraction in --warmup_steps")
     optim: str = _flag("adamw_torch", "optimizer, as in HF Trainer")
+    average_tokens_across_devices: bool = _flag(
+        False, "False: LLaVA's loss, the mean of each device's batch; True: the mean over the tokens of the whole batch"
+    )
+    logging_nan_inf_filter: bool = _flag(False, "True would hide a loss that is not finite, which ends a run here")
     remove_unused_columns: bool = _flag(False, "has no effect: samples hold only what the model takes")
     model_max_length: int = _flag(2048, "longest sequence, the image's positions included")
     group_by_modality_length: bool = _flag(False, "batches of similar text length, as LLaVA groups them")
     mm_projector_lr: float | None = _flag(None, "learning rate of the projector; overrides --learning_rate")
     freeze_mm_mlp_adapter: bool = _flag(False, "must be False: nothing would be trained")
     cache_dir: str | None = _flag(None, "where hub downloads are kept")
-    bits: int = _flag(16, "must be 16 for now")
-    double_quant: bool = _flag(True, "accepted: has no effect with --bits 16")
-    quant_type: str = _flag("nf4", "accepted: has no effect with --bits 16")
+    bits: int = _flag(16, "of the frozen LLM: 16, or 8 or 4 with bitsandbytes on a GPU")
+    double_quant: bool = _flag(True, "only with --bits 4")
+    quant_type: str = _flag("nf4", "only with --bits 4")
     lora_enable: bool = _flag(False, "must be False: stage 1 trains the projector alone")
     lora_r: int = _flag(64, "accepted: has no effect without LoRA")
     lora_alpha: int = _flag(16, "accepted: has no effect without LoRA")
@@ -108,6 +116,9 @@ class ProjectorTrainingArguments(TrainingArguments):
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
         if self.mm_projector_lr is not None:
             self.learning_rate = self.mm_projector_lr
+        if not torch.accelerator.is_available() and not self.use_cpu:
+            logger.warning("no accelerator is there: training on the CPU")
+            self.use_cpu = True
         if self.tf32 and not torch.cuda.is_available():
             logger.warning("--tf32 True is ignored: there is no CUDA device")
             self.tf32 = None
@@ -164,7 +175,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    model, data, training = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    try:
+        model, data, training = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     problems = _refusals(model, data, training)
     if problems:
         raise collected(problems, "flags that stage 1 cannot honour")
@@ -178,7 +192,7 @@ def _refusals(model: ModelArguments, data: DataArguments, training: ProjectorTra
         (not model.tune_mm_mlp_adapter, f"--tune_mm_mlp_adapter must be True: {frozen}"),
         (training.freeze_mm_mlp_adapter, "--freeze_mm_mlp_adapter True would leave nothing to train; leave it out"),
         (training.lora_enable, f"--lora_enable True: {frozen}; leave it out"),
-        (training.bits != 16, f"--bits {training.bits}: quantised LLMs are not supported; use 16"),
+        (training.bits not in (4, 8, 16), f"--bits {training.bits}: expected 4, 8 or 16"),
         (model.mm_use_im_start_end, f"--mm_use_im_start_end True: {special}; use False"),
         (model.mm_use_im_patch_token, f"--mm_use_im_patch_token True: {special}; use False"),
         (model.mm_patch_merge_type != "flat", f"--mm_patch_merge_type {model.mm_patch_merge_type}: use flat"),
@@ -186,6 +200,18 @@ def _refusals(model: ModelArguments, data: DataArguments, training: ProjectorTra
         (
             data.feature_cache is None and data.image_folder is None,
             "give --feature_cache, or --image_folder to run the tower in every step",
+        ),
+        (
+            not 0 <= data.eval_fraction < 1,
+            f"--eval_fraction {data.eval_fraction}: expected a part of the records, at least 0 and below 1",
+        ),
+        (
+            training.do_eval and data.eval_data_path is None and not data.eval_fraction,
+            "--eval_strategy needs records to evaluate on: give --eval_data_path or --eval_fraction",
+        ),
+        (
+            bool(data.sample_captions) and not training.do_eval,
+            "--sample_captions writes at each evaluation: give --eval_strategy steps or epoch too",
         ),
         (
             model.compute_dtype not in (None, "bf16", "fp16", "fp32"),

@@ -100,7 +100,8 @@ def draw_losses(state: Path, picture: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1)
     axes.set(xlabel="step", ylabel="loss (nats a caption token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(picture, dpi=120)
 
 

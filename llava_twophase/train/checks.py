@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import random
 import shutil
@@ -15,17 +16,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from transformers import AutoConfig, AutoTokenizer
 
 from llava_twophase.cache.fingerprint import differences
+from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError, collected
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.conversation import PlainTemplate, text_encoder
+from llava_twophase.train.llm import require_bits
 from llava_twophase.train.projector import build_projector, load_projector
 
 if TYPE_CHECKING:
     import torch
 
     from llava_twophase.train.on_the_fly import OnTheFly
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -74,12 +79,14 @@ def check_inputs(arguments: Arguments) -> Inputs:
             return None
 
     attempt(lambda: _require_packages(arguments))
+    attempt(lambda: require_bits(arguments))
     attempt(lambda: _require_output(arguments))
     split = attempt(lambda: _load_records(arguments))
     source = attempt(lambda: _feature_source(arguments))
     text = attempt(lambda: _load_text(arguments))
     if split is not None and source is not None:
-        train, held_out = split
+        train, held_out = (_without_quarantined(arguments, records, source) for records in split)
+        split = train, held_out
         attempt(lambda: _require_covered(train, source))
         attempt(lambda: _require_covered(held_out, source))
     if problems or split is None or source is None or text is None:
@@ -188,6 +195,15 @@ def _feature_source(arguments: Arguments) -> FeatureCache | OnTheFly:
     return cache
 
 
+def _without_quarantined(arguments: Arguments, records: list[Record], source: FeatureCache | OnTheFly) -> list[Record]:
+    if not arguments.data.drop_quarantined or not isinstance(source, FeatureCache):
+        return records
+    quarantined = read_quarantine(source.path)
+    kept = [record for record in records if record.image not in quarantined]
+    logger.warning("--drop_quarantined: %d of %d records left out", len(records) - len(kept), len(records))
+    return kept
+
+
 def _require_covered(records: list[Record], source: FeatureCache | OnTheFly) -> None:
     keys = image_keys(records)
     if not isinstance(source, FeatureCache):
@@ -195,9 +211,13 @@ def _require_covered(records: list[Record], source: FeatureCache | OnTheFly) -> 
         return
     missing = [key for key in keys if key not in source]
     if missing:
-        raise collected(
-            missing, f"{len(missing)} of {len(keys)} images have no features in {source.path}; extract them first"
+        quarantined = read_quarantine(source.path).keys() & set(missing)
+        hint = (
+            f"; {len(quarantined)} of them are in its quarantine.jsonl: --drop_quarantined True leaves them out"
+            if quarantined
+            else "; extract them first"
         )
+        raise collected(missing, f"{len(missing)} of {len(keys)} images have no features in {source.path}{hint}")
 
 
 def _load_text(arguments: Arguments) -> tuple[Any, Any]:

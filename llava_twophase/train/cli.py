@@ -23,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse_and_run(argv: Sequence[str] | None) -> int:
+    from llava_twophase.train.versions import require_supported
+
+    # At once, since other releases may fail at the import of what follows.
+    require_supported()
     from llava_twophase.train.arguments import parse_arguments
 
     arguments = parse_arguments(argv)

@@ -23,9 +23,8 @@ def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
     Returns:
         ``input_ids`` (padding 0, which no loss ever sees) and ``labels`` (padding -100), int64 ``[B, T]``,
         ``features`` ``[B, L, D]`` or ``crops`` ``[B, S, S, 3]``, and ``lengths``, ids of each sample, which stay on
-        the host. The samples stand by length, longest first, so that micro-batches cut from them hold little padding.
+        the host.
     """
-    samples = sorted(samples, key=lambda sample: len(sample["input_ids"]), reverse=True)
     batch: dict[str, Any] = {
         "input_ids": pad_sequence([sample["input_ids"] for sample in samples], batch_first=True, padding_value=0),
         "labels": pad_sequence([sample["labels"] for sample in samples], batch_first=True, padding_value=IGNORE_INDEX),

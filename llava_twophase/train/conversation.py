@@ -61,6 +61,16 @@ class PlainTemplate:
                 f"positions; use at least {image_tokens + len(self._prefix) + 1}, LLaVA's recipe has 2048"
             )
 
+    @property
+    def prompt(self) -> list[int]:
+        """The ids in front of every caption: BOS where there is one, and the image token."""
+        return [*self._prefix, IMAGE_TOKEN_INDEX]
+
+    @property
+    def newline(self) -> int:
+        """The id that ends every caption."""
+        return self._encode("\n")[-1]
+
     def __call__(self, caption: str) -> tuple[list[int], list[int]]:
         """Tokenise one caption.
 
@@ -71,7 +81,7 @@ class PlainTemplate:
             ``input_ids [T]`` and ``labels [T]``, cut to ``model_max_length``.
         """
         text = [token for token in self._encode(caption + "\n") if token != self._dropped]
-        start = [*self._prefix, IMAGE_TOKEN_INDEX]
+        start = self.prompt
         input_ids = (start + text)[: self._longest]
         labels = ([IGNORE_INDEX] * len(start) + text)[: self._longest]
         return input_ids, labels

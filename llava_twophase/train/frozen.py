@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from llava_twophase.constants import IGNORE_INDEX
 from llava_twophase.errors import UserError
-from llava_twophase.train.memory import Cut, RowMemory, choose_cut, enough_rows, free_bytes, saved_bytes
+from llava_twophase.train.memory import Cut, agreed, choose_cut, enough_rows, free_bytes, paper_row, saved_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class FrozenLLM:
         self._cut = cut
         if cut.recompute:
             self.llm.activation_checkpointing_enable(every_n_layers=cut.recompute)
+            self.llm.disable_input_require_grads()  # that serves finetuning; here image positions alone need any
         elif self.llm.is_activation_checkpointing:
             self.llm.activation_checkpointing_disable()
 
@@ -117,48 +119,50 @@ class FrozenLLM:
         batch, longest = input_ids.shape
         if learning and self._cut is None:
             self.cut = self._choose(features, input_ids, labels)
-        rows = self._cut.rows if self._cut else enough_rows(features.device, longest + features.shape[1])
-        # Divided before the sum, as a mean is: a sum of float16 losses times the scale could overflow.
+        rows = self._cut.rows if self._cut else enough_rows(features.device, features.shape[1])
+        # Longest first, so that a micro-batch holds little padding, and what does not fit shows at once.
+        lengths = [longest] * batch if lengths is None else lengths
+        order = sorted(range(batch), key=lambda index: -lengths[index])
+        # Divided before the sum, as a mean is: a sum of float16 gradients times the scale could overflow.
         weight = self._scale / (labels[:, self.image_at + 1 :] != IGNORE_INDEX).sum()
         total = torch.zeros((), device=features.device)
         gradient = torch.empty_like(features) if learning else None
-        start = 0
-        while start < batch:
-            piece = slice(start, start + rows)
-            length = max(lengths[piece]) if lengths is not None else longest
-            inputs = features[piece], input_ids[piece, :length], labels[piece, :length]
+        while order:
+            length = lengths[order[0]]
+            rows = min(rows, len(order))
+            index = torch.tensor(order[:rows]).to(features.device, non_blocking=True)
+            inputs = features[index], input_ids[index, :length], labels[index, :length]
             try:
                 with self._last_layer.reading_from(self._first_read(features)):
-                    loss = self._piece(inputs, weight, None if gradient is None else gradient[piece])
+                    loss, part = self._piece(inputs, weight, learning)
             except torch.OutOfMemoryError:
                 loss = None  # handled outside, where the traceback no longer holds the activations
             if loss is None:
                 rows = self._cut_smaller(rows)
                 continue
             total += loss
-            start += rows
+            if gradient is not None:
+                gradient.index_copy_(0, index, part)
+            order = order[rows:]
         if gradient is not None and self.llm.dtype == torch.float16:
             self._lower_scale(gradient)
         return total, gradient
 
     def _piece(
-        self,
-        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        weight: torch.Tensor,
-        gradient: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Take a micro-batch through the LLM; its share of the loss, and of the gradient into `gradient`."""
+        self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], weight: torch.Tensor, learning: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take a micro-batch through the LLM: its share of the loss, and the gradient, empty if not learning."""
         features, input_ids, labels = inputs
-        if gradient is None:
-            return self._sum(features, input_ids, labels) * (weight / self._scale)
+        if not learning:
+            return self._sum(features, input_ids, labels) * (weight / self._scale), features.new_empty(0)
         with torch.enable_grad():
             leaf = features.detach().requires_grad_()
             loss = self._sum(leaf, input_ids, labels) * weight
-            gradient.copy_(torch.autograd.grad(loss, leaf)[0])
-        return loss.detach() / self._scale
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return loss.detach() / self._scale, gradient
 
     def _sum(self, features: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        embeds = self._splice(features, input_ids)  # [b, N, H]
+        embeds = self.splice(features, input_ids)  # [b, N, H]
         # By index, not as a slice: a slice of the hidden states is not contiguous, and a frozen output embedding
         # would be multiplied, even copied, once for each sample.
         read = torch.arange(self._first_read(features), embeds.shape[1] - 1, device=embeds.device)
@@ -172,20 +176,26 @@ class FrozenLLM:
         # The last image position predicts the caption's first token; nobody reads what comes before it.
         return self.image_at + features.shape[1] - 1
 
-    def _splice(self, features: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    def splice(self, features: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Replace the image token of ``[b, T]`` ids by ``[b, L, H]`` features: ``[b, N, H]``."""
         text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # [b, T, H]
         return torch.cat([text[:, : self.image_at], features, text[:, self.image_at + 1 :]], dim=1)
 
     def _choose(self, features: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> Cut:
-        """Choose the cut by what one sample's forward pass keeps, and say so."""
+        """Choose the cut by what one sample's forward pass keeps, the same on all ranks, and say so."""
         rows, recompute = self._wanted
         batch = len(features)
         if rows is not None and recompute is not None:
             return Cut(min(rows, batch), recompute)
-        row = self._measure(features, input_ids, labels)
+        positions = input_ids.shape[1] + features.shape[1]
+        row = paper_row(self.llm.config.get_text_config(), positions, input_ids.shape[1], features.element_size())
+        # A trial knows the attention kernel, Liger's and the compiler's savings; a partitioned LLM (ZeRO-3) counts
+        # the passes through each layer, and would miss the trial's backward one.
+        if not hasattr(self.llm, "zero3_engine"):
+            row = replace(row, layer=self._trial(features, input_ids, labels) // row.layers)
         free = free_bytes(features.device) - 4 * features.nbytes  # the projector's own gradients, still to come
-        enough = enough_rows(features.device, features.shape[1] + input_ids.shape[1])
-        cut = choose_cut(row, free, batch, enough, rows, recompute)
+        enough = enough_rows(features.device, features.shape[1])
+        cut = agreed(choose_cut(row, free, batch, enough, rows, recompute), features.device)
         logger.info(
             "a batch of %d goes through the LLM in %s: about %.1f GB, %.1f GB are free "
             "(--micro_batch_size and --recompute override it; the losses are the same)",
@@ -196,23 +206,18 @@ class FrozenLLM:
         )
         return cut
 
-    def _measure(self, features: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> RowMemory:
-        config = self.llm.config.get_text_config()
-        layers = config.num_hidden_layers
-        with torch.enable_grad():
+    def _trial(self, features: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> int:
+        with torch.enable_grad(), self._last_layer.reading_from(self._first_read(features)):
             leaf = features[:1].detach().requires_grad_()
-            kept = saved_bytes(lambda: self._sum(leaf, input_ids[:1], labels[:1]), self.llm)
-        boundary = (features.shape[1] + input_ids.shape[1]) * features.shape[2] * features.element_size()
-        # Logits in the LLM's dtype and in float32, log-probabilities, and the gradients of the first two.
-        head = input_ids.shape[1] * config.vocab_size * (2 * features.element_size() + 12)
-        return RowMemory(layers, kept // layers, boundary, head)
+            return saved_bytes(lambda: self._sum(leaf, input_ids[:1], labels[:1]), self.llm)
 
     def _cut_smaller(self, rows: int) -> int:
         cut = (self._cut or Cut(rows)).smaller()
-        if cut is None:
+        if cut is None or hasattr(self.llm, "zero3_engine"):
+            # Ranks that share a partitioned LLM would wait for each other for ever if one of them cut otherwise.
             raise UserError(
-                "out of memory with one sample at a time and every layer recomputed: use a smaller LLM, or fewer or "
-                "larger devices"
+                f"out of memory with {self._cut or Cut(rows)}; try --micro_batch_size 1 --recompute 1, --bits 4, "
+                "a smaller LLM, or larger devices"
             )
         logger.warning("out of memory; from here on: %s", cut)
         self.cut = cut

@@ -107,6 +107,43 @@ def enough_rows(device: torch.device, positions: int) -> int:
     return -(-ENOUGH_POSITIONS.get(device.type, ENOUGH_POSITIONS_ON_ACCELERATORS) // positions)
 
 
+def paper_row(config: Any, positions: int, kept: int, element_size: int) -> RowMemory:
+    """Return what one sample costs a LLaMA-family LLM with frozen weights, on paper.
+
+    A frozen matrix needs no saved input. What is kept of a layer: float32 inputs of two norms; queries, keys, values
+    and output of the attention; gate, its activation and up-projection of the MLP.
+
+    Args:
+        config: The LLM's.
+        positions: N, spliced positions.
+        kept: Positions whose logits are computed.
+        element_size: Bytes of a value in the LLM's dtype.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    values = 2 * (heads + kv_heads) * head_dim + 3 * config.intermediate_size
+    return RowMemory(
+        layers=config.num_hidden_layers,
+        layer=positions * (2 * 4 * hidden + element_size * values),
+        boundary=positions * hidden * element_size,
+        # Logits in the LLM's dtype and in float32, log-probabilities, and the gradients of the first two.
+        head=kept * config.vocab_size * (2 * element_size + 12),
+    )
+
+
+def agreed(cut: Cut, device: torch.device) -> Cut:
+    """Return what fits on every rank: ranks that cut alike wait alike for each other, and under ZeRO-3 they must."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return cut
+    nothing = 1 << 30
+    smallest = torch.tensor([cut.rows, cut.recompute or nothing], device=device)
+    distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN)
+    rows, recompute = smallest.tolist()
+    return Cut(rows, 0 if recompute == nothing else recompute)
+
+
 def saved_bytes(forward: Callable[[], Any], module: nn.Module) -> int:
     """Run a forward pass and return the bytes that autograd keeps for its backward pass, without the module's weights.
 

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -36,13 +37,16 @@ class StepFlops:
         """Count an LLM's weights."""
         head = llm.get_output_embeddings().weight
         embedding = llm.get_input_embeddings().weight
-        matrices = {id(p): p.numel() for p in llm.parameters() if p.ndim == 2}
+        # Under ZeRO-3 a parameter at rest is empty and remembers its shape.
+        shapes = {id(p): getattr(p, "ds_shape", p.shape) for p in llm.parameters()}
+        head_weights = prod(shapes[id(head)])
+        matrices = {key: prod(shape) for key, shape in shapes.items() if len(shape) == 2}
         for table in (head, embedding):
             matrices.pop(id(table), None)
         config = llm.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
-            sum(matrices.values()), head.numel(), config.num_hidden_layers * config.num_attention_heads * head_dim
+            sum(matrices.values()), head_weights, config.num_hidden_layers * config.num_attention_heads * head_dim
         )
 
     def count(self, samples: int, positions: int, kept: int) -> float:

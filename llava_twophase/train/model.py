@@ -74,9 +74,23 @@ class LlavaProjectorModel(nn.Module):
         if features is None:
             assert self._encode is not None and crops is not None, "a batch has features, or crops and a tower"
             features = self._encode(crops)
+        return {"loss": self.frozen.loss(self._project(features), input_ids, labels, lengths)}
+
+    def splice(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Replace the image token by projected features, for who wants to generate from them.
+
+        Args:
+            input_ids: int64 ``[B, T]``.
+            features: ``[B, L, D]``.
+
+        Returns:
+            ``[B, T - 1 + L, H]`` in the LLM's dtype.
+        """
+        return self.frozen.splice(self._project(features).to(self.llm.dtype), input_ids)
+
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
         dtype = next(self.mm_projector.parameters()).dtype
-        projected = self.mm_projector(features.to(dtype))  # [B, L, H]
-        return {"loss": self.frozen.loss(projected, input_ids, labels, lengths)}
+        return self.mm_projector(features.to(dtype))  # [B, L, H]
 
     def train(self, mode: bool = True) -> LlavaProjectorModel:
         """Set the mode of projector and LLM; the LLM's recomputation works in training mode only."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 
 from llava_twophase.errors import UserError
 from llava_twophase.vision.images import BadImage, decode, open_images, require
@@ -60,3 +62,23 @@ class OnTheFly:
     def __getstate__(self) -> dict[str, object]:
         """Leave the tower behind when pickled to a data loader's worker."""
         return {**self.__dict__, "_tower": None}
+
+
+def thumbnail(image_folder: str, key: str, side: int = 128) -> bytes:
+    """Make a small JPEG of one picture, for pages that people look at.
+
+    Args:
+        image_folder: Folder, zip or uncompressed tar of the pictures.
+        key: Image key.
+        side: Longest side in pixels.
+
+    Returns:
+        The JPEG's bytes; of a grey square where the picture cannot be used.
+    """
+    try:
+        picture = decode(open_images(image_folder).read(key))
+    except BadImage:
+        picture = Image.new("RGB", (side, side), "grey")
+    picture.thumbnail((side, side))
+    picture.save(buffer := io.BytesIO(), "JPEG", quality=85)
+    return buffer.getvalue()

@@ -60,6 +60,7 @@ def save_projector(projector: nn.Module, folder: Path) -> Path:
         The file's path.
     """
     state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in projector.state_dict().items()}
+    assert all(tensor.numel() for tensor in state.values()), "under ZeRO-3 the projector must be gathered first"
     path = folder / FILE
     aside = path.with_name(f"{FILE}.tmp")
     with aside.open("wb") as file:

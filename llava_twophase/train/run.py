@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoModelForCausalLM, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import set_seed
 
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.artefacts import llava_config, write_artefacts
 from llava_twophase.train.checkpoints import CheckpointKeeper, checkpoint_to_resume
-from llava_twophase.train.checks import check_inputs, run_identity
+from llava_twophase.train.checks import Inputs, check_inputs, run_identity
 from llava_twophase.train.collator import collate
 from llava_twophase.train.dataset import CaptionDataset
+from llava_twophase.train.llm import gathered, load_llm
 from llava_twophase.train.model import LlavaProjectorModel
+from llava_twophase.train.samples import CaptionSamples
 from llava_twophase.train.trainer import ProjectorTrainer
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ def run(arguments: Arguments) -> int:
     checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint, identity)
     template = inputs.template
     encode = None if isinstance(inputs.source, FeatureCache) else inputs.source.encode
-    llm = _load_llm(arguments)
+    llm = load_llm(arguments)
     model = LlavaProjectorModel(llm, inputs.projector, template.image_at, template.image_tokens, encode)
     # Ours to remove, once the new checkpoint is whole on every rank.
     keeper = CheckpointKeeper(identity, training.save_total_limit)
@@ -56,31 +55,24 @@ def run(arguments: Arguments) -> int:
         eval_dataset=CaptionDataset(inputs.eval_records, inputs.template, inputs.source)
         if inputs.eval_records
         else None,
-        callbacks=[keeper],
+        callbacks=[keeper, *_samples(arguments, inputs, model)],
     )
     weights = sum(parameter.numel() for parameter in model.parameters())
     logger.info("%d records, %d held out, %d trainable weights", len(inputs.records), len(inputs.eval_records), weights)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        config = llava_config(inputs.config, arguments, inputs.width)
-        features = inputs.source.fingerprint if isinstance(inputs.source, FeatureCache) else None
-        logger.info("wrote %s", write_artefacts(folder, inputs.projector, config, arguments, features))
+    with gathered(inputs.projector):
+        if trainer.is_world_process_zero():
+            config = llava_config(inputs.config, arguments, inputs.width)
+            features = inputs.source.fingerprint if isinstance(inputs.source, FeatureCache) else None
+            logger.info("wrote %s", write_artefacts(folder, inputs.projector, config, arguments, features))
     return 0
 
 
-def _load_llm(arguments: Arguments) -> Any:
-    if is_deepspeed_zero3_enabled():
-        raise UserError("--deepspeed asks for ZeRO-3, which is not supported yet; use pipelines/zero2.json")
-    model, training = arguments.model, arguments.training
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            model.model_name_or_path,
-            cache_dir=training.cache_dir,
-            dtype=arguments.dtype,
-            # Straight to this rank's device: the host never holds one copy for each rank.
-            device_map={"": training.device},
-            attn_implementation=model.attn_implementation,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {model.model_name_or_path} cannot be loaded: {error}") from None
+def _samples(arguments: Arguments, inputs: Inputs, model: LlavaProjectorModel) -> list[CaptionSamples]:
+    data = arguments.data
+    if not data.sample_captions:
+        return []
+    records = inputs.eval_records[: data.sample_captions]
+    folder = Path(str(arguments.training.output_dir))
+    return [CaptionSamples(model, inputs.template, inputs.tokenizer, records, inputs.source, data.image_folder, folder)]

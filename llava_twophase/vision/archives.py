@@ -6,6 +6,7 @@ are kept as hashes of 128 bits, which never collide by chance.
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import tarfile
@@ -13,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -108,6 +109,14 @@ class ImageArchive:
             raise BadImage("the file is empty")
         return data
 
+    def open(self, key: str) -> BinaryIO:
+        """Read a file and wrap it as one.
+
+        Raises:
+            BadImage: It is not there, empty, encrypted, or damaged.
+        """
+        return io.BytesIO(self.read(key))
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave the open file behind when pickled."""
         return {**self.__dict__, "_descriptor": -1, "_owner": 0}
@@ -173,7 +182,7 @@ class ImageTar(ImageArchive):
             for member in archive:
                 if member.isreg():
                     yield (member.name, member.offset_data, member.size, member.size, 0, 0)
-                archive.members.clear()  # tarfile would keep an object for each file
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep an object for each file
 
     def _read(self, entry: Any) -> bytes:
         return self._pread(int(entry["size"]), int(entry["offset"]))

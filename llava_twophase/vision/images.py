@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from PIL import Image
 
@@ -30,6 +31,13 @@ class Images(Protocol):
 
     def read(self, key: str) -> bytes:
         """Read a picture's file.
+
+        Raises:
+            BadImage: It cannot be read, or it is empty.
+        """
+
+    def open(self, key: str) -> BinaryIO:
+        """Open a picture's file, to look at its beginning.
 
         Raises:
             BadImage: It cannot be read, or it is empty.
@@ -76,18 +84,28 @@ class ImageFolder:
         Raises:
             BadImage: It cannot be read, or it is empty.
         """
+        with self.open(key) as file:
+            try:
+                return file.read()
+            except OSError as error:
+                raise BadImage(f"cannot be read: {error.strerror or error}") from None
+
+    def open(self, key: str) -> BinaryIO:
+        """Open a picture's file.
+
+        Raises:
+            BadImage: It cannot be read, it is no regular file, or it is empty.
+        """
         try:
             # Without O_NONBLOCK, opening a named pipe would wait for its writer for good.
             descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            with os.fdopen(descriptor, "rb") as file:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise BadImage("it is not a regular file")
-                data = file.read()
-        except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror or error}") from None
-        if not data:
-            raise BadImage("the file is empty")
-        return data
+        except (OSError, ValueError) as error:
+            raise BadImage(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+            os.close(descriptor)
+            raise BadImage("the file is empty" if stat.S_ISREG(status.st_mode) else "it is not a regular file")
+        return os.fdopen(descriptor, "rb")
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """List the keys without a picture, in their order.
@@ -165,14 +183,11 @@ def decode_noting_depth(data: bytes) -> tuple[Image.Image, bool]:
                 deep = image.mode.split(";")[0] in _DEEP_MODES
                 return image.convert("RGB"), deep
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged files, MemoryError included
-        raise BadImage(f"cannot be decoded: {str(error) or type(error).__name__}") from None
+        raise BadImage(_reason(error)) from None
 
 
-def check_header(data: bytes) -> None:
-    """Tell cheaply whether bytes begin like a picture of a size that will be decoded; the rest is not looked at.
-
-    Args:
-        data: The beginning of a file, or all of it.
+def check_header(file: BinaryIO) -> None:
+    """Tell cheaply whether a file begins like a picture of a size that will be decoded; the rest is not looked at.
 
     Raises:
         BadImage: Pillow knows no such kind of file, or it is beyond the decompression-bomb limit.
@@ -180,8 +195,11 @@ def check_header(data: bytes) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            Image.open(io.BytesIO(data)).close()
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"cannot be decoded: {error}") from None
-    except Exception as error:
-        raise BadImage(f"cannot be decoded: {str(error) or type(error).__name__}") from None
+            Image.open(file).close()
+    except Exception as error:  # as in decode
+        raise BadImage(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    # Without Pillow's "<_io.BytesIO object at 0x7f...>", which would differ from run to run.
+    return "cannot be decoded: " + (re.sub(r" ?<_io\.\w+ .*?>", "", str(error)) or type(error).__name__)

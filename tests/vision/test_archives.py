@@ -54,6 +54,7 @@ def test_missing_keys_keep_their_order(image_set, archive):
         images.read("z.jpg")
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_an_archive_goes_to_other_processes(image_set, archive):
     images = open_images(archive)
     key = image_set.keys[0]

@@ -8,7 +8,7 @@ from PIL import Image
 
 import drawn
 from llava_twophase.errors import UserError
-from llava_twophase.vision.images import BadImage, ImageFolder, decode
+from llava_twophase.vision.images import BadImage, ImageFolder, check_header, decode
 
 
 def encoded(picture, kind="PNG", **options):
@@ -82,13 +82,37 @@ def test_what_is_no_picture_is_never_half_decoded(kind):
         decode(BAD[kind])
 
 
+@pytest.mark.parametrize("kind", ["an HTML page", "nothing", "zeros", "a decompression bomb"])
+def test_the_beginning_of_a_file_tells_what_it_is_not(kind):
+    with pytest.raises(BadImage) as caught:
+        check_header(io.BytesIO(BAD[kind]))
+    assert "0x" not in str(caught.value)  # a reason must not differ from run to run
+
+
+def test_the_beginning_of_a_good_file_is_good(image_set):
+    images = ImageFolder(image_set.folder)
+    for key in image_set.keys:
+        with images.open(key) as file:
+            check_header(file)
+
+
+def test_missing_pictures_keep_their_order(image_set):
+    images = ImageFolder(image_set.folder)
+    assert images.missing(image_set.keys) == []
+    many = [f"odd/{number}.png" for number in range(40)]  # so many that the folder is listed
+    assert images.missing(["nowhere/a.png", *many, *image_set.keys, "odd"]) == ["nowhere/a.png", *many, "odd"]
+    assert images.missing([f"nowhere/{number}" for number in range(40)]) == [
+        f"nowhere/{number}" for number in range(40)
+    ]
+
+
 def test_reading_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "folder.jpg").mkdir()
     images = ImageFolder(tmp_path)
     with pytest.raises(BadImage, match="empty"):
         images.read("empty.jpg")
-    with pytest.raises(BadImage, match="directory"):
+    with pytest.raises(BadImage, match="not a regular file"):
         images.read("folder.jpg")
     with pytest.raises(BadImage, match="No such file"):
         images.read("missing.jpg")

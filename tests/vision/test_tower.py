@@ -42,7 +42,9 @@ def crops(image_set, tiny_clip):
 
 def whole(kind, folder, crops, layer, dtype):
     """LLaVA's way: the whole tower, all hidden states, one of them taken."""
-    model = CLASSES[kind].from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    # In float32 and float16 LLaVA's attention is the eager one; in bfloat16 the fast kernel rounds alike.
+    attention = "sdpa" if dtype == torch.bfloat16 else "eager"
+    model = CLASSES[kind].from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
     with torch.inference_mode():
         pixels = Preprocessor(folder).pixel_values(crops).to(dtype)
         return model(pixel_values=pixels, output_hidden_states=True).hidden_states[layer]

@@ -1,0 +1,56 @@
+"""How far all ranks together are: a bar on a terminal, now and then a line elsewhere; knows nothing of the work."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from datetime import timedelta
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+LINE_SECONDS = 30.0
+
+
+class Progress:
+    """Shows images, images/s, time left, bytes and images left out.
+
+    Args:
+        total: Images to encode, on all ranks.
+        row_bytes: Stored bytes of one image.
+    """
+
+    def __init__(self, total: int, row_bytes: int) -> None:
+        self._total, self._row_bytes = total, row_bytes
+        self._started = self._shown = time.monotonic()
+        self._bar = tqdm(total=total, unit="img", desc="features", disable=None, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, done: Counter[str]) -> None:
+        """Show where all ranks are.
+
+        Args:
+            done: ``images`` handled and how many of them were ``quarantined``.
+        """
+        images, quarantined = done["images"], done["quarantined"]
+        stored = (images - quarantined) * self._row_bytes / 1e9
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"{stored:.2f} GB, {quarantined} quarantined", refresh=False)
+            self._bar.update(images - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._shown >= LINE_SECONDS and images:
+            self._shown = now
+            rate = images / (now - self._started)
+            left = timedelta(seconds=round((self._total - images) / rate))
+            logger.info(
+                "%d of %d images, %.1f images/s, %s left, %.2f GB, %d quarantined",
+                images, self._total, rate, left, stored, quarantined,
+            )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Looking at a feature cache, read-only."""

@@ -1,0 +1,121 @@
+"""The frozen LLM: loaded once per rank, straight to where it stays; knows nothing of projectors or data."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from llava_twophase.errors import UserError
+from llava_twophase.train.arguments import Arguments
+
+logger = logging.getLogger(__name__)
+
+
+def load_llm(arguments: Arguments) -> Any:
+    """Load the LLM, frozen, in the run's dtype.
+
+    Args:
+        arguments: The run's arguments.
+
+    Returns:
+        A causal LM on this rank's device; under ZeRO-3 in parts over all ranks, gathered layer by layer when it runs.
+
+    Raises:
+        UserError: It cannot be loaded, or ``--bits`` asks for what is not there.
+    """
+    model, training = arguments.model, arguments.training
+    options: dict[str, Any] = {
+        "cache_dir": training.cache_dir,
+        "dtype": arguments.dtype,
+        "attn_implementation": model.attn_implementation,
+    }
+    zero3 = is_deepspeed_zero3_enabled()
+    if zero3:
+        _join_ranks()
+    else:
+        # Straight to this rank's device: the host never holds one copy for each rank.
+        options["device_map"] = {"": training.device}
+    if training.bits != 16:
+        options["quantization_config"] = _quantization(arguments)
+    try:
+        llm = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {model.model_name_or_path} cannot be loaded: {error}") from None
+    llm.requires_grad_(False)
+    return _partitioned(llm, arguments) if zero3 else llm
+
+
+def gathered(module: nn.Module) -> AbstractContextManager[Any]:
+    """Hold a module's parameters whole on every rank, which under ZeRO-3 they are not; all ranks must enter."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(module.parameters()))
+
+
+def require_bits(arguments: Arguments) -> None:
+    """Check that the quantisation asked for is there, before anything is loaded.
+
+    Raises:
+        UserError: It is not.
+    """
+    bits = arguments.training.bits
+    if bits == 16:
+        return
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"--bits {bits} needs bitsandbytes: pip install bitsandbytes, or leave --bits out")
+    if not torch.cuda.is_available():
+        raise UserError(f"--bits {bits} needs a CUDA device; leave --bits out")
+    if is_deepspeed_zero3_enabled():
+        raise UserError(f"--bits {bits} and ZeRO-3 exclude each other; use pipelines/zero2.json")
+
+
+def _quantization(arguments: Arguments) -> BitsAndBytesConfig:
+    training = arguments.training
+    if training.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=arguments.dtype,
+        bnb_4bit_use_double_quant=training.double_quant,
+        bnb_4bit_quant_type=training.quant_type,
+    )
+
+
+def _join_ranks() -> None:
+    # Weights are split over the ranks while they are read, so the ranks must have met before.
+    import deepspeed
+
+    deepspeed.init_distributed()
+
+
+def _partitioned(llm: Any, arguments: Arguments) -> Any:
+    # The LLM gets an engine of its own without an optimizer, whose hooks gather each layer's parts when it runs,
+    # forward and backward. Trainer's engine has the projector alone, and so have its checkpoints.
+    import deepspeed
+
+    training = arguments.training
+    given = training.deepspeed
+    content = given if isinstance(given, dict) else json.loads(Path(str(given)).read_text(encoding="utf-8"))
+    zero = {name: value for name, value in content["zero_optimization"].items() if value != "auto"}
+    zero.pop("offload_optimizer", None)
+    config = {
+        "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
+        "zero_optimization": zero,
+        "bf16": {"enabled": training.bf16},
+        "fp16": {"enabled": training.fp16},
+    }
+    engine, *_ = deepspeed.initialize(model=llm, config=config)
+    # Kept alive with the module: it owns the hooks.
+    llm.zero3_engine = [engine]
+    return llm

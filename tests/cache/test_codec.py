@@ -1,0 +1,149 @@
+"""Stored rows and features: exact dtypes to the bit, int8 and int4 within their error, as the format describes them."""
+
+import numpy as np
+import pytest
+import torch
+
+from llava_twophase.cache.codec import Channels, Codec
+from llava_twophase.errors import UserError
+
+CLIP = (576, 1024)
+SHAPE = (9, 64)
+EXACT = ["bfloat16", "float16", "float32"]
+
+
+def features(images=3, shape=SHAPE, seed=0):
+    """Features with what towers have: channels of very different size, some far from 0, and a few huge tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, dim = shape
+    channel = torch.Generator().manual_seed(99)  # the same for every seed
+    scale = torch.exp(0.8 * torch.randn(dim, generator=channel))
+    scale[:2] *= 30
+    mean = scale * torch.randn(dim, generator=channel)
+    values = torch.randn(images, tokens, dim, generator=generator) * scale + mean
+    huge = torch.rand(images, tokens, 1, generator=generator) < 0.015
+    return torch.where(huge, values * 6, values)
+
+
+def codec(storage, shape=SHAPE):
+    channels = None if storage in EXACT else Channels.measure([features(4, shape, seed=1), features(2, shape, seed=2)])
+    return Codec(storage, shape, channels)
+
+
+def relative_error(storage, shape=SHAPE):
+    values = features(4, shape)
+    chosen = codec(storage, shape)
+    return float((chosen.decode(chosen.encode(values)) - values).norm() / values.norm())
+
+
+@pytest.mark.parametrize("storage", EXACT)
+def test_exact_dtypes_keep_every_bit(storage):
+    values = features().to(getattr(torch, storage))
+    rows = codec(storage).encode(values)
+    assert rows.shape == (3, codec(storage).row_bytes) and rows.dtype == torch.uint8
+    assert torch.equal(codec(storage).decode(rows), values)
+    np.testing.assert_array_equal(codec(storage).to_numpy(rows.numpy()), values.float().numpy())
+
+
+def test_fp32_holds_narrower_values_exactly():
+    values = features().bfloat16()
+    assert torch.equal(codec("float32").decode(codec("float32").encode(values)), values.float())
+
+
+@pytest.mark.parametrize(
+    ("storage", "most"), [("bfloat16", 1_179_648), ("float32", 2_359_296), ("int8", 600_000), ("int4", 340_000)]
+)
+def test_bytes_of_a_clip_image(storage, most):
+    chosen = codec(storage, CLIP)
+    assert chosen.row_bytes <= most
+    # Rows of the ring and of the file begin where the kernel copies fast.
+    assert chosen.row_bytes % 64 == 0
+
+
+@pytest.mark.parametrize(("storage", "most"), [("int8", 0.009), ("int4", 0.09)])
+def test_error_of_lossy_storage(storage, most):
+    assert 0 < relative_error(storage, (64, 1024)) < most
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_a_row_does_not_depend_on_its_batch(storage):
+    values = features(5)
+    whole = codec(storage).encode(values)
+    assert torch.equal(whole, torch.cat([codec(storage).encode(part) for part in values.split(2)]))
+
+
+def test_int8_is_what_the_specification_says():
+    chosen, values = codec("int8"), features()
+    raw = chosen.encode(values).numpy()
+    q = raw[:, : 9 * 64].view(np.int8).reshape(3, 9, 64).astype(np.float32)
+    scale = raw[:, 9 * 64 :].copy().view(np.float16).reshape(3, 9, 1).astype(np.float32)
+    expected = q * scale * chosen.channels.std + chosen.channels.mean
+    np.testing.assert_array_equal(chosen.to_numpy(raw), expected)
+    # Half a step at most, but for the scale's own rounding.
+    step = scale * chosen.channels.std
+    assert (np.abs(expected - values.numpy()) <= 0.57 * step).all()
+
+
+def test_int4_is_what_the_specification_says():
+    chosen, values = codec("int4"), features()
+    raw = chosen.encode(values).numpy()
+    packed = raw[:, : 9 * 32].reshape(3, 9, 32)
+    scale = raw[:, 9 * 32 :].copy().view(np.float16).reshape(3, 9, 2).astype(np.float32)
+    expected = np.empty((3, 9, 64), np.float32)
+    for channel in range(64):
+        byte = packed[..., channel // 2]
+        q = (byte & 15 if channel % 2 == 0 else byte >> 4).astype(np.float32) - 8
+        expected[..., channel] = q * scale[..., channel // 32]
+    expected = expected * chosen.channels.std + chosen.channels.mean
+    np.testing.assert_array_equal(chosen.to_numpy(raw), expected)
+    np.testing.assert_allclose(chosen.decode(torch.from_numpy(raw)).numpy(), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", [*EXACT, "int8", "int4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_found_in_its_row(storage, bad):
+    values = features()
+    values[1, 4, 63] = bad
+    values = values if storage not in EXACT else values.to(getattr(torch, storage))
+    assert codec(storage).finite(codec(storage).encode(values).numpy()).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_channels_without_variance_and_tokens_at_the_mean_come_back(storage):
+    sample = features(4)
+    sample[..., 7] = 3.0
+    chosen = Codec(storage, SHAPE, Channels.measure([sample]))
+    values = torch.tensor(chosen.channels.mean).expand(1, *SHAPE).clone()
+    np.testing.assert_array_equal(chosen.decode(chosen.encode(values)), values)
+    values[0, 0, 7] = 3.5  # what the sample never saw
+    assert abs(float(chosen.decode(chosen.encode(values))[0, 0, 7]) - 3.5) < 0.1
+
+
+def test_constant_features_do_not_divide_by_zero():
+    channels = Channels.measure([torch.ones(1, *SHAPE)])
+    assert channels.std.tolist() == [1.0] * 64 and channels.mean.tolist() == [1.0] * 64
+
+
+def test_channels_do_not_depend_on_batches_and_survive_json():
+    values = features(6)
+    whole, parts = Channels.measure([values]), Channels.measure(values.split(1))
+    np.testing.assert_allclose(whole.mean, parts.mean, rtol=1e-6)
+    np.testing.assert_allclose(whole.std, values.flatten(0, 1).double().std(0, correction=0), rtol=1e-6)
+    again = Channels.from_json(whole.to_json())
+    assert again.sha256() == whole.sha256()
+    np.testing.assert_array_equal(again.std, whole.std)
+
+
+@pytest.mark.parametrize("content", [{}, {"mean": "AAAA"}, {"mean": "?", "std": "?"}, {"mean": 1, "std": 2}])
+def test_damaged_channels_are_refused(content):
+    with pytest.raises(UserError, match="channels are damaged"):
+        Channels.from_json(content)
+
+
+def test_what_cannot_be_stored_is_refused():
+    with pytest.raises(UserError, match="int4 keeps blocks of 32 channels, but the features are 48 wide; use int8"):
+        Codec("int4", (9, 48), Channels(np.zeros(48, "f4"), np.ones(48, "f4")))
+    with pytest.raises(UserError, match="int8 needs the mean and std of 64 channels"):
+        Codec("int8", SHAPE)
+    with pytest.raises(UserError, match="int8 needs the mean and std of 64 channels"):
+        Codec("int8", SHAPE, Channels(np.zeros(32, "f4"), np.ones(32, "f4")))

@@ -1,0 +1,283 @@
+"""Rows by image key: right whatever the order, the process and the thread; wrong input is refused, never read."""
+
+import os
+import pickle
+import shutil
+import threading
+
+import numpy as np
+import pytest
+
+from cache.make import SHAPE, STORAGES, keys_of, make_cache, make_shard, rows, write
+from helpers import run
+from llava_twophase.cache.format import SHARDS
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.errors import UserError
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Directory, keys and stored rows of a cache of two shards."""
+    return make_cache(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("dtype", STORAGES)
+def test_rows_come_back_bit_for_bit_in_any_order_and_repeated(dtype, tmp_path):
+    path, keys, stored = make_cache(tmp_path / "cache", counts=(5, 1, 3), dtype=dtype)
+    cache = FeatureCache(path)
+    assert (len(cache), list(cache.keys()), cache.dtype, cache.feature_shape) == (9, keys, dtype, SHAPE)
+    random = np.random.default_rng(0)
+    for size in (1, 2, 9, 30):
+        picked = random.integers(0, 9, size)
+        np.testing.assert_array_equal(cache.read([keys[row] for row in picked]), stored[picked])
+
+
+@pytest.mark.parametrize("dtype", STORAGES)
+def test_tensors_hold_the_same_values_as_numpy(dtype, tmp_path):
+    torch = pytest.importorskip("torch")
+    path, keys, stored = make_cache(tmp_path / "cache", dtype=dtype)
+    cache = FeatureCache(path)
+    tensor = cache.tensor(keys)
+    assert tensor.shape == (8, *SHAPE)
+    assert tensor.dtype == (torch.float32 if dtype.startswith("int") else getattr(torch, dtype))
+    # int8 and int4 take a multiplication and an addition, which a device may fuse.
+    tolerance = 1e-6 if dtype.startswith("int") else 0
+    np.testing.assert_allclose(tensor.float().numpy(), cache.values(keys), rtol=tolerance, atol=tolerance)
+    if dtype == "bfloat16":
+        np.testing.assert_array_equal(tensor.view(torch.uint16).numpy(), stored)
+
+
+def test_rows_go_into_the_callers_memory(small):
+    path, keys, stored = small
+    buffer = np.zeros((2, *SHAPE), np.uint16)
+    FeatureCache(path).read_into([keys[6], keys[0]], buffer)
+    np.testing.assert_array_equal(buffer, stored[[6, 0]])
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        np.zeros((3, *SHAPE), np.uint16),
+        np.zeros((1, *SHAPE), np.uint16),
+        np.zeros((2, *SHAPE), np.float32),
+        np.zeros((2, *SHAPE[::-1]), np.uint16).transpose(0, 2, 1),
+        np.zeros((4, *SHAPE), np.uint16)[::2],
+    ],
+    ids=["too many rows", "too few rows", "another itemsize", "transposed", "strided"],
+)
+def test_a_buffer_that_does_not_fit_is_refused(buffer, small):
+    path, keys, _ = small
+    with pytest.raises(ValueError, match="C-contiguous"):
+        FeatureCache(path).read_into(keys[:2], buffer)
+    assert not buffer.any()
+
+
+def test_no_keys_are_no_rows(small):
+    assert FeatureCache(small[0]).read([]).shape == (0, *SHAPE)
+
+
+def test_membership(small):
+    path, keys, _ = small
+    cache = FeatureCache(path)
+    assert all(key in cache for key in keys)
+    assert all(key not in cache for key in ("", "nothing.jpg", keys[0] + "\0", keys[0] + " ", "\ud800", 3, None))
+
+
+def test_an_absent_key_is_named(small):
+    path, keys, _ = small
+    with pytest.raises(UserError, match=r"image key '00000/none\.jpg' is not in the feature cache"):
+        FeatureCache(path).read([keys[0], "00000/none.jpg"])
+
+
+def test_keys_of_several_lengths_and_shards_are_told_apart(tmp_path):
+    cache = tmp_path / "cache"
+    (cache / SHARDS).mkdir(parents=True)
+    first, second = ["a", "aa", "é" * 40], ["aaa", "b"]
+    entries = [
+        make_shard(cache / SHARDS / "shard-000000.h5", first, rows(3)),
+        make_shard(cache / SHARDS / "shard-000007.h5", second, rows(2, seed=1)),
+    ]
+    write(cache, entries)
+    np.testing.assert_array_equal(
+        FeatureCache(cache).read(["aaa", "é" * 40]), np.stack([rows(2, seed=1)[0], rows(3)[2]])
+    )
+
+
+CHILD = """
+import hashlib, os, sys
+from llava_twophase.cache.reader import FeatureCache
+cache = FeatureCache(sys.argv[1])
+keys = list(cache.keys())
+expected = hashlib.sha256(cache.read(keys).tobytes()).hexdigest()
+children = []
+for turn in range(4):
+    child = os.fork()
+    if child == 0:
+        order = keys[turn:] + keys[:turn]
+        cache.read(order)
+        os._exit(hashlib.sha256(cache.read(keys).tobytes()).hexdigest() != expected)
+    children.append(child)
+    assert hashlib.sha256(cache.read(keys).tobytes()).hexdigest() == expected
+codes = [os.waitpid(child, 0)[1] for child in children]
+assert hashlib.sha256(cache.read(keys).tobytes()).hexdigest() == expected
+print(codes)
+"""
+
+
+def test_forked_children_and_their_parent_read_the_right_rows(small):
+    # A process of its own: pytest's has threads, which fork would not copy.
+    assert run(["python", "-c", CHILD, small[0]]).stdout.startswith("[0, 0, 0, 0]")
+
+
+def test_a_pickled_cache_reads_in_another_process(small, tmp_path):
+    path, keys, stored = small
+    cache = FeatureCache(path)
+    cache.read(keys)
+    (tmp_path / "pickle").write_bytes(pickle.dumps(cache))
+    code = (
+        "import pickle, sys; sys.stdout.write(pickle.load(open(sys.argv[1], 'rb')).read(sys.argv[2:]).tobytes().hex())"
+    )
+    assert run(["python", "-c", code, tmp_path / "pickle", *keys]).stdout == stored.tobytes().hex()
+
+
+def test_a_spawned_worker_reads_the_right_rows(small):
+    path, keys, stored = small
+    code = (
+        "import multiprocessing, sys\n"
+        "from llava_twophase.cache.reader import FeatureCache\n"
+        "if __name__ == '__main__':\n"
+        "    cache = FeatureCache(sys.argv[1])\n"
+        "    cache.read(sys.argv[2:3])\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.apply(cache.read, (sys.argv[2:],)).tobytes().hex())\n"
+    )
+    script = path.parent / "spawn.py"
+    script.write_text(code, encoding="utf-8")
+    assert run(["python", script, path, *keys]).stdout.strip() == stored.tobytes().hex()
+
+
+def open_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_few_files_are_open_however_many_shards(tmp_path):
+    path, keys, stored = make_cache(tmp_path / "cache", counts=(1,) * 100)
+    before = open_descriptors()
+    cache = FeatureCache(path)
+    for _ in range(2):
+        np.testing.assert_array_equal(cache.read(keys), stored)
+    assert open_descriptors() - before <= 64
+    cache.close()
+    assert open_descriptors() == before
+    np.testing.assert_array_equal(cache.read(keys[:3]), stored[:3])
+
+
+def test_threads_share_a_cache_of_more_shards_than_open_files(tmp_path):
+    path, keys, stored = make_cache(tmp_path / "cache", counts=(1,) * 90)
+    cache, wrong = FeatureCache(path), []
+
+    def read(seed):
+        random = np.random.default_rng(seed)
+        for _ in range(60):
+            picked = random.integers(0, len(keys), 40)
+            if not np.array_equal(cache.read([keys[row] for row in picked]), stored[picked]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_cache_on_a_read_only_medium_opens(small):
+    path, keys, stored = small
+    for file in [*(path / SHARDS).iterdir(), path / "manifest.json"]:
+        file.chmod(0o444)
+    (path / SHARDS).chmod(0o555)
+    path.chmod(0o555)
+    try:
+        np.testing.assert_array_equal(FeatureCache(path).read(keys), stored)
+    finally:
+        path.chmod(0o755)
+        (path / SHARDS).chmod(0o755)
+
+
+def test_an_incomplete_cache_is_refused_unless_asked_for(tmp_path):
+    path, keys, stored = make_cache(tmp_path / "cache", complete=False)
+    with pytest.raises(UserError, match="incomplete.*run the same extraction command again"):
+        FeatureCache(path)
+    np.testing.assert_array_equal(FeatureCache(path, allow_incomplete=True).read(keys), stored)
+
+
+def test_what_is_no_cache_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"is no feature cache: it has no manifest\.json"):
+        FeatureCache(tmp_path)
+
+
+def test_a_missing_shard_is_named(small):
+    path, _, _ = small
+    (path / SHARDS / "shard-000001.h5").unlink()
+    with pytest.raises(UserError, match=r"shard-000001\.h5 cannot be read: No such file"):
+        FeatureCache(path)
+
+
+@pytest.mark.parametrize("size", [0, 100, 4096, 40000])
+def test_a_truncated_shard_is_named(size, small):
+    path, _, _ = small
+    os.truncate(path / SHARDS / "shard-000001.h5", size)
+    with pytest.raises(UserError, match=r"shard-000001\.h5"):
+        FeatureCache(path)
+
+
+def test_a_shard_cut_while_it_is_open_is_named(small):
+    path, keys, _ = small
+    cache = FeatureCache(path)
+    os.truncate(path / SHARDS / "shard-000001.h5", 70000)
+    with pytest.raises(UserError, match=r"shard-000001\.h5 is truncated"):
+        cache.read(keys)
+
+
+def test_another_caches_shard_is_refused(small, tmp_path):
+    other, _, _ = make_cache(tmp_path / "other", fingerprint={"select_layer": -1})
+    shutil.copy(other / SHARDS / "shard-000001.h5", small[0] / SHARDS)
+    with pytest.raises(UserError, match=r"shard-000001\.h5"):
+        FeatureCache(small[0])
+
+
+def test_a_shard_of_another_fingerprint_is_refused_even_when_listed(small):
+    path = small[0]
+    shard = path / SHARDS / "shard-000001.h5"
+    entry = make_shard(shard, keys_of(1, 3), rows(3), fingerprint={"select_layer": -1})
+    first = make_shard(path / SHARDS / "shard-000000.h5", keys_of(0, 5), rows(5))
+    write(path, [first, entry])
+    with pytest.raises(UserError, match=r"shard-000001\.h5 has another fingerprint"):
+        FeatureCache(path)
+
+
+@pytest.mark.parametrize("places", ["one shard", "two shards"])
+def test_a_key_that_stands_twice_is_refused(places, tmp_path):
+    cache = tmp_path / "cache"
+    (cache / SHARDS).mkdir(parents=True)
+    names = [["a.jpg", "b.jpg", "a.jpg"]] if places == "one shard" else [["a.jpg", "b.jpg"], ["c.jpg", "a.jpg"]]
+    entries = [
+        make_shard(cache / SHARDS / f"shard-{number:06d}.h5", keys, rows(len(keys)))
+        for number, keys in enumerate(names)
+    ]
+    write(cache, entries)
+    with pytest.raises(UserError, match=r"image key 'a\.jpg' stands twice"):
+        FeatureCache(cache)
+
+
+def test_shards_of_several_shapes_are_refused(tmp_path):
+    cache = tmp_path / "cache"
+    (cache / SHARDS).mkdir(parents=True)
+    entries = [
+        make_shard(cache / SHARDS / "shard-000000.h5", ["a", "b"], rows(2)),
+        make_shard(cache / SHARDS / "shard-000001.h5", ["c", "d"], rows(2, shape=(4, 32)), shape=(4, 32)),
+    ]
+    write(cache, entries)
+    with pytest.raises(UserError, match=r"shard-000001\.h5 has other shapes"):
+        FeatureCache(cache)

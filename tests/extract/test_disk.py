@@ -1,0 +1,129 @@
+"""Disks that are full, read-only or gone: sealed shards stay valid, the message says what to do, and resume works."""
+
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from extract.server import files
+from llava_twophase.cache.manifest import read_manifest
+from llava_twophase.cache.verify import verify
+from llava_twophase.errors import UserError
+from llava_twophase.extract import target
+from llava_twophase.extract.plan import require_space
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a tmpfs of some bytes; for those who may."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount a tmpfs: {done.stderr.decode().strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", folder], capture_output=True)
+
+
+def test_a_disk_that_fills_up(server, command, whole, small_disk, tmp_path):
+    """The space is there at the start, and something else takes it meanwhile: here, a shard's overhead."""
+    disk = small_disk("size=300k")
+    flags = command(feature_cache=disk / "cache")
+    log = server.run(flags, expect=1)
+    assert "is full" in log and "free some space and run the same command again" in log and "Traceback" not in log
+    cache = disk / "cache"
+    sealed = {name: content for name, content in files(cache).items() if name.endswith(".h5")}
+    assert sealed and all(whole[name] == content for name, content in sealed.items())
+    assert [problem for problem in verify(cache) if not problem.note and "was cut" not in problem.what] == []
+    subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)
+    log = server.run(flags)
+    assert f"{8 * len(sealed)} images cached" in log
+    assert files(cache) == whole
+
+
+def test_features_that_will_not_fit_are_refused_with_the_figures(server, command, small_disk):
+    disk = small_disk("size=48k")
+    log = server.run(command(feature_cache=disk / "cache"), expect=1)
+    assert "need 0.000 GB" in log and "GB free" in log and "--storage_dtype int8" in log
+    assert "they do not fit" in server.run([*command(feature_cache=disk / "cache"), "--plan"], expect=1)
+    with pytest.raises(UserError, match="need 658.000 GB"):
+        require_space(disk / "not" / "yet", 658 * 10**9)
+
+
+def test_a_read_only_disk(server, command, whole, small_disk):
+    disk = small_disk("size=4m")
+    server.run(command(feature_cache=disk / "done"))
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    log = server.run(command(feature_cache=disk / "cache"), expect=1)
+    assert "cannot be written" in log and "give another one" in log and "Traceback" not in log
+    # What is complete needs no writing.
+    assert "nothing to do" in server.run(command(feature_cache=disk / "done"))
+    subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+    assert files(disk / "done") == whole
+
+
+def wait_for_shard(run, cache):
+    while not list(cache.glob("shards/*.h5")):
+        assert run.code is None
+        time.sleep(0.005)
+
+
+def test_a_cache_deleted_underneath(server, command, whole, tmp_path):
+    cache = tmp_path / "cache"
+    flags = command(batch_size=1, images_per_shard=1)
+    run = server.start(flags)
+    wait_for_shard(run, cache)
+    cache.rename(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone")
+    assert run.wait() == 1
+    assert "was deleted or moved while it was written" in run.log() and "Traceback" not in run.log()
+    server.run(flags)
+    assert verify(cache) == []
+
+
+def test_two_extractions_into_one_cache(server, command, whole, tmp_path):
+    cache = tmp_path / "cache"
+    with target.locked(cache):
+        log = server.run(command(), expect=1)
+        assert "another extraction is writing" in log
+        assert "to encode   29" in server.run([*command(), "--plan"])
+    server.run(command())
+    assert files(cache) == whole
+
+
+def test_what_a_killed_run_left_is_removed(server, command, whole, tmp_path):
+    shards = tmp_path / "cache" / "shards"
+    shards.mkdir(parents=True)
+    (shards / "shard-000000.h5.0a1b2c3d.tmp").write_bytes(b"half a shard")
+    (tmp_path / "cache" / "manifest.json.tmp").write_bytes(b"{")
+    server.run(command())
+    assert files(tmp_path / "cache") == whole
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format": "another"}'])
+def test_a_damaged_manifest_is_named(server, command, whole, tmp_path, damage):
+    server.run(command())
+    (tmp_path / "cache" / "manifest.json").write_bytes(damage)
+    log = server.run(command(), expect=1)
+    assert "manifest.json" in log and "Traceback" not in log
+
+
+def test_a_shard_of_another_cache_is_refused(server, command, tmp_path):
+    server.run(command(feature_cache=tmp_path / "other", mm_vision_select_layer=-1))
+    server.run(command())
+    (tmp_path / "cache/shards/shard-000003.h5").unlink()
+    shutil.copy(tmp_path / "other/shards/shard-000003.h5", tmp_path / "cache/shards/shard-000003.h5")
+    log = server.run(command(), expect=1)
+    assert "shard-000003.h5" in log and "Traceback" not in log
+
+
+def test_a_cache_moved_elsewhere_goes_on(server, command, image_set, whole, tmp_path):
+    server.run(command())
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    assert "nothing to do" in server.run(command(feature_cache=tmp_path / "moved"))
+    assert read_manifest(tmp_path / "moved").complete

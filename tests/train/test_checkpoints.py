@@ -1,0 +1,51 @@
+"""Which checkpoints are whole, which are kept, and which runs may go on from them."""
+
+import json
+
+import pytest
+
+from llava_twophase.errors import UserError
+from llava_twophase.train.checkpoints import MARKER, checkpoint_to_resume, whole_checkpoints
+
+IDENTITY = {"world_size": 2, "features": {"select_layer": -2}}
+
+
+def write(folder, step, identity=IDENTITY, whole=True):
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"x")
+    if whole:
+        (checkpoint / MARKER).write_text(json.dumps(identity), encoding="utf-8")
+    return checkpoint
+
+
+def test_the_newest_whole_one_is_resumed_by_number_not_by_name(tmp_path):
+    write(tmp_path, 9)
+    newest = write(tmp_path, 10)
+    write(tmp_path, 11, whole=False)
+    (tmp_path / "checkpoint-final").mkdir()
+    assert [path.name for path in whole_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert checkpoint_to_resume(tmp_path, None, IDENTITY) == newest
+
+
+def test_nothing_to_resume(tmp_path):
+    assert checkpoint_to_resume(tmp_path / "absent", None, IDENTITY) is None
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint_to_resume(tmp_path, "True", IDENTITY)
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint_to_resume(tmp_path, str(write(tmp_path, 3, whole=False)), IDENTITY)
+
+
+def test_a_folder_that_is_asked_for_is_taken(tmp_path):
+    older = write(tmp_path, 3)
+    write(tmp_path, 6)
+    assert checkpoint_to_resume(tmp_path, str(older), IDENTITY) == older
+
+
+def test_another_run_is_refused_field_by_field(tmp_path):
+    write(tmp_path, 3)
+    other = {"world_size": 1, "features": {"select_layer": -1}}
+    with pytest.raises(UserError) as caught:
+        checkpoint_to_resume(tmp_path, None, other)
+    assert "world_size: the checkpoint has 2, this run 1" in str(caught.value)
+    assert "features.select_layer: the checkpoint has -2, this run -1" in str(caught.value)

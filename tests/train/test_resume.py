@@ -1,0 +1,154 @@
+"""SIGKILL at random moments of a run, then the same command again: the end equals the uninterrupted run's, bit for bit.
+
+Kills are few here; LLAVA_TWOPHASE_KILLS=20 makes them as many as a run can take.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from helpers import ROOT, free_port, needs_compiler, process_environment, run
+
+KILLS = int(os.environ.get("LLAVA_TWOPHASE_KILLS", "1"))
+
+
+@pytest.fixture(scope="module")
+def cache(plain_set, tiny_clip, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume") / "cache"
+    flags = ["--data_path", plain_set.json, "--image_folder", plain_set.folder, "--vision_tower", tiny_clip]
+    run(["python", "pipelines/extract_features.py", *flags, "--feature_cache", folder, "--compute_dtype", "fp32"])
+    return folder
+
+
+def command(records, llm, tower, cache, output, **changes):
+    flags = {
+        "model_name_or_path": llm,
+        "data_path": records,
+        "vision_tower": tower,
+        "feature_cache": cache,
+        "mm_projector_type": "mlp2x_gelu",
+        "tune_mm_mlp_adapter": True,
+        "output_dir": output,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "save_total_limit": 1,
+        "learning_rate": 1e-3,
+        "warmup_ratio": 0.1,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        **changes,
+    }
+    return [
+        "pipelines/train_projector.py",
+        *(part for name, value in flags.items() for part in (f"--{name}", str(value))),
+    ]
+
+
+def kill_at(full_command, loss_lines):
+    """Start a command, kill its whole process group behind so many logged losses; tells whether it was cut."""
+    process = subprocess.Popen(
+        [str(part) for part in full_command],
+        cwd=ROOT,
+        env=process_environment(PYTHONUNBUFFERED="1"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    seen, text = 0, b""
+    watchdog = threading.Timer(240, os.killpg, (process.pid, signal.SIGKILL))
+    watchdog.start()
+    for chunk in iter(lambda: os.read(process.stdout.fileno(), 4096), b""):
+        text += chunk
+        seen += chunk.count(b"'loss'")
+        if seen >= loss_lines:
+            break
+    watchdog.cancel()
+    cut = process.poll() is None
+    if cut:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.stdout.close()
+    assert process.wait() in (0, -signal.SIGKILL), text.decode("utf-8", "replace")[-4000:]
+    return cut
+
+
+def outcome(output):
+    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    curve = [
+        (entry["step"], entry["loss"], entry["learning_rate"]) for entry in state["log_history"] if "loss" in entry
+    ]
+    return curve, torch.load(output / "mm_projector.bin", weights_only=True)
+
+
+def assert_killed_equals_whole(launcher, make, tmp_path, updates):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run([*launcher(), *make(whole)])
+    draws = random.Random(len(str(make)))
+    kills = 0
+    for _ in range(KILLS):
+        kills += kill_at([*launcher(), *make(cut)], draws.randint(1, updates // 2))
+    assert kills, "no run was cut: the test has shown nothing"
+    run([*launcher(), *make(cut)])
+    curves, projectors = zip(outcome(whole), outcome(cut), strict=True)
+    assert curves[0] == curves[1]
+    assert len(curves[0]) >= updates // 2
+    assert all(torch.equal(projectors[0][name], projectors[1][name]) for name in projectors[0])
+    # Every checkpoint but the newest is gone, the ones that kills left half-written aside.
+    assert sum((path / "complete.json").is_file() for path in cut.glob("checkpoint-*")) == 1
+
+
+def test_one_process_with_accumulation(plain_set, tiny_llama, tiny_clip, cache, tmp_path):
+    def make(output):
+        return command(plain_set.json, tiny_llama, tiny_clip, cache, output, gradient_accumulation_steps=2)
+
+    assert_killed_equals_whole(lambda: [sys.executable], make, tmp_path, updates=12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_on_two_ranks(plain_set, tiny_llama, tiny_clip, cache, tmp_path, stage):
+    def make(output):
+        config = f"pipelines/zero{stage}.json"
+        return command(plain_set.json, tiny_llama, tiny_clip, cache, output, deepspeed=config, bf16=True)
+
+    def launcher():
+        return ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+
+    assert_killed_equals_whole(launcher, make, tmp_path, updates=12)
+
+
+def test_another_number_of_ranks_is_refused_before_the_llm_loads(plain_set, tiny_llama, tiny_clip, cache, tmp_path):
+    make = command(plain_set.json, tiny_llama, tiny_clip, cache, tmp_path / "out", max_steps=3)
+    run(["python", *make])
+    launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    result = run([*launcher, *command(plain_set.json, "/nowhere", tiny_clip, cache, tmp_path / "out")], expect=1)
+    assert "--model_name_or_path /nowhere" in result.stderr
+    result = run([*launcher, *make], expect=1)
+    assert "world_size: the checkpoint has 1, this run 2" in result.stderr
+
+
+def test_a_half_written_checkpoint_is_passed_over(plain_set, tiny_llama, tiny_clip, cache, tmp_path):
+    """As a crash while saving leaves it: the folder is there, its files are not all."""
+    output = tmp_path / "out"
+    make = command(plain_set.json, tiny_llama, tiny_clip, cache, output, save_total_limit=5, max_steps=9)
+    run(["python", *make])
+    expected = outcome(output)
+    newest = output / "checkpoint-9"
+    (newest / "complete.json").unlink()
+    (newest / "optimizer.pt").write_bytes(b"half")
+    result = run(["python", *make])
+    assert f"resuming from {output / 'checkpoint-6'}" in result.stderr
+    again = outcome(output)
+    assert again[0] == expected[0]
+    assert all(torch.equal(again[1][name], expected[1][name]) for name in again[1])

@@ -1,0 +1,31 @@
+"""Which releases a run accepts."""
+
+import pytest
+import tomllib
+from packaging.requirements import Requirement
+
+from helpers import ROOT
+from llava_twophase.errors import UserError
+from llava_twophase.train import versions
+
+
+def test_ranges_are_those_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    assert {name: Requirement(f"{name}{text}").specifier for name, text in versions.SUPPORTED.items()} == {
+        name: declared[name] for name in versions.SUPPORTED
+    }
+
+
+def test_installed_releases_are_accepted():
+    versions.require_supported()
+
+
+def test_another_release_is_refused_with_a_sentence(monkeypatch):
+    # A mock: another transformers cannot be installed beside this one.
+    monkeypatch.setattr(versions, "version", lambda name: {"transformers": "4.37.2"}.get(name, "2.13.0+cpu"))
+    monkeypatch.setitem(versions.SUPPORTED, "deepspeed", ">=0")
+    with pytest.raises(
+        UserError, match=r"transformers 4\.37\.2 is installed, llava-twophase needs transformers>=5\.24"
+    ):
+        versions.require_supported()
