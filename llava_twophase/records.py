@@ -81,10 +81,8 @@ def normalize_key(image: str) -> str:
     """
     if "\0" in image or not image.strip():
         raise UserError(f"image path {image!r} is empty or holds a NUL byte")
-    try:
-        image.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"image path {image!r} is not valid Unicode") from None
+    if not _is_text(image):
+        raise UserError(f"image path {image!r} is not valid Unicode")
     key = posixpath.normpath(image)
     if posixpath.isabs(key) or key in (".", "..") or key.startswith("../"):
         raise UserError(f"image path {image!r} must stay inside --image_folder: make it relative to that folder")
@@ -109,7 +107,18 @@ def _record(raw: Any) -> Record:
         raise UserError(f"its human turn has no {IMAGE_TOKEN}, so LLaVA would not show it the picture")
     if IMAGE_TOKEN in caption:
         raise UserError(f"its caption holds {IMAGE_TOKEN}, which would take another picture's features; remove it")
+    if not (_is_text(caption) and _is_text(prompt)):
+        raise UserError("a turn holds half a surrogate pair, which no tokenizer can read")
     return Record(normalize_key(image), caption, prompt)
+
+
+def _is_text(value: str) -> bool:
+    # JSON can spell lone surrogates, which UTF-8 cannot.
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_json(path: Path) -> Iterator[Any]:

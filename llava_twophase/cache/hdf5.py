@@ -46,19 +46,29 @@ class Hdf5Checker:
         Returns:
             What disagrees with the header; empty where all is well.
         """
+        answer, failure = self._ask("check", path)
+        return [failure] if failure else list(answer)
+
+    def attributes(self, path: Path) -> dict[str, Any] | None:
+        """Read ``fingerprint`` and ``provenance`` of a shard whose header is in order; None where that fails."""
+        answer, _ = self._ask("attributes", path)
+        return answer
+
+    def _ask(self, question: str, path: Path) -> tuple[Any, str]:
+        # The answer, and what went wrong where there is none.
         process = self._process = self._process or _start()
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps(str(path.absolute())) + "\n")
+            process.stdin.write(json.dumps([question, str(path.absolute())]) + "\n")
             process.stdin.flush()
             answered, _, _ = select.select([process.stdout], [], [], SECONDS)
             answer = process.stdout.readline() if answered else ""
         except BrokenPipeError:
             answered, answer = [process.stdout], ""
         if answer:
-            return list(json.loads(answer))
+            return json.loads(answer), ""
         self._stop()
-        return [f"HDF5 {'crashes' if answered else 'hangs'} on its metadata"]
+        return None, f"HDF5 {'crashes' if answered else 'hangs'} on its metadata"
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -90,6 +100,16 @@ def disagreements(path: Path, header: Header) -> Iterator[str]:
         yield f"HDF5 cannot read it: {error!r}"
 
 
+def _attributes(path: Path, header: Header) -> dict[str, Any] | None:
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            found = {name: json.loads(file.attrs[name]) for name in ("fingerprint", "provenance")}
+        whole = all(isinstance(value, dict) for value in found.values())
+        return found if whole and fingerprint_hash(found["fingerprint"]) == header.fingerprint else None
+    except Exception:  # as above
+        return None
+
+
 def _same(dataset: Any, name: str, data: Dataset) -> bool:
     made = dataset.get_create_plist()
     plain = made.get_layout() == h5py.h5d.CONTIGUOUS and not made.get_external_count() and not made.get_nfilters()
@@ -113,8 +133,10 @@ def _start() -> subprocess.Popen[str]:
 
 def _answer() -> None:
     for line in sys.stdin:
-        path = Path(json.loads(line))
-        print(json.dumps(list(disagreements(path, read_header(path)))), flush=True)
+        question, path = json.loads(line)
+        header = read_header(Path(path))
+        found = list(disagreements(Path(path), header)) if question == "check" else _attributes(Path(path), header)
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,9 @@ def _read(path: Path) -> dict[str, Quarantined]:
         raise UserError(f"{path} cannot be read: {error}; delete it to try its images again") from None
     try:
         entries = [Quarantined(**json.loads(line)) for line in lines if line]
-    except (ValueError, TypeError) as error:
+        return {entry.key: entry for entry in entries}
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to try its images again") from None
-    return {entry.key: entry for entry in entries}
 
 
 def _write(path: Path, entries: Iterable[Quarantined]) -> None:

@@ -91,13 +91,21 @@ def verify(path: str | Path, hdf5: Hdf5Checker | None = None) -> list[Problem]:
         return [*verifier.folder(), *verifier.shards(), *verifier.twins()]
 
 
+def verify_shards(cache: Path, manifest: Manifest, hdf5: Hdf5Checker) -> list[Problem]:
+    """Check the shards that are there of a manifest that need not be the one on disk; as ``verify`` otherwise."""
+    verifier = _Verifier(cache, manifest, hdf5)
+    found = {entry.file for entry in manifest.shards if (cache / SHARDS / entry.file).exists()}
+    verifier.present = [entry for entry in manifest.shards if entry.file in found]
+    return [*verifier.shards(), *verifier.twins()]
+
+
 class _Verifier:
     # The checks of one run, and what they have to remember from one shard to the next.
 
     def __init__(self, cache: Path, manifest: Manifest, hdf5: Hdf5Checker) -> None:
         self._cache, self._manifest, self._hdf5 = cache, manifest, hdf5
         self._fingerprint = fingerprint_hash(manifest.fingerprint)
-        self._present: list[ShardEntry] = []
+        self.present: list[ShardEntry] = []
         self._row_kind: tuple[str, Any] | None = None
         self._keys: list[tuple[str, np.ndarray, np.ndarray]] = []
 
@@ -135,13 +143,13 @@ class _Verifier:
                 yield Problem(MANIFEST, f"it lists {name} {times} times", "copy it again from an intact cache")
             if name not in found:
                 yield Problem(f"{SHARDS}/{name}", "it is missing", _AGAIN.removeprefix("delete it and "))
-        self._present = [entry for entry in {entry.file: entry for entry in shards}.values() if entry.file in found]
+        self.present = [entry for entry in {entry.file: entry for entry in shards}.values() if entry.file in found]
 
     def shards(self) -> Iterator[Problem]:
         """Check all shards that are there."""
-        total = sum(entry.file_bytes for entry in self._present)
+        total = sum(entry.file_bytes for entry in self.present)
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
-            for entry in self._present:
+            for entry in self.present:
                 path, name = self._cache / SHARDS / entry.file, f"{SHARDS}/{entry.file}"
                 if not _inside(self._cache, path):
                     yield _outside(name)

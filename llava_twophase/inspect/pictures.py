@@ -1,10 +1,12 @@
 """Patch features as pictures beside their image, drawn with Pillow alone; knows nothing of caches.
 
-Shapes: L tokens, D width, G the side of the patch grid (24 for CLIP-L/14-336), S a panel's side in pixels.
+Shapes: N images, L tokens, D width, G the side of the patch grid (24 for CLIP-L/14-336), S a panel's side in pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
 
@@ -19,37 +21,84 @@ _MARGIN = 12
 _LABEL = 22
 
 
-def show(picture: Image.Image, features: np.ndarray, fingerprint: dict[str, Any], size: int = 336) -> Image.Image:
-    """Draw a picture, its patch features as PCA colours, and their norms, side by side.
+@dataclass(frozen=True)
+class Maps:
+    """Features of some images as colours, ``uint8 [N, G, G, 3]``; one scale for all, so that colours mean the same.
+
+    Attributes:
+        pca: The first three principal components of all images' patches together.
+        norms: Norms of the patches, dark blue to yellow.
+        norm_range: The smallest and the largest norm.
+        similarity: Cosine to the chosen patch of the first image, or None.
+        similarity_range: The smallest and the largest cosine but that of the patch itself.
+    """
+
+    pca: np.ndarray
+    norms: np.ndarray
+    norm_range: tuple[float, float]
+    similarity: np.ndarray | None = None
+    similarity_range: tuple[float, float] = (0.0, 0.0)
+
+
+def draw_maps(features: np.ndarray, fingerprint: dict[str, Any], patch: tuple[int, int] | None = None) -> Maps:
+    """Turn features into colours.
 
     Args:
-        picture: The RGB picture.
-        features: Its features ``float32 [L, D]``.
-        fingerprint: The cache's; says how the crop was made and whether a CLS token leads.
+        features: float32 ``[N, L, D]``.
+        fingerprint: The cache's; says whether a CLS token leads.
+        patch: Row and column of the patch of the first image that all are compared with.
+
+    Returns:
+        The maps.
+
+    Raises:
+        UserError: The features are not finite, their tokens form no square, or there is no such patch.
+    """
+    if not np.isfinite(features).all():
+        raise UserError("the features are not finite; verify names all such images")
+    grids = np.stack([patch_grid(image, str(fingerprint.get("select_feature"))) for image in features])
+    norms = np.linalg.norm(grids, axis=-1)  # [N, G, G]
+    maps = Maps(pca_colours(grids), norm_colours(norms), (float(norms.min()), float(norms.max())))
+    if patch is None:
+        return maps
+    if not (0 <= patch[0] < grids.shape[1] and 0 <= patch[1] < grids.shape[2]):
+        raise UserError(f"--patch {patch[0]},{patch[1]} is outside the grid of {grids.shape[1]} x {grids.shape[2]}")
+    unit = grids / np.maximum(norms[..., None], np.finfo(np.float32).tiny)
+    cosine = unit @ unit[0, patch[0], patch[1]]  # [N, G, G]
+    others = np.delete(cosine.reshape(-1), patch[0] * grids.shape[2] + patch[1])
+    low, high = (float(others.min()), float(others.max())) if len(others) else (0.0, 1.0)
+    return replace(maps, similarity=norm_colours(np.clip(cosine, low, high)), similarity_range=(low, high))
+
+
+def sheet(pictures: Sequence[Image.Image], names: Sequence[str], maps: Maps, patch: Any, size: int) -> Image.Image:
+    """Draw pictures beside their maps, a row for each.
+
+    Args:
+        pictures: What the tower saw, as ``crop`` makes it.
+        names: What to call them.
+        maps: Of all of them.
+        patch: The chosen patch, marked in the first picture.
         size: S.
 
     Returns:
         One RGB picture.
-
-    Raises:
-        UserError: The features are not finite, or their tokens form no square.
     """
-    if not np.isfinite(features).all():
-        raise UserError("the features are not finite; verify names all such images")
-    grid = patch_grid(features, str(fingerprint.get("select_feature")))  # [G, G, D]
-    norms = np.linalg.norm(grid, axis=-1)  # [G, G]
-    panels = [
-        ("the picture as the tower saw it", crop(picture, fingerprint, size)),
-        ("patch features, PCA colours", _enlarged(pca_colours(grid), size)),
-        (f"token norms, {norms.min():.4g} (blue) to {norms.max():.4g} (yellow)", _enlarged(norm_colours(norms), size)),
-    ]
-    width = (size + _MARGIN) * len(panels) + _MARGIN
-    canvas = Image.new("RGB", (width, size + _LABEL + 2 * _MARGIN), "white")
+    kinds = [("patch features, PCA colours", maps.pca)]
+    kinds.append(("token norms, {:.4g} (blue) to {:.4g} (yellow)".format(*maps.norm_range), maps.norms))
+    if maps.similarity is not None:
+        title = "cosine to patch {},{}: {:.2f} to {:.2f}".format(*patch, *maps.similarity_range)
+        kinds.append((title, maps.similarity))
+    height = size + _LABEL + _MARGIN
+    canvas = Image.new("RGB", ((size + _MARGIN) * (1 + len(kinds)) + _MARGIN, height * len(names) + _MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    for number, (label, panel) in enumerate(panels):
-        left = _MARGIN + number * (size + _MARGIN)
-        canvas.paste(panel, (left, _MARGIN))
-        draw.text((left, _MARGIN + size + 6), label, fill="black", font=_font(label, size))
+    for row, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        panels = [(name, picture), *((title, _enlarged(colours[row], size)) for title, colours in kinds)]
+        for column, (label, panel) in enumerate(panels):
+            left, top = _MARGIN + column * (size + _MARGIN), _MARGIN + row * height
+            canvas.paste(panel, (left, top))
+            draw.text((left, top + size + 6), label, fill="black", font=_font(label, size))
+            if patch is not None and row == 0:
+                _mark(draw, left, top, patch, size / maps.pca.shape[1])
     return canvas
 
 
@@ -75,33 +124,36 @@ def patch_grid(features: np.ndarray, select_feature: str) -> np.ndarray:
     return features.reshape(side, side, -1)
 
 
-def pca_colours(grid: np.ndarray) -> np.ndarray:
-    """Turn the first three principal components of one image's patches into red, green and blue.
+def pca_colours(grids: np.ndarray) -> np.ndarray:
+    """Turn the first three principal components of patches into red, green and blue.
 
     Args:
-        grid: ``[G, G, D]``.
+        grids: ``[..., D]``: the patches of one image or of several, which then share one basis.
 
     Returns:
-        ``uint8 [G, G, 3]``, each channel spread from its 1st to its 99th percentile.
+        ``uint8 [..., 3]``, each channel spread from its 1st to its 99th percentile.
     """
-    tokens = grid.reshape(-1, grid.shape[-1]).astype(np.float64)
-    tokens = tokens - tokens.mean(axis=0)  # [L, D]
-    _, _, axes = np.linalg.svd(tokens, full_matrices=False)
-    axes = axes[:3]
-    # The sign of a component is arbitrary: its largest weight is made positive, so that equal features look equal.
-    largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1)  # [3, 1]
-    components = tokens @ (axes * np.where(largest < 0, -1, 1)).T  # [L, 3]
-    low, high = np.percentile(components, (1, 99), axis=0)
-    spread = np.where(high > low, high - low, 1)
+    tokens = grids.reshape(-1, grids.shape[-1]).astype(np.float64)
+    tokens = tokens - tokens.mean(axis=0)  # [N * L, D]
+    variances, axes = np.linalg.eigh(tokens.T @ tokens)  # ascending
+    axes = axes[:, ::-1].T[:3]
+    # What is left of directions without variance is rounding, and no colour.
+    axes = axes[variances[::-1][:3] > 1e-12 * max(float(variances[-1]), np.finfo(np.float64).tiny)]
     colours = np.zeros((len(tokens), 3))
-    colours[:, : components.shape[1]] = np.clip((components - low) / spread, 0, 1)
-    return (colours * 255).round().astype(np.uint8).reshape(*grid.shape[:2], 3)
+    if len(axes):
+        # The sign of a component is arbitrary: its largest weight is made positive, so that equal features look equal.
+        largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1)  # [3, 1]
+        components = tokens @ (axes * np.where(largest < 0, -1, 1)).T  # [N * L, 3]
+        low, high = np.percentile(components, (1, 99), axis=0)
+        spread = np.where(high > low, high - low, 1)
+        colours[:, : components.shape[1]] = np.clip((components - low) / spread, 0, 1)
+    return (colours * 255).round().astype(np.uint8).reshape(*grids.shape[:-1], 3)
 
 
 def norm_colours(norms: np.ndarray) -> np.ndarray:
-    """Turn norms ``[G, G]`` into colours ``uint8 [G, G, 3]``: the smallest dark blue, the largest yellow."""
+    """Turn numbers ``[...]`` into colours ``uint8 [..., 3]``: the smallest dark blue, the largest yellow."""
     spread = float(norms.max() - norms.min()) or 1.0
-    place = (norms - norms.min()) / spread * (len(_RAMP) - 1)  # [G, G]
+    place = (norms - norms.min()) / spread * (len(_RAMP) - 1)
     stops = np.arange(len(_RAMP))
     channels = [np.interp(place, stops, _RAMP[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
@@ -145,6 +197,13 @@ def _padded(picture: Image.Image, mean: Any, size: int) -> Image.Image:
 def _enlarged(colours: np.ndarray, size: int) -> Image.Image:
     # Hard edges: a patch is a square, and no colour is made up between two.
     return Image.fromarray(colours).resize((size, size), Image.Resampling.NEAREST)
+
+
+def _mark(draw: ImageDraw.ImageDraw, left: int, top: int, patch: tuple[int, int], side: float) -> None:
+    # White within black stands out from any picture.
+    x, y = left + patch[1] * side, top + patch[0] * side
+    draw.rectangle((x - 1, y - 1, x + side, y + side), outline="black", width=3)
+    draw.rectangle((x, y, x + side - 1, y + side - 1), outline="white", width=1)
 
 
 def _font(label: str, width: int) -> Any:

@@ -61,6 +61,12 @@ class PlainTemplate:
                 f"positions; use at least {image_tokens + len(self._prefix) + 1}, LLaVA's recipe has 2048"
             )
 
+    def is_cut(self, caption: str) -> bool:
+        """Tell whether a caption is too long for ``model_max_length``."""
+        room = self._longest - len(self.prompt)
+        # No token is shorter than a byte, but sentencepiece may put one or two in front: most captions need no look.
+        return len(caption.encode()) + 3 > room and len(self._encode(caption + "\n")) > room
+
     @property
     def prompt(self) -> list[int]:
         """The ids in front of every caption: BOS where there is one, and the image token."""

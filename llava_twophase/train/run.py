@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
 from transformers import set_seed
 
 from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.artefacts import llava_config, write_artefacts
 from llava_twophase.train.checkpoints import CheckpointKeeper, checkpoint_to_resume
@@ -20,6 +22,11 @@ from llava_twophase.train.samples import CaptionSamples
 from llava_twophase.train.trainer import ProjectorTrainer
 
 logger = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = (
+    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, use --gradient_checkpointing "
+    "True, spread the LLM with --deepspeed pipelines/zero3.json, or quantise it with --bits 4"
+)
 
 
 def run(arguments: Arguments) -> int:
@@ -57,9 +64,15 @@ def run(arguments: Arguments) -> int:
         else None,
         callbacks=[keeper, *_samples(arguments, inputs, model)],
     )
+    cut = sum(inputs.template.is_cut(record.caption) for record in inputs.records)
+    if cut:
+        logger.warning("%d captions are cut at --model_max_length %d", cut, training.model_max_length)
     weights = sum(parameter.numel() for parameter in model.parameters())
     logger.info("%d records, %d held out, %d trainable weights", len(inputs.records), len(inputs.eval_records), weights)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory: {error}; {_OUT_OF_MEMORY}") from None
     trainer.save_state()
     with gathered(inputs.projector):
         if trainer.is_world_process_zero():

@@ -16,6 +16,7 @@ from llava_twophase.cache.format import SHARDS
 from llava_twophase.cache.writer import sha256
 from llava_twophase.errors import UserError
 from llava_twophase.inspect import pictures
+from llava_twophase.inspect.cli import SUBCOMMANDS
 
 SCRIPT = "pipelines/inspect_cache.py"
 SHARD = "shards/shard-000000.h5"
@@ -50,7 +51,7 @@ def photo(path, size=(80, 40)):
     return path
 
 
-@pytest.mark.parametrize("subcommand", [[], ["summary"], ["verify"], ["show"]], ids=str)
+@pytest.mark.parametrize("subcommand", [[], *([name] for name in SUBCOMMANDS)], ids=str)
 def test_help_ends_with_an_example(subcommand):
     lines = inspect(*subcommand, "--help").stdout.splitlines()
     assert lines[-2] == "example:" and lines[-1].startswith("  llava-inspect-cache ")
@@ -58,7 +59,21 @@ def test_help_ends_with_an_example(subcommand):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["frobnicate"], ["summary"], ["summary", "c", "--no-such-flag"], ["show", "c", "k"], ["verify", "c", "extra"]],
+    [
+        [],
+        ["frobnicate"],
+        ["summary"],
+        ["summary", "c", "--no-such-flag"],
+        ["show", "c", "k"],
+        ["verify", "c", "extra"],
+        ["show", "c", "k", "-o", "o", "--image_folder", "i", "--patch", "3"],
+        ["export", "c", "k", "-o", "k.txt"],
+        ["stats", "c", "--n", "0"],
+        ["stats", "c", "--plot", "p.txt"],
+        ["report", "c"],
+        ["compare", "c"],
+        ["coverage", "c"],
+    ],
     ids=str,
 )
 def test_wrong_usage_exits_with_2(arguments):
@@ -81,10 +96,10 @@ def test_inspection_loads_no_torch(cache):
     code = (
         "import sys\n"
         "from llava_twophase.inspect.cli import main\n"
-        "codes = [main([command, sys.argv[1]]) for command in ('summary', 'verify')]\n"
+        "codes = [main([command, sys.argv[1]]) for command in ('summary', 'verify', 'repair', 'stats')]\n"
         "print(codes, sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))\n"
     )
-    assert run(["python", "-c", code, cache]).stdout.splitlines()[-1] == "[0, 0] []"
+    assert run(["python", "-c", code, cache]).stdout.splitlines()[-1] == "[0, 0, 0, 0] []"
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
@@ -108,31 +123,26 @@ def test_summary_as_json(dtype, tmp_path):
     }
     assert {name: values[name] for name in expected} == expected
     assert values["made_by"].startswith("A CLIP tower of 4 layers saw the centre square")
+    assert values["of_bfloat16"] == pytest.approx(stored[0].nbytes / (2 * 9 * 32), abs=1e-4)
 
 
-def test_statistics_are_those_of_the_values(tmp_path):
-    cache, _, stored = make_cache(tmp_path / "cache", dtype="float32")
-    values = json.loads(inspect("summary", cache, "--json").stdout)["statistics"]
-    expected = {
-        "mean": stored.mean(dtype=np.float64),
-        "std": stored.std(dtype=np.float64),
-        "min": stored.min(),
-        "max": stored.max(),
-        "token_norm": np.linalg.norm(stored, axis=-1).mean(),
-    }
-    assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-6)
-    assert (values["rows"], values["of"], values["seed"], values["non_finite"]) == (8, 8, 0, 0)
+@pytest.mark.parametrize(("created", "text"), [("2020-01-01T00:00:00+00:00", " days"), ("never", "less than a minute")])
+def test_summary_says_how_old_it_is(created, text, cache):
+    manifest = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+    manifest["provenance"]["created"] = created
+    (cache / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (line,) = [line for line in inspect("summary", cache).stdout.splitlines() if line.startswith("  age ")]
+    assert line.endswith(text)
 
 
-def test_a_large_cache_is_sampled_and_the_sample_is_always_the_same(tmp_path):
-    cache, _, _ = make_cache(tmp_path / "cache", counts=(100,))
-    first, second = (json.loads(inspect("summary", cache, "--json").stdout)["statistics"] for _ in range(2))
-    assert first == second and (first["rows"], first["of"]) == (64, 100)
+def test_summary_says_what_a_codec_saves(tmp_path):
+    cache, _, _ = make_cache(tmp_path / "cache", dtype="int8")
+    assert "int8 with scales, 53% of bfloat16's size" in inspect("summary", cache).stdout
 
 
 def test_summary_for_people(cache):
     text = inspect("summary", cache).stdout
-    for part in ("without the CLS token", "9 tokens x 32, bfloat16", "statistics of a sample (8 of 8 images, seed 0)"):
+    for part in ("without the CLS token", "9 tokens x 32, bfloat16", "the tower's values bit for bit", "fingerprint"):
         assert part in text
     assert all(line == line.rstrip() for line in text.splitlines())
     assert "\x1b" not in text
@@ -344,4 +354,34 @@ def test_odd_pictures_are_drawn(size, ratio):
 
 def test_features_that_are_not_finite_are_not_drawn():
     with pytest.raises(UserError, match="not finite"):
-        pictures.show(Image.new("RGB", (4, 4)), np.full((9, 4), np.nan, np.float32), {}, 32)
+        pictures.draw_maps(np.full((1, 9, 4), np.nan, np.float32), {})
+
+
+def test_several_images_share_one_basis_and_one_scale():
+    features = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float32)
+    features[1, :8] = features[0, :8]
+    maps = pictures.draw_maps(features, {})
+    np.testing.assert_array_equal(maps.pca[0].reshape(16, 3)[:8], maps.pca[1].reshape(16, 3)[:8])
+    np.testing.assert_array_equal(maps.norms[0].reshape(16, 3)[:8], maps.norms[1].reshape(16, 3)[:8])
+
+
+def test_similarity_is_largest_at_the_chosen_patch():
+    features = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float32)
+    maps = pictures.draw_maps(features, {}, (2, 1))
+    brightness = maps.similarity.astype(int).sum(-1)
+    assert brightness[0, 2, 1] == brightness.max() == sum((255, 234, 70))
+    assert -1 <= maps.similarity_range[0] < maps.similarity_range[1] < 1
+
+
+@pytest.mark.parametrize("patch", [(4, 0), (0, 4), (-1, 0)])
+def test_a_patch_outside_the_grid_is_refused(patch):
+    with pytest.raises(UserError, match="outside the grid of 4 x 4"):
+        pictures.draw_maps(np.ones((1, 16, 8), np.float32), {}, patch)
+
+
+def test_show_draws_several_images_and_a_patch(original, tmp_path):
+    output = tmp_path / "out.png"
+    flags = ["-o", output, "--image_folder", original.images, "--size", "90", "--patch", "1,2"]
+    inspect("show", original.cache, *original.keys[:3], *flags)
+    with Image.open(output) as picture:
+        assert picture.size == (4 * (90 + 12) + 12, 3 * (90 + 22 + 12) + 12)

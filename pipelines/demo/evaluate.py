@@ -1,0 +1,139 @@
+"""What the trained projector is worth on pictures it never saw: the right image against a wrong one, and captions.
+
+Features come from the cache, as in training; the tower is not loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.records import Record, load_records
+from llava_twophase.train.collator import collate
+from llava_twophase.train.conversation import PlainTemplate, text_encoder
+from llava_twophase.train.model import LlavaProjectorModel
+from llava_twophase.train.projector import FILE, build_projector, load_projector
+
+BATCH = 32
+LONGEST_CAPTION = 32  # generated tokens
+
+
+@dataclass
+class Evaluation:
+    """Figures and texts of the held-out records.
+
+    Attributes:
+        right_image_loss: Mean over caption tokens, each record with its own image.
+        wrong_image_loss: The same captions, each with the image of another record whose caption differs.
+        exact_captions: Part of the greedily generated captions that equal the true one, 0 to 1.
+        records: The held-out records, in file order.
+        generated: One caption for each.
+    """
+
+    right_image_loss: float
+    wrong_image_loss: float
+    exact_captions: float
+    records: list[Record]
+    generated: list[str]
+
+
+class _Trained:
+    """The LLM, the trained projector and what turns captions into ids."""
+
+    def __init__(self, cache: FeatureCache, llm: str, projector: Path, kind: str, dtype: torch.dtype) -> None:
+        self.cache = cache
+        self.tokenizer = AutoTokenizer.from_pretrained(llm)
+        model = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype).eval()
+        tokens, width = cache.feature_shape
+        module = build_projector(kind, width, model.config.hidden_size)
+        load_projector(projector, module)
+        self.template = PlainTemplate(self.tokenizer, text_encoder(llm, self.tokenizer), 2048, tokens)
+        self.model = LlavaProjectorModel(model, module, self.template.image_at).eval()
+
+    def loss(self, captions: Sequence[str], keys: Sequence[str]) -> float:
+        """Return the mean loss over all caption tokens, caption i with the image of key i."""
+        total = count = 0.0
+        for start in range(0, len(keys), BATCH):
+            samples = []
+            for caption in captions[start : start + BATCH]:
+                input_ids, labels = self.template(caption)
+                samples.append({"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)})
+            batch = collate(samples)
+            features = self.cache.tensor(keys[start : start + BATCH])
+            tokens = int((batch["labels"] >= 0).sum())
+            total += float(self.model(**batch, features=features)["loss"]) * tokens
+            count += tokens
+        return total / count
+
+    def generate(self, keys: Sequence[str]) -> list[str]:
+        """Return a greedily generated caption for each image, up to its newline."""
+        captions: list[str] = []
+        for start in range(0, len(keys), BATCH):
+            written = self._generate(self.cache.tensor(keys[start : start + BATCH]))
+            captions += (text.split("\n")[0] for text in self.tokenizer.batch_decode(written))
+        return captions
+
+    def _generate(self, features: torch.Tensor) -> torch.Tensor:
+        """Return generated ids, `[B, T]`, for features `[B, L, D]`; what follows a newline is to be dropped."""
+        empty, _ = self.template("")  # [BOS, IMAGE, newline], or without BOS
+        prompt, newline = torch.tensor([empty[: self.template.image_at + 1]] * len(features)), empty[-1]
+        inputs = {"inputs_embeds": self.model.splice(prompt, features)}  # [B, L, H]
+        past, written = None, []
+        ended = torch.zeros(len(features), dtype=torch.bool)
+        while len(written) < LONGEST_CAPTION and not ended.all():
+            # An index, not a count: as in training, a slice of the hidden states would make lm_head copy its weight.
+            last = torch.tensor([next(iter(inputs.values())).shape[1] - 1])
+            output = self.model.llm(**inputs, past_key_values=past, use_cache=True, logits_to_keep=last)
+            past, token = output.past_key_values, output.logits[:, -1].argmax(-1)  # [B]
+            written.append(token)
+            ended |= token == newline
+            inputs = {"input_ids": token[:, None]}
+        return torch.stack(written, dim=1)
+
+
+def wrong_partners(captions: Sequence[str]) -> list[int]:
+    """Return for each caption the position of the next one, cyclically, that says something else.
+
+    Raises:
+        ValueError: All captions are the same, so there is no wrong image.
+    """
+    if len(set(captions)) < 2:
+        raise ValueError("needs at least two different captions")
+    partners = []
+    for position, caption in enumerate(captions):
+        other = (position + 1) % len(captions)
+        while captions[other] == caption:
+            other = (other + 1) % len(captions)
+        partners.append(other)
+    return partners
+
+
+@torch.inference_mode()
+def evaluate(cache: Path, data: Path, llm: str, trained: Path, kind: str, dtype: torch.dtype) -> Evaluation:
+    """Measure the trained projector on held-out records.
+
+    Args:
+        cache: Feature cache that has their images.
+        data: Held-out records.
+        llm: Folder of the frozen LLM.
+        trained: Output folder of the training command.
+        kind: The projector's type, such as mlp2x_gelu.
+        dtype: The LLM's.
+    """
+    records = load_records(data)
+    model = _Trained(FeatureCache(cache), llm, trained / FILE, kind, dtype)
+    captions, keys = [record.caption for record in records], [record.image for record in records]
+    generated = model.generate(keys)
+    exact = sum(text == caption for text, caption in zip(generated, captions, strict=True))
+    return Evaluation(
+        right_image_loss=model.loss(captions, keys),
+        wrong_image_loss=model.loss(captions, [keys[position] for position in wrong_partners(captions)]),
+        exact_captions=exact / len(records),
+        records=records,
+        generated=generated,
+    )
