@@ -12,7 +12,7 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.artefacts import llava_config, write_artefacts
-from llava_twophase.train.checkpoints import CheckpointKeeper, checkpoint_to_resume
+from llava_twophase.train.checkpoints import CheckpointKeeper, checkpoint_to_resume, saved_cut
 from llava_twophase.train.checks import Inputs, check_inputs, run_identity
 from llava_twophase.train.collator import collate
 from llava_twophase.train.dataset import CaptionDataset
@@ -24,8 +24,8 @@ from llava_twophase.train.trainer import ProjectorTrainer
 logger = logging.getLogger(__name__)
 
 _OUT_OF_MEMORY = (
-    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, use --gradient_checkpointing "
-    "True, spread the LLM with --deepspeed pipelines/zero3.json, or quantise it with --bits 4"
+    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, spread the LLM with "
+    "--deepspeed pipelines/zero3.json, or quantise it with --bits 4"
 )
 
 
@@ -50,9 +50,14 @@ def run(arguments: Arguments) -> int:
     template = inputs.template
     encode = None if isinstance(inputs.source, FeatureCache) else inputs.source.encode
     llm = load_llm(arguments)
-    model = LlavaProjectorModel(llm, inputs.projector, template.image_at, template.image_tokens, encode)
+    model = LlavaProjectorModel(llm, inputs.projector, template.image_at, template.image_tokens, encode, *arguments.cut)
+    if training.torch_compile:  # Trainer compiles the projector around it
+        model.frozen.compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
+    before = saved_cut(checkpoint) if checkpoint is not None and arguments.cut == (None, None) else None
+    if before is not None:
+        model.frozen.cut = before
     # Ours to remove, once the new checkpoint is whole on every rank.
-    keeper = CheckpointKeeper(identity, training.save_total_limit)
+    keeper = CheckpointKeeper(identity, training.save_total_limit, model.frozen)
     training.save_total_limit = None
     trainer = ProjectorTrainer(
         model,
