@@ -94,6 +94,14 @@ class ProjectorTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = _flag(False, "has no effect: samples hold only what the model takes")
     model_max_length: int = _flag(2048, "longest sequence, the image's positions included")
     group_by_modality_length: bool = _flag(False, "batches of similar text length, as LLaVA groups them")
+    micro_batch_size: str = _flag(
+        "auto", "samples that go through the LLM at once; auto: by memory. Neither this nor --recompute changes a loss"
+    )
+    recompute: str = _flag(
+        "auto",
+        "activations to recompute: 0 none, k those of every k-th layer; auto: none while memory lasts, also with "
+        "--gradient_checkpointing True",
+    )
     mm_projector_lr: float | None = _flag(None, "learning rate of the projector; overrides --learning_rate")
     freeze_mm_mlp_adapter: bool = _flag(False, "must be False: nothing would be trained")
     cache_dir: str | None = _flag(None, "where hub downloads are kept")
@@ -144,6 +152,13 @@ class Arguments:
         """Return every argument as JSON, defaults included, for the run's folder."""
         training = self.training.to_dict()
         return {"model": asdict(self.model), "data": asdict(self.data), "training": training}
+
+    @property
+    def cut(self) -> tuple[int | None, int | None]:
+        """``--micro_batch_size`` and ``--recompute``, None where memory is to choose."""
+        given = self.training.micro_batch_size, self.training.recompute
+        rows, recompute = (None if text == "auto" else int(text) for text in given)
+        return rows, recompute
 
     @property
     def tower_dtype(self) -> torch.dtype:
@@ -217,5 +232,17 @@ def _refusals(model: ModelArguments, data: DataArguments, training: ProjectorTra
             model.compute_dtype not in (None, "bf16", "fp16", "fp32"),
             f"--compute_dtype {model.compute_dtype}: expected bf16, fp16 or fp32",
         ),
+        (
+            not _auto_or_at_least(1, training.micro_batch_size),
+            f"--micro_batch_size {training.micro_batch_size}: expected auto, or a number from 1",
+        ),
+        (
+            not _auto_or_at_least(0, training.recompute),
+            f"--recompute {training.recompute}: expected auto, 0 for no layer, or k for every k-th layer",
+        ),
     ]
     return [text for found, text in checks if found]
+
+
+def _auto_or_at_least(smallest: int, text: str) -> bool:
+    return text == "auto" or (text.isdecimal() and int(text) >= smallest)

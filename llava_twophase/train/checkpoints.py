@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from llava_twophase.cache.fingerprint import differences, normalize
 from llava_twophase.errors import UserError, collected
 from llava_twophase.train.artefacts import write_json
+from llava_twophase.train.frozen import FrozenLLM
+from llava_twophase.train.memory import Cut
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
+_CUT = "cut.json"
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -32,10 +36,11 @@ class CheckpointKeeper(TrainerCallback):
     Args:
         identity: What a run that goes on from them must have in common with this one.
         keep: How many to keep, None for all.
+        frozen: The LLM, whose cut of the batches is kept: another one would round otherwise after a resume.
     """
 
-    def __init__(self, identity: dict[str, Any], keep: int | None) -> None:
-        self._identity, self._keep = identity, keep
+    def __init__(self, identity: dict[str, Any], keep: int | None, frozen: FrozenLLM | None = None) -> None:
+        self._identity, self._keep, self._frozen = identity, keep, frozen
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -58,6 +63,8 @@ class CheckpointKeeper(TrainerCallback):
             return
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"
+        if self._frozen is not None and self._frozen.cut is not None:
+            write_json(checkpoint / _CUT, asdict(self._frozen.cut))
         for path in checkpoint.rglob("*"):
             if path.is_file():
                 _sync(path)
@@ -107,6 +114,12 @@ def checkpoint_to_resume(output_dir: Path, asked: str | None, identity: dict[str
         )
     logger.info("resuming from %s", found)
     return found
+
+
+def saved_cut(checkpoint: Path) -> Cut | None:
+    """Return how batches were cut when a checkpoint was written."""
+    path = checkpoint / _CUT
+    return Cut(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 _STEP = re.compile(r"checkpoint-(\d+)")

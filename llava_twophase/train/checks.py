@@ -22,7 +22,7 @@ from llava_twophase.errors import UserError, collected
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.conversation import PlainTemplate, text_encoder
-from llava_twophase.train.llm import require_bits
+from llava_twophase.train.llm import require_bits, require_liger
 from llava_twophase.train.projector import build_projector, load_projector
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def check_inputs(arguments: Arguments) -> Inputs:
 
     attempt(lambda: _require_packages(arguments))
     attempt(lambda: require_bits(arguments))
+    attempt(lambda: require_liger(arguments))
     attempt(lambda: _require_output(arguments))
     split = attempt(lambda: _load_records(arguments))
     source = attempt(lambda: _feature_source(arguments))

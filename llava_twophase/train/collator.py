@@ -6,6 +6,7 @@ Under causal attention a real token never sees the padding behind it, so a batch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -13,20 +14,22 @@ from torch.nn.utils.rnn import pad_sequence
 from llava_twophase.constants import IGNORE_INDEX
 
 
-def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
     """Make one batch.
 
     Args:
         samples: As ``CaptionDataset`` gives them.
 
     Returns:
-        ``input_ids`` (padding 0, which no loss ever sees) and ``labels`` (padding -100), int64 ``[B, T]``, and
-        ``features`` ``[B, L, D]`` or ``crops`` ``[B, S, S, 3]``.
+        ``input_ids`` (padding 0, which no loss ever sees) and ``labels`` (padding -100), int64 ``[B, T]``,
+        ``features`` ``[B, L, D]`` or ``crops`` ``[B, S, S, 3]``, and ``lengths``, ids of each sample, which stay on
+        the host.
     """
-    batch = {
+    batch: dict[str, Any] = {
         "input_ids": pad_sequence([sample["input_ids"] for sample in samples], batch_first=True, padding_value=0),
         "labels": pad_sequence([sample["labels"] for sample in samples], batch_first=True, padding_value=IGNORE_INDEX),
     }
     for name in samples[0].keys() - batch.keys():
         batch[name] = torch.stack([sample[name] for sample in samples])
+    batch["lengths"] = [len(sample["input_ids"]) for sample in samples]
     return batch

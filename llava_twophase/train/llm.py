@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import apply_liger_kernel, is_deepspeed_zero3_enabled
 
 from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import Arguments
@@ -48,9 +48,12 @@ def load_llm(arguments: Arguments) -> Any:
         options["quantization_config"] = _quantization(arguments)
     try:
         llm = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # an ImportError names what --attn_implementation lacks
         raise UserError(f"--model_name_or_path {model.model_name_or_path} cannot be loaded: {error}") from None
     llm.requires_grad_(False)
+    if training.use_liger_kernel:
+        apply_liger_kernel(llm, training.liger_kernel_config)
+        training.use_liger_kernel = False  # done; Trainer would look for something to patch in the projector
     return _partitioned(llm, arguments) if zero3 else llm
 
 
@@ -78,6 +81,20 @@ def require_bits(arguments: Arguments) -> None:
         raise UserError(f"--bits {bits} needs a CUDA device; leave --bits out")
     if is_deepspeed_zero3_enabled():
         raise UserError(f"--bits {bits} and ZeRO-3 exclude each other; use pipelines/zero2.json")
+
+
+def require_liger(arguments: Arguments) -> None:
+    """Check that ``--use_liger_kernel`` can be honoured, before anything is loaded.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if not arguments.training.use_liger_kernel:
+        return
+    if not torch.accelerator.is_available():
+        raise UserError("--use_liger_kernel True: its kernels are written in Triton and need a GPU; leave it out")
+    if find_spec("liger_kernel") is None:
+        raise UserError("--use_liger_kernel True needs liger-kernel: pip install liger-kernel, or leave it out")
 
 
 def _quantization(arguments: Arguments) -> BitsAndBytesConfig:

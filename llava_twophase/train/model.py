@@ -1,18 +1,18 @@
-"""Frozen LLM + projector: splice, and the loss over caption positions only; knows nothing of files or optimizers.
+"""Frozen LLM + projector, as the one model that is trained; knows nothing of files or optimizers.
 
-Shapes: B samples, T ids, L patch tokens, D tower width, H LLM width, V vocabulary; N = T - 1 + L spliced positions.
+Shapes: B samples, T ids, L patch tokens, D tower width, H LLM width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from llava_twophase.constants import IGNORE_INDEX
+from llava_twophase.train.frozen import FrozenLLM
 
 
 class LlavaProjectorModel(nn.Module):
@@ -27,10 +27,16 @@ class LlavaProjectorModel(nn.Module):
         image_at: Position of the image token in ``input_ids``: 1 behind a BOS, else 0.
         image_tokens: L, the positions that the image token becomes; only what is logged needs it.
         encode: For on-the-fly mode: ``uint8 [B, S, S, 3]`` to ``[B, L, D]`` without gradient.
+        micro_batch_size: Samples that go through the LLM at once; None chooses by memory.
+        recompute: 0 for nothing, k for every k-th layer of the LLM; None chooses by memory.
+
+    Attributes:
+        accepts_loss_kwargs: Whether Trainer is to give ``num_items_in_batch``.
+        frozen: The LLM as one function; its ``cut`` says how batches go through it.
     """
 
     mm_projector: nn.Module
-    llm: Any
+    accepts_loss_kwargs = False
 
     def __init__(
         self,
@@ -39,11 +45,13 @@ class LlavaProjectorModel(nn.Module):
         image_at: int = 1,
         image_tokens: int = 0,
         encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        micro_batch_size: int | None = None,
+        recompute: int | None = None,
     ) -> None:
         super().__init__()
-        self.image_at, self.image_tokens = image_at, image_tokens
+        self.image_tokens = image_tokens
         self.mm_projector = mm_projector
-        object.__setattr__(self, "llm", llm.requires_grad_(False))
+        self.frozen = FrozenLLM(llm, image_at, micro_batch_size, recompute)  # no nn.Module
         self._encode = encode
 
     def forward(
@@ -52,6 +60,8 @@ class LlavaProjectorModel(nn.Module):
         labels: torch.Tensor,
         features: torch.Tensor | None = None,
         crops: torch.Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the loss of a batch.
 
@@ -60,37 +70,37 @@ class LlavaProjectorModel(nn.Module):
             labels: int64 ``[B, T]``, -100 where nothing is learnt.
             features: ``[B, L, D]`` from the cache, in any float dtype.
             crops: ``uint8 [B, S, S, 3]`` instead, for on-the-fly mode.
+            lengths: Ids of each sample, on the host; without them every micro-batch is padded as the batch is.
+            num_items_in_batch: Caption tokens of the optimizer's whole batch, over accumulation steps and devices; what
+                Trainer gives for ``--average_tokens_across_devices True``.
 
         Returns:
-            ``loss``: float32 scalar, the mean over the batch's caption tokens, as LLaVA's per-device loss.
+            ``loss``: float32 scalar, the mean over the batch's caption tokens, as LLaVA's per-device loss; with
+            `num_items_in_batch`, their sum over that number.
         """
         if features is None:
             assert self._encode is not None and crops is not None, "a batch has features, or crops and a tower"
             features = self._encode(crops)
-        embeds = self.splice(input_ids, features)  # [B, N, H]
-        image_at = self.image_at
-        # Indices, not a number: a slice would not be contiguous, and the output embedding copied for each sample.
-        # The last image position predicts the caption's first token; logits before it would be thrown away.
-        kept = torch.arange(embeds.shape[1] - input_ids.shape[1] + image_at, embeds.shape[1], device=embeds.device)
-        logits = self.llm(inputs_embeds=embeds, use_cache=False, logits_to_keep=kept).logits  # [B, kept, V]
-        targets = labels[:, image_at + 1 :]  # [B, kept - 1]
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+        loss = self.frozen.loss(self._project(features), input_ids, labels, lengths)
+        if num_items_in_batch is not None:
+            loss = loss * (labels != IGNORE_INDEX).sum() / num_items_in_batch
         return {"loss": loss}
 
     def splice(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Replace the image token by projected features.
+        """Replace the image token by projected features, for who wants to generate from them.
 
         Args:
             input_ids: int64 ``[B, T]``.
             features: ``[B, L, D]``.
 
         Returns:
-            ``[B, N, H]`` in the LLM's dtype.
+            ``[B, T - 1 + L, H]`` in the LLM's dtype.
         """
+        return self.frozen.splice(self._project(features).to(self.llm.dtype), input_ids)
+
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
         dtype = next(self.mm_projector.parameters()).dtype
-        projected = self.mm_projector(features.to(dtype))  # [B, L, H]
-        text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # [B, T, H]
-        return torch.cat([text[:, : self.image_at], projected.to(text.dtype), text[:, self.image_at + 1 :]], dim=1)
+        return self.mm_projector(features.to(dtype))  # [B, L, H]
 
     def train(self, mode: bool = True) -> LlavaProjectorModel:
         """Set the mode of projector and LLM; the LLM's recomputation works in training mode only."""
@@ -99,10 +109,19 @@ class LlavaProjectorModel(nn.Module):
         return self
 
     @property
+    def llm(self) -> Any:
+        """The frozen LLM."""
+        return self.frozen.llm
+
+    @property
+    def image_at(self) -> int:
+        """Position of the image token in ``input_ids``."""
+        return self.frozen.image_at
+
+    @property
     def config(self) -> Any:
         """The LLM's configuration, where DeepSpeed's "auto" values come from."""
         return self.llm.config.get_text_config()
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute the LLM's activations in the backward pass; Trainer calls it for ``--gradient_checkpointing``."""
-        self.llm.activation_checkpointing_enable(**kwargs)
+        """Do nothing: Trainer calls it for ``--gradient_checkpointing``, but memory decides what is recomputed."""

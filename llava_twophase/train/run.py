@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -12,7 +13,7 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.artefacts import llava_config, write_artefacts
-from llava_twophase.train.checkpoints import CheckpointKeeper, checkpoint_to_resume
+from llava_twophase.train.checkpoints import CheckpointKeeper, checkpoint_to_resume, saved_cut
 from llava_twophase.train.checks import Inputs, check_inputs, run_identity
 from llava_twophase.train.collator import collate
 from llava_twophase.train.dataset import CaptionDataset
@@ -24,8 +25,8 @@ from llava_twophase.train.trainer import ProjectorTrainer
 logger = logging.getLogger(__name__)
 
 _OUT_OF_MEMORY = (
-    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps as much, use --gradient_checkpointing "
-    "True, spread the LLM with --deepspeed pipelines/zero3.json, or quantise it with --bits 4"
+    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, spread the LLM with "
+    "--deepspeed pipelines/zero3.json, or quantise it with --bits 4"
 )
 
 
@@ -47,28 +48,8 @@ def run(arguments: Arguments) -> int:
     identity = run_identity(arguments, inputs)
     folder = Path(str(training.output_dir))
     checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint, identity)
-    template = inputs.template
-    encode = None if isinstance(inputs.source, FeatureCache) else inputs.source.encode
-    llm = load_llm(arguments)
-    model = LlavaProjectorModel(llm, inputs.projector, template.image_at, template.image_tokens, encode)
-    # Ours to remove, once the new checkpoint is whole on every rank.
-    keeper = CheckpointKeeper(identity, training.save_total_limit)
-    training.save_total_limit = None
-    trainer = ProjectorTrainer(
-        model,
-        training,
-        data_collator=collate,
-        train_dataset=CaptionDataset(inputs.records, inputs.template, inputs.source),
-        eval_dataset=CaptionDataset(inputs.eval_records, inputs.template, inputs.source)
-        if inputs.eval_records
-        else None,
-        callbacks=[keeper, *_samples(arguments, inputs, model)],
-    )
-    cut = sum(inputs.template.is_cut(record.caption) for record in inputs.records)
-    if cut:
-        logger.warning("%d captions are cut at --model_max_length %d", cut, training.model_max_length)
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    logger.info("%d records, %d held out, %d trainable weights", len(inputs.records), len(inputs.eval_records), weights)
+    model = _model(arguments, inputs, checkpoint)
+    trainer = _trainer(arguments, inputs, model, identity)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError as error:
@@ -80,6 +61,42 @@ def run(arguments: Arguments) -> int:
             features = inputs.source.fingerprint if isinstance(inputs.source, FeatureCache) else None
             logger.info("wrote %s", write_artefacts(folder, inputs.projector, config, arguments, features))
     return 0
+
+
+def _model(arguments: Arguments, inputs: Inputs, checkpoint: Path | None) -> LlavaProjectorModel:
+    training, template = arguments.training, inputs.template
+    encode = None if isinstance(inputs.source, FeatureCache) else inputs.source.encode
+    llm = load_llm(arguments)
+    model = LlavaProjectorModel(llm, inputs.projector, template.image_at, template.image_tokens, encode, *arguments.cut)
+    model.accepts_loss_kwargs = training.average_tokens_across_devices
+    if training.torch_compile:  # Trainer compiles the projector around it
+        model.frozen.compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
+    before = saved_cut(checkpoint) if checkpoint is not None and arguments.cut == (None, None) else None
+    if before is not None:
+        model.frozen.cut = before
+    return model
+
+
+def _trainer(
+    arguments: Arguments, inputs: Inputs, model: LlavaProjectorModel, identity: dict[str, Any]
+) -> ProjectorTrainer:
+    training, template, source = arguments.training, inputs.template, inputs.source
+    # Ours to remove, once the new checkpoint is whole on every rank.
+    keeper = CheckpointKeeper(identity, training.save_total_limit, model.frozen)
+    training.save_total_limit = None
+    cut = sum(template.is_cut(record.caption) for record in inputs.records)
+    if cut:
+        logger.warning("%d captions are cut at --model_max_length %d", cut, training.model_max_length)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    logger.info("%d records, %d held out, %d trainable weights", len(inputs.records), len(inputs.eval_records), weights)
+    return ProjectorTrainer(
+        model,
+        training,
+        data_collator=collate,
+        train_dataset=CaptionDataset(inputs.records, template, source),
+        eval_dataset=CaptionDataset(inputs.eval_records, template, source) if inputs.eval_records else None,
+        callbacks=[keeper, *_samples(arguments, inputs, model)],
+    )
 
 
 def _samples(arguments: Arguments, inputs: Inputs, model: LlavaProjectorModel) -> list[CaptionSamples]:

@@ -55,8 +55,16 @@ def test_loss_is_the_mean_over_the_batchs_caption_tokens(model):
     torch.testing.assert_close(loss, reference_loss(model, samples), rtol=1e-6, atol=1e-6)
 
 
+def test_mean_over_the_tokens_of_several_batches(model):
+    """What --average_tokens_across_devices asks for: each batch's sum over the tokens of all."""
+    samples = [sample(caption, seed) for seed, caption in enumerate(CAPTIONS)]
+    tokens = sum(map(len, CAPTIONS))
+    parts = [model(**collate(part), num_items_in_batch=tokens)["loss"] for part in (samples[:1], samples[1:])]
+    torch.testing.assert_close(sum(parts), reference_loss(model, samples), rtol=1e-6, atol=1e-6)
+
+
 def test_image_comes_first_without_bos(model):
-    model.image_at = 0
+    model = LlavaProjectorModel(model.llm, model.mm_projector, image_at=0)
     samples = [sample(caption, seed, bos=False) for seed, caption in enumerate(CAPTIONS)]
     expected = reference_loss(model, samples, image_at=0)
     torch.testing.assert_close(model(**collate(samples))["loss"], expected, rtol=1e-6, atol=1e-6)

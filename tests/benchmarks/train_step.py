@@ -1,0 +1,352 @@
+"""Our training step against LLaVA's way, on the same batch and weights: samples/s, memory, share of the matmul rate.
+
+LLaVA's way is written here from transformers' parts: tower in the step, logits and their float32 copy at every
+position, an attention mask, recomputation of every layer. Each row of the table takes one of these away; the last is
+`LlavaProjectorModel`. Every row is a process of its own that takes HF Trainer's steps; a row's time is its median step.
+
+    python tests/benchmarks/train_step.py                      # two shapes on a CPU, all four where there is a GPU
+    python tests/benchmarks/train_step.py --shapes 1b --ways llava ours --repeats 3
+
+Weights are random: they change neither times nor memory. Random batches have captions as long as LLaVA-Pretrain's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from llava_twophase.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
+from llava_twophase.train.collator import collate  # noqa: E402
+from llava_twophase.train.metrics import StepFlops  # noqa: E402
+from llava_twophase.train.model import LlavaProjectorModel  # noqa: E402
+from llava_twophase.train.projector import build_projector  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PATCHES, WIDTH = 576, 1024
+TOWER = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An LLM's shape, and the batch it gets on a CPU; a GPU gets the recipe's 32."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    batch: int
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            tie_word_embeddings=self.vocabulary > 40_000,
+        )
+
+
+SHAPES = {
+    "135m": Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, 8),
+    "1b": Shape("1.1B LLaMA", 2048, 5632, 22, 32, 4, 32000, 4),
+    "7b": Shape("Vicuna-7B", 4096, 11008, 32, 32, 32, 32000, 32),
+    "13b": Shape("Vicuna-13B", 5120, 13824, 40, 40, 40, 32000, 32),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """What a step does that a projector alone would not need."""
+
+    name: str
+    tower: bool = False
+    recompute: bool = False
+    mask: bool = False
+    all_logits: bool = False
+
+
+WAYS = {
+    "llava": Way("LLaVA's way", tower=True, recompute=True, mask=True, all_logits=True),
+    "cached": Way("features from a cache", recompute=True, mask=True, all_logits=True),
+    "kept": Way("nothing recomputed", mask=True, all_logits=True),
+    "unmasked": Way("no attention mask", all_logits=True),
+    "captions": Way("logits at captions only"),
+    "ours": Way("ours: cut by memory, lean last layer"),
+    "compiled": Way("ours, --torch_compile True"),
+}
+
+
+class LlavaStep(nn.Module):
+    """LLaVA's stage-1 forward pass, less what `way` leaves out."""
+
+    def __init__(self, llm: Any, projector: nn.Module, tower: nn.Module | None, way: Way) -> None:
+        super().__init__()
+        self.llm, self.mm_projector, self.tower, self.way = llm.requires_grad_(False), projector, tower, way
+        if way.recompute:
+            llm.activation_checkpointing_enable()
+
+    def forward(self, input_ids, labels, features=None, pixels=None, lengths=None):
+        if self.tower is not None:
+            with torch.no_grad():
+                features = self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        image = self.mm_projector(features)
+        text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))
+        embeds = torch.cat([text[:, :1], image, text[:, 2:]], dim=1)  # [B, N, H]
+        ignored = labels.new_full((len(labels), image.shape[1]), IGNORE_INDEX)
+        labels = torch.cat([labels[:, :1], ignored, labels[:, 2:]], dim=1)  # [B, N]
+        mask = None
+        if self.way.mask:
+            ends = torch.tensor(lengths, device=labels.device)[:, None] - 1 + image.shape[1]
+            mask = torch.arange(embeds.shape[1], device=labels.device) < ends
+        kept = 0 if self.way.all_logits else input_ids.shape[1] - 1
+        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        labels = labels[:, -logits.shape[1] :]
+        loss = nn.functional.cross_entropy(logits.float()[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss}
+
+
+class Clock(TrainerCallback):
+    """Times each step, and keeps its loss and gradient norm."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = _now()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(_now() - self.started)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            self.norms.append(logs["grad_norm"])
+
+
+def _now() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def draw_samples(shape: Shape, folder: Path) -> None:
+    """Draw a batch, run the tower over it once, and keep it for every way's process."""
+    generator = torch.Generator().manual_seed(0)
+    batch = shape.batch if DEVICE.type == "cpu" else 32
+    # LLaVA-Pretrain's captions have 14 tokens at the median, and a long tail.
+    lengths = torch.randn(batch, generator=generator).mul(0.5).exp().mul(14).int().clamp(4, 64).tolist()
+    tower = build_tower()
+    samples = []
+    for length in lengths:
+        caption = torch.randint(3, shape.vocabulary, (length,), generator=generator)
+        pixels = torch.randn(3, 336, 336, generator=generator).to(torch.bfloat16)
+        with torch.no_grad():
+            hidden = tower(pixels[None].to(DEVICE), output_hidden_states=True).hidden_states[-2]
+        samples.append(
+            {
+                "input_ids": torch.cat([torch.tensor([1, IMAGE_TOKEN_INDEX]), caption]),
+                "labels": torch.cat([torch.tensor([IGNORE_INDEX] * 2), caption]),
+                "pixels": pixels,
+                "features": hidden[0, 1:].cpu(),
+            }
+        )
+    torch.save(samples, folder / "samples.pt")
+
+
+def build_tower() -> nn.Module:
+    torch.manual_seed(1)
+    with DEVICE:
+        return CLIPVisionModel._from_config(CLIPVisionConfig(**TOWER), dtype=torch.bfloat16).requires_grad_(False)
+
+
+def build_model(shape: Shape, way: Way, compiled: bool, ours: bool) -> nn.Module:
+    torch.manual_seed(2)
+    with DEVICE:
+        llm = LlamaForCausalLM._from_config(shape.config(), dtype=torch.bfloat16)
+        projector = build_projector("mlp2x_gelu", WIDTH, shape.hidden).to(torch.bfloat16)
+    if not ours:
+        return LlavaStep(llm, projector, build_tower() if way.tower else None, way)
+    model = LlavaProjectorModel(llm, projector, image_tokens=PATCHES)
+    if compiled:
+        model.frozen.compile()
+    return model
+
+
+def matmul_rate(shape: Shape) -> float:
+    """Return the FLOP/s of this machine's bf16 matmul at the LLM's own widths: the best of five."""
+    rows = 8 * 600 if DEVICE.type == "cuda" else 2 * 600
+    left = torch.randn(rows, shape.hidden, device=DEVICE).to(torch.bfloat16)
+    right = torch.randn(shape.intermediate, shape.hidden, device=DEVICE).to(torch.bfloat16)
+    times = []
+    for _ in range(6):
+        started = _now()
+        for _ in range(4):
+            nn.functional.linear(left, right)
+        times.append(_now() - started)
+    return 4 * 2 * rows * shape.hidden * shape.intermediate / min(times[1:])
+
+
+def flops(shape: Shape, way: Way, ours: bool, samples: list[dict[str, torch.Tensor]], model: Any) -> float:
+    """Count what a way computes in one step, padding not included: what a step cannot do without, plus its extras."""
+    counts = StepFlops.of(model.llm)
+    total = 0.0
+    for sample in samples:
+        positions, kept = len(sample["input_ids"]) - 1 + PATCHES, len(sample["input_ids"]) - 2
+        total += counts.count(1, positions, positions if way.all_logits else kept)
+        if way.recompute:
+            total += 2 * counts.body * positions + 2 * counts.attention * positions**2
+        if way.tower:
+            total += 2 * 577 * 24 * 12 * WIDTH**2 + 24 * 4 * 577**2 * WIDTH
+        if ours:  # queries, output projection and MLP of the last layer, at positions that nobody reads
+            last = 2 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
+            total -= 4 * last * (positions - kept)
+    return total
+
+
+def reset_peak_memory() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the process' peak starts anew
+
+
+def peak_memory() -> int:
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def run_way(shape: Shape, key: str, folder: Path, steps: int) -> dict[str, Any]:
+    """Take HF Trainer's steps one way, in this process."""
+    ours, way = key in ("ours", "compiled"), WAYS[key]
+    unused = "features" if way.tower else "pixels"
+    samples = [{k: v for k, v in sample.items() if k != unused} for sample in torch.load(folder / "samples.pt")]
+    model, clock = build_model(shape, way, key == "compiled", ours), Clock()
+    arguments = TrainingArguments(
+        output_dir=str(folder / key),
+        per_device_train_batch_size=len(samples),
+        max_steps=steps + 1,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=DEVICE.type == "cpu",
+    )
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=samples, callbacks=[clock])
+    reset_peak_memory()
+    before = matmul_rate(shape)
+    trainer.train()
+    peak = peak_memory()
+    rate = (before + matmul_rate(shape)) / 2
+    seconds = statistics.median(clock.seconds[1:])  # the first one warms up, and chooses the cut
+    return {
+        "seconds": seconds,
+        "samples_per_second": len(samples) / seconds,
+        "peak_gb": peak / 1e9,
+        "flops_over_matmul": flops(shape, way, ours, samples, model) / seconds / rate,
+        "matmul_tflops": rate / 1e12,
+        "losses": clock.losses,
+        "gradient_norms": clock.norms,
+        "cut": str(model.frozen.cut) if ours else "",
+    }
+
+
+def measure(shape_key: str, ways: list[str], repeats: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Run every way in its own process, `repeats` times in turns, and return each one's median run."""
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory() as folder:
+        draw_samples(SHAPES[shape_key], Path(folder))
+        for turn in range(repeats):
+            for way in ways:
+                print(f"{shape_key}: {way}, run {turn + 1} of {repeats}", file=sys.stderr, flush=True)
+                command = [sys.executable, __file__, "--worker", shape_key, way, folder, "--steps", str(steps)]
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
+                runs[way].append(json.loads(output.splitlines()[-1]))
+    return {way: sorted(found, key=lambda run: run["seconds"])[len(found) // 2] for way, found in runs.items()}
+
+
+def show(shape: Shape, results: dict[str, dict[str, Any]]) -> None:
+    table = Table(title=f"{shape.name}, bf16, {DEVICE.type}, {torch.get_num_threads()} threads")
+    for heading in ("way", "samples/s", "speedup", "peak GB", "of matmul rate", "first losses"):
+        table.add_column(heading, justify="left" if heading == "way" else "right", no_wrap=True)
+    first = next(iter(results.values()))
+    for key, run in results.items():
+        table.add_row(
+            WAYS[key].name,
+            f"{run['samples_per_second']:.3f}",
+            f"{run['samples_per_second'] / first['samples_per_second']:.2f}",
+            f"{run['peak_gb']:.2f}",
+            f"{run['flops_over_matmul']:.2f}",
+            " ".join(f"{loss:.4f}" for loss in run["losses"][:3]),
+        )
+    Console(width=140).print(table)
+    for run in results.values():
+        if run["cut"]:
+            print(run["cut"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = list(SHAPES) if DEVICE.type == "cuda" else ["135m", "1b"]
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=default)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first one is the baseline")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each way, in turns; the median counts")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a run, after one that warms up")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        shape, way, folder = arguments.worker
+        print(json.dumps(run_way(SHAPES[shape], way, Path(folder), arguments.steps)))
+        return 0
+    line: dict[str, Any] = {}
+    for key in arguments.shapes:
+        results = measure(key, arguments.ways, arguments.repeats, arguments.steps)
+        show(SHAPES[key], results)
+        baseline, ours = results[arguments.ways[0]], results["ours" if "ours" in results else arguments.ways[-1]]
+        line[f"speedup_{key}"] = round(ours["samples_per_second"] / baseline["samples_per_second"], 3)
+        line[f"flops_over_matmul_{key}"] = round(ours["flops_over_matmul"], 3)
+        line[f"peak_gb_{key}"] = {"baseline": round(baseline["peak_gb"], 3), "ours": round(ours["peak_gb"], 3)}
+        line[f"losses_{key}"] = {"baseline": baseline["losses"], "ours": ours["losses"]}
+        line[f"gradient_norms_{key}"] = {"baseline": baseline["gradient_norms"], "ours": ours["gradient_norms"]}
+    print(json.dumps(line))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
