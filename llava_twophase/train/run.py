@@ -51,7 +51,7 @@ def run(arguments: Arguments) -> int:
     encode = None if isinstance(inputs.source, FeatureCache) else inputs.source.encode
     llm = load_llm(arguments)
     model = LlavaProjectorModel(llm, inputs.projector, template.image_at, template.image_tokens, encode, *arguments.cut)
-    if training.torch_compile:  # Trainer compiles the projector around it
+    if training.torch_compile:
         model.frozen.compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
     before = saved_cut(checkpoint) if checkpoint is not None and arguments.cut == (None, None) else None
     if before is not None:
