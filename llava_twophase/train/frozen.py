@@ -73,8 +73,6 @@ class FrozenLLM:
         for layer in self.llm.get_decoder().layers[:-1]:
             layer.compile(**options)
 
-    # What is inside runs its own backward passes; a compiler that looks on would only stumble over them.
-    @torch.compiler.disable
     def loss(
         self,
         projected: torch.Tensor,
@@ -119,7 +117,7 @@ class FrozenLLM:
         batch, longest = input_ids.shape
         if learning and self._cut is None:
             self.cut = self._choose(features, input_ids, labels)
-        rows = self._cut.rows if self._cut else enough_rows(features.device, features.shape[1])
+        rows = self._cut.rows if self._cut else enough_rows(features)
         # Longest first, so that a micro-batch holds little padding, and what does not fit shows at once.
         lengths = [longest] * batch if lengths is None else lengths
         order = sorted(range(batch), key=lambda index: -lengths[index])
@@ -194,7 +192,7 @@ class FrozenLLM:
         if not hasattr(self.llm, "zero3_engine"):
             row = replace(row, layer=self._trial(features, input_ids, labels) // row.layers)
         free = free_bytes(features.device) - 4 * features.nbytes  # the projector's own gradients, still to come
-        enough = enough_rows(features.device, features.shape[1])
+        enough = enough_rows(features)
         cut = agreed(choose_cut(row, free, batch, enough, rows, recompute), features.device)
         logger.info(
             "a batch of %d goes through the LLM in %s: about %.1f GB, %.1f GB are free "

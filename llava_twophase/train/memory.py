@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-# Positions of a micro-batch beyond which larger matrices gain nothing. An accelerator wants many tiles to fill its
-# last wave (4096 positions: 1280 tiles of 128 x 128 at width 5120, ten waves on 132 multiprocessors); a CPU core
-# reaches its rate within two samples of 600 (tests/benchmarks/train_step.py).
-ENOUGH_POSITIONS = {"cpu": 1024}
-ENOUGH_POSITIONS_ON_ACCELERATORS = 4096
+# Values of a micro-batch's hidden states beyond which larger matrices gain nothing. An accelerator wants many tiles, so
+# that its last wave of them matters little: 1280 tiles of 128 x 128 are ten waves on 132 multiprocessors, 4096
+# positions of width 5120. A CPU core has its rate much earlier (tests/benchmarks/train_step.py).
+ENOUGH_VALUES = {"cpu": 2**20}
+ENOUGH_VALUES_ON_ACCELERATORS = 20 * 2**20
 # Kept free for the allocator's fragments, and for batches with longer captions than the first one's.
 MARGIN = 0.15
 # Every k-th layer, from nothing to all: each step down keeps less and recomputes more.
@@ -102,9 +102,10 @@ def choose_cut(
     return next((cut for cut in cuts if row.needed(cut) <= free * (1 - MARGIN)), cuts[-1])
 
 
-def enough_rows(device: torch.device, positions: int) -> int:
-    """Return the samples of `positions` each that fill the device's matrix units."""
-    return -(-ENOUGH_POSITIONS.get(device.type, ENOUGH_POSITIONS_ON_ACCELERATORS) // positions)
+def enough_rows(features: torch.Tensor) -> int:
+    """Return how many samples, each of about ``[L, H]`` hidden states, fill the matrix units of their device."""
+    values = ENOUGH_VALUES.get(features.device.type, ENOUGH_VALUES_ON_ACCELERATORS)
+    return -(-values // (features.shape[1] * features.shape[2]))
 
 
 def paper_row(config: Any, positions: int, kept: int, element_size: int) -> RowMemory:

@@ -54,6 +54,9 @@ class LlavaProjectorModel(nn.Module):
         self.frozen = FrozenLLM(llm, image_at, micro_batch_size, recompute)  # no nn.Module
         self._encode = encode
 
+    # With --torch_compile Trainer compiles whatever it trains; but the LLM's layers, where it pays, are compiled by
+    # themselves, and tracing a tower in inference mode or a function that differentiates inside would only fail.
+    @torch.compiler.disable
     def forward(
         self,
         input_ids: torch.Tensor,

@@ -69,7 +69,7 @@ def _model(arguments: Arguments, inputs: Inputs, checkpoint: Path | None) -> Lla
     llm = load_llm(arguments)
     model = LlavaProjectorModel(llm, inputs.projector, template.image_at, template.image_tokens, encode, *arguments.cut)
     model.accepts_loss_kwargs = training.average_tokens_across_devices
-    if training.torch_compile:  # Trainer compiles the projector around it
+    if training.torch_compile:
         model.frozen.compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
     before = saved_cut(checkpoint) if checkpoint is not None and arguments.cut == (None, None) else None
     if before is not None:
