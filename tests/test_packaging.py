@@ -70,7 +70,7 @@ def test_pins_are_exact_and_public():
 
 
 def test_the_promised_extras_exist():
-    assert EXTRAS.keys() == {"test", "dev", "wandb", "tensorboard", "plots", "demo"}
+    assert EXTRAS.keys() == {"test", "dev", "wandb", "tensorboard", "plots", "demo", "bench"}
 
 
 def test_make_help_lists_every_target():

@@ -85,6 +85,10 @@ class FeatureCache:
         """Look up many images at once: their rows ``int64 [len(keys)]``, -1 for those that are not here."""
         return self._index.find(keys)
 
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """List the keys without features here, in their order."""
+        return [keys[position] for position in np.flatnonzero(self.find(keys) < 0).tolist()]
+
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Look up many images at once.
 
@@ -137,16 +141,14 @@ class FeatureCache:
         if not buffer.flags.c_contiguous or buffer.nbytes != len(rows) * row_bytes:
             raise ValueError(f"the buffer must be C-contiguous and hold {len(rows)} rows of {row_bytes} bytes")
         view = memoryview(buffer.reshape(-1).view(np.uint8))
-        shards = self._index.shards(rows)
-        inside = rows - self._index.starts[shards]
-        files = shards.tolist()
-        begin = 0
-        for starts, part_bytes in self._parts:
-            offsets = (starts[shards] + inside * part_bytes).tolist()
-            for position, (shard, offset) in enumerate(zip(files, offsets, strict=True)):
-                at = position * row_bytes + begin
-                self._files.read_into(shard, view[at : at + part_bytes], offset)
-            begin += part_bytes
+        for position, begin, shard, offset, count in self._pieces(rows):
+            at = position * row_bytes + begin
+            self._files.read_into(shard, view[at : at + count], offset)
+
+    def will_need(self, rows: np.ndarray) -> None:
+        """Tell the system that rows will be read soon: it fetches all of them at once, whatever reads them later."""
+        for _, _, shard, offset, count in self._pieces(rows):
+            self._files.will_need(shard, offset, count)
 
     def tensor(self, keys: Sequence[str]) -> torch.Tensor:
         """Read features as a new tensor ``[B, L, D]``: in the storage dtype where it is exact, else float32."""
@@ -173,6 +175,18 @@ class FeatureCache:
     def close(self) -> None:
         """Close files; the next read opens them again."""
         self._files.close()
+
+    def _pieces(self, rows: np.ndarray) -> Iterator[tuple[int, int, int, int, int]]:
+        # Of each row's parts: the row's place in rows, where the part begins in a stored row, its shard, offset, bytes.
+        shards = self._index.shards(rows)
+        inside = rows - self._index.starts[shards]
+        files = shards.tolist()
+        begin = 0
+        for starts, count in self._parts:
+            offsets = (starts[shards] + inside * count).tolist()
+            for position, (shard, offset) in enumerate(zip(files, offsets, strict=True)):
+                yield position, begin, shard, offset, count
+            begin += count
 
     def _buffer(self, rows: int) -> np.ndarray:
         # Begins at a multiple of 64 bytes, for speed.

@@ -60,6 +60,12 @@ class ShardFiles:
                 raise UserError(f"{file.path} is truncated; delete it and extract it again")
             view, offset = view[count:], offset + count
 
+    def will_need(self, shard: int, offset: int, count: int) -> None:
+        """Let the system start reading bytes of a shard; where it cannot, nothing happens."""
+        file = self._open(shard)
+        with suppress(OSError):
+            os.posix_fadvise(file.descriptor, offset, count, os.POSIX_FADV_WILLNEED)
+
     def read(self, shard: int, data: Dataset) -> bytes:
         """Read a dataset's bytes."""
         whole = os.pread(self._open(shard).descriptor, data.nbytes, data.offset)

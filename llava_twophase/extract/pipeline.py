@@ -104,6 +104,8 @@ def _crops(
 ) -> Iterator[tuple[ShardWork, Sequence[str], Crops]]:
     size = options.batch_size
     batches = [(shard, shard.keys[start : start + size]) for shard in work for start in range(0, len(shard.keys), size)]
+    if batches:
+        images.prepare()
     loader = DataLoader(
         CropDataset(images, tower.preprocessor, [keys for _, keys in batches]),
         batch_size=None,

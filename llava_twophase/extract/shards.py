@@ -61,9 +61,10 @@ class ShardQueue:
     def __enter__(self) -> ShardQueue:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # An error in one batch is no reason to lose the shards before it; Ctrl-C ends at once.
         for thread in (self._write_thread, self._seal_thread):
-            thread.shutdown(cancel_futures=True)
+            thread.shutdown(cancel_futures=kind is KeyboardInterrupt)
         for writer in self._writers.values():
             writer.discard()
 

@@ -210,7 +210,7 @@ def _require_covered(records: list[Record], source: FeatureCache | OnTheFly) -> 
     if not isinstance(source, FeatureCache):
         source.require(keys)
         return
-    missing = [key for key in keys if key not in source]
+    missing = source.missing(keys)
     if missing:
         quarantined = read_quarantine(source.path).keys() & set(missing)
         hint = (

@@ -11,52 +11,59 @@ Shapes: B samples, T ids, L patch tokens, D tower width.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from llava_twophase.cache.codec import Codec
 from llava_twophase.cache.reader import FeatureCache
 
 _THREADS = 4
+_PLACE = "place"
+# Bytes a second: what is read more slowly comes from a disk, which works faster when told of a whole batch first.
+_MEMORY_SPEED = 2e9
+
+
+Batch = dict[str, Any]
 
 
 class PendingBatch:
-    """A batch that threads are still reading.
+    """A batch that threads are still making.
 
     Args:
-        text: Becomes ``input_ids`` and ``labels``.
-        reads: End when ``rows`` is filled.
+        ready: Ends when ``rows`` is filled; gives the batch but for its features.
         rows: Stored rows ``uint8 [B, row_bytes]``, a part of the ring.
-        cache: Decodes them.
+        codec: Decodes them.
     """
 
-    def __init__(
-        self, text: Future[dict[str, torch.Tensor]], reads: list[Future[None]], rows: torch.Tensor, cache: FeatureCache
-    ) -> None:
-        self._text, self._reads, self._rows, self._codec = text, reads, rows, cache.codec
+    def __init__(self, ready: Future[Batch], rows: torch.Tensor, codec: Codec) -> None:
+        self._ready, self._rows, self._codec = ready, rows, codec
         self._copied: torch.cuda.Event | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> dict[str, torch.Tensor]:
-        """Wait for the reads and move the batch.
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """Wait for the batch and move it.
 
         Args:
             device: Where to.
             non_blocking: Accepted: from pinned memory a copy never blocks.
 
         Returns:
-            ``input_ids`` and ``labels``, and ``features`` ``[B, L, D]``. On the CPU, exact features are the ring's own
+            What the collator made, and ``features`` ``[B, L, D]``. On the CPU, exact features are the ring's own
             memory, which later batches overwrite.
 
         Raises:
             UserError: A row could not be read.
         """
-        batch = {name: values.to(device, non_blocking=True) for name, values in self._text.result().items()}
-        for read in self._reads:
-            read.result()
+        batch = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in self._ready.result().items()
+        }
         rows = self._rows.to(device, non_blocking=True)
         if rows.is_cuda:
             self._copied = torch.cuda.Event()
@@ -65,8 +72,7 @@ class PendingBatch:
 
     def release(self) -> None:
         """Wait until nothing writes to the rows or copies from them."""
-        for read in self._reads:
-            read.exception()
+        self._ready.exception()
         if self._copied is not None:
             self._copied.synchronize()
 
@@ -75,7 +81,8 @@ class FeedingDataset(Dataset[PendingBatch]):
     """What a data loader without workers takes its batches from, whole: its ``collate_fn`` has nothing to do.
 
     Args:
-        text: Makes ``input_ids`` and ``labels`` of the samples at some indices.
+        text: Makes a sample's ``input_ids`` and ``labels``.
+        collate: Makes a batch of samples, in whatever order.
         cache: Where features come from.
         keys: The image key of each sample.
         batch_size: Largest B.
@@ -88,21 +95,22 @@ class FeedingDataset(Dataset[PendingBatch]):
 
     def __init__(
         self,
-        text: Callable[[Sequence[int]], dict[str, torch.Tensor]],
+        text: Callable[[int], dict[str, torch.Tensor]],
+        collate: Callable[[list[dict[str, torch.Tensor]]], Batch],
         cache: FeatureCache,
         keys: Sequence[str],
         batch_size: int,
         held: int = 1,
         pin: bool = False,
     ) -> None:
-        self._text, self._cache, self._rows = text, cache, cache.rows(keys)
+        self._text, self._collate, self._cache, self._rows = text, collate, cache, cache.rows(keys)
         # One more is being read, and one more is what the last step may still use.
         shape = (held + 2, batch_size, cache.codec.row_bytes)
         self._ring = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
         self._pending: list[PendingBatch | None] = [None] * len(self._ring)
-        self._next = 0
+        self._next, self._cold = 0, True
         self._readers = ThreadPoolExecutor(_THREADS, "features")
-        self._writer = ThreadPoolExecutor(1, "text")
+        self._leader = ThreadPoolExecutor(1, "batches")
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -119,18 +127,26 @@ class FeedingDataset(Dataset[PendingBatch]):
         before = self._pending[slot]
         if before is not None:
             before.release()
-        rows = self._rows[np.asarray(indices)]
-        buffer = self._ring[slot, : len(rows)]
-        text = self._writer.submit(self._text, list(indices))
-        parts = np.array_split(np.arange(len(rows)), min(_THREADS, len(rows)))
-        reads = [
-            self._readers.submit(
-                self._cache.read_rows_into, rows[part], buffer[int(part[0]) : int(part[-1]) + 1].numpy()
-            )
-            for part in parts
-        ]
-        pending = self._pending[slot] = PendingBatch(text, reads, buffer, self._cache)
+        buffer = self._ring[slot, : len(indices)]
+        ready = self._leader.submit(self._make, list(indices), buffer.numpy())
+        pending = self._pending[slot] = PendingBatch(ready, buffer, self._cache.codec)
         return pending
+
+    def _make(self, indices: list[int], buffer: np.ndarray) -> Batch:
+        if self._cold:
+            self._cache.will_need(self._rows[np.asarray(indices)])
+        samples = [{**self._text(index), _PLACE: torch.tensor(place)} for place, index in enumerate(indices)]
+        batch = self._collate(samples)
+        # The collator may have sorted the samples: features go where their text went.
+        rows = self._rows[np.asarray(indices)[batch.pop(_PLACE).numpy()]]
+        cuts = np.linspace(0, len(rows), min(_THREADS, len(rows)) + 1, dtype=int).tolist()
+        parts = [slice(first, last) for first, last in pairwise(cuts)]
+        reads = [self._readers.submit(self._cache.read_rows_into, rows[part], buffer[part]) for part in parts]
+        started = time.perf_counter()
+        for read in reads:
+            read.result()
+        self._cold = buffer.nbytes < _MEMORY_SPEED * (time.perf_counter() - started)
+        return batch
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to go to a worker, whose memory the batch would have to leave again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -42,6 +42,21 @@ class ProjectorTrainer(Trainer):
             args.train_batch_size,
             args.world_size * args.gradient_accumulation_steps,
         )
+        feeding = self.train_dataset.feeding(
+            cast(Any, self.data_collator),
+            args.train_batch_size,
+            args.gradient_accumulation_steps,
+            args.device.type == "cuda",
+        )
+        if feeding is not None:
+            whole = DataLoader(
+                feeding,
+                batch_size=args.train_batch_size,
+                sampler=order,
+                collate_fn=_unchanged,
+                drop_last=args.dataloader_drop_last,
+            )
+            return self.accelerator.prepare(whole)
         loader = DataLoader(
             self.train_dataset,
             batch_size=args.train_batch_size,
@@ -106,6 +121,10 @@ class ProjectorTrainer(Trainer):
         self._meter.samples += samples
         self._meter.tokens += samples * positions
         self._meter.flops += self._flops.count(samples, positions, length - self._projector_model.image_at)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def require_learning(loss: float, probe: GradientProbe) -> None:

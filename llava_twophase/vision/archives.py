@@ -1,7 +1,7 @@
 """Pictures straight from a zip or tar archive, without unpacking; knows nothing of what is in them.
 
-An archive is indexed once. The index is one array, 45 bytes for each file, that forked worker processes share; names
-are kept as hashes of 128 bits, which never collide by chance.
+An archive is indexed once, when it is first asked for a picture. The index is one array, 45 bytes for each file, that
+forked worker processes share; names are kept as hashes of 128 bits, which never collide by chance.
 """
 
 from __future__ import annotations
@@ -72,6 +72,16 @@ class ImageArchive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._descriptor, self._owner = -1, 0
+        self._index: np.ndarray | None = None
+
+    def prepare(self) -> None:
+        """Index the archive, so that worker processes forked from here on need not."""
+        self._entries_by_hash()
+
+    def _entries_by_hash(self) -> np.ndarray:
+        if self._index is not None:
+            return self._index
         rows, top = [], set()
         for name, *entry in self._entries():
             name = name.removeprefix("./")
@@ -80,13 +90,13 @@ class ImageArchive:
             rows.append((*_hash(name), *entry))
             top.add(name.partition("/")[0] if "/" in name else "")
         if not rows:
-            raise UserError(f"--image_folder {path} holds no files")
+            raise UserError(f"--image_folder {self.path} holds no files")
         # Stable, so that of two files with one name the later one stands last, and counts.
         index = np.array(rows, _ENTRY)
-        self._index = index[np.lexsort((index["low"], index["high"]))]
-        self._hashes = np.ascontiguousarray(self._index["high"])
+        self._index = index = index[np.lexsort((index["low"], index["high"]))]
+        self._hashes = np.ascontiguousarray(index["high"])
         self._top = f"{top.pop()}/" if len(top) == 1 else ""
-        self._descriptor, self._owner = -1, 0
+        return index
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """List the keys without a file, in their order."""
@@ -128,12 +138,13 @@ class ImageArchive:
         raise NotImplementedError
 
     def _find(self, key: str) -> Any | None:
+        index = self._entries_by_hash()
         for name in (key, self._top + key) if self._top else (key,):
             high, low = _hash(name)
             position = int(np.searchsorted(self._hashes, np.uint64(high), side="right")) - 1
             while position >= 0 and self._hashes[position] == high:
-                if self._index["low"][position] == low:
-                    return self._index[position]
+                if index["low"][position] == low:
+                    return index[position]
                 position -= 1
         return None
 

@@ -29,6 +29,9 @@ class BadImage(Exception):
 class Images(Protocol):
     """Where pictures come from; safe to hand to worker processes."""
 
+    def prepare(self) -> None:
+        """Do once what every worker process would do again, before they are started."""
+
     def read(self, key: str) -> bytes:
         """Read a picture's file.
 
@@ -77,6 +80,9 @@ class ImageFolder:
         self.root = Path(root)
         if not self.root.is_dir():
             raise UserError(f"--image_folder {root} is not a folder")
+
+    def prepare(self) -> None:
+        """Do nothing: a folder needs no index."""
 
     def read(self, key: str) -> bytes:
         """Read a picture's file.

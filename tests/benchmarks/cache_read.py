@@ -230,8 +230,12 @@ def usual_loader(cache, folder, rows, batch):
     return DataLoader(Items(folder / "features.h5"), batch, sampler=rows.tolist(), num_workers=2)
 
 
+def places(samples):
+    return {"place": torch.stack([sample["place"] for sample in samples])}
+
+
 def our_loader(cache, folder, rows, batch):
-    dataset = FeedingDataset(lambda indices: {}, cache, list(cache.keys()), batch)
+    dataset = FeedingDataset(lambda index: {}, places, cache, list(cache.keys()), batch)
     loader = DataLoader(dataset, batch, sampler=rows.tolist(), collate_fn=lambda pending: pending)
     return Accelerator(cpu=True).prepare(loader)
 

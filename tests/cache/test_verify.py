@@ -378,3 +378,17 @@ def test_mutated_and_resealed_shards_never_crash_and_never_change_a_row_unseen(t
 def test_absurd_sizes_are_refused(cache, checker, monkeypatch):
     monkeypatch.setattr("llava_twophase.cache.verify._LIMIT", 100)
     assert {problem.what for problem in verify(cache, checker)} >= {"it claims absurd sizes: 5 rows of 576 bytes"}
+
+
+def test_a_short_run_of_the_fuzz_script(tmp_path, checker, monkeypatch):
+    from benchmarks.fuzz_cache import fuzz
+
+    monkeypatch.setattr(hdf5, "SECONDS", 4.0)
+    found = fuzz(tmp_path, 200, 7, checker)
+    assert found["manifest_refused"] + found["shard_refused"] + found["header_refused"] + found["sealed_refused"] > 100
+
+
+@pytest.mark.parametrize("key", [[], {}, [["a"]]], ids=str)
+def test_a_quarantine_whose_key_is_no_text(key, cache, checker):
+    (cache / "quarantine.jsonl").write_text(json.dumps({"key": key, "reason": "x"}), encoding="utf-8")
+    assert "is damaged" in only_problem(cache, checker).what

@@ -127,4 +127,4 @@ def test_no_archive_at_all(tmp_path):
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
     with pytest.raises(UserError, match="holds no files"):
-        open_images(tmp_path / "empty.zip")
+        open_images(tmp_path / "empty.zip").prepare()

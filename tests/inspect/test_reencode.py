@@ -1,0 +1,101 @@
+"""The tower run again over the cache's own images: bit-equal, different, or refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from cache.make import reseal, set_row
+from drawn import COLOURS, draw
+from helpers import run
+
+EXTRACT = "pipelines/extract_features.py"
+
+
+def extract(image_set, tower, cache, *flags):
+    run([
+        "python", EXTRACT, "--data_path", image_set.json, "--image_folder", image_set.folder, "--vision_tower", tower,
+        "--feature_cache", cache, "--num_workers", "0", "--device", "cpu", "--on_bad_image", "skip", *flags,
+    ])  # fmt: skip
+    return cache
+
+
+def reencode(cache, images, *flags, expect=0):
+    command = ["python", "pipelines/inspect_cache.py", "reencode", cache, "--image_folder", images, *flags]
+    result = run(command, expect=expect)
+    return json.loads(result.stdout) if "--json" in flags else result
+
+
+@pytest.mark.parametrize("storage", ["auto", "int8"])
+def test_every_odd_picture_is_bit_equal(storage, image_set, tiny_clip, tmp_path):
+    cache = extract(image_set, tiny_clip, tmp_path / "cache", "--storage_dtype", storage)
+    values = reencode(cache, image_set.folder, "--json")
+    assert values["verdict"] == "equal" and values["rows"] == values["equal_images"] == len(image_set.keys)
+    assert values["changed_images"] == values["worst"] == [] and values["compute_dtype"] == "bfloat16"
+    text = reencode(cache, image_set.folder).stdout
+    assert text.startswith(f"bit-equal: all {len(image_set.keys)} images, encoded again, are what the cache holds\n")
+
+
+def test_padding_and_another_layer_and_tower(plain_set, tiny_dinov2, tmp_path):
+    flags = ("--image_aspect_ratio", "pad", "--mm_vision_select_layer", "3", "--mm_vision_select_feature", "cls_patch")
+    cache = extract(plain_set, tiny_dinov2, tmp_path / "cache", "--compute_dtype", "fp32", *flags)
+    assert reencode(cache, plain_set.folder, "--n", "5", "--json")["equal_images"] == 5
+
+
+def test_a_tower_that_moved_is_given(original, tmp_path):
+    shutil.copytree(original.tower, tmp_path / "elsewhere")
+    values = reencode(original.cache, original.images, "--vision_tower", tmp_path / "elsewhere", "--json")
+    assert values["verdict"] == "equal"
+
+
+def test_other_weights_are_refused_by_field(original, tmp_path):
+    import tiny
+
+    other = tiny.write_clip(tmp_path / "other", seed=9)
+    result = reencode(original.cache, original.images, "--vision_tower", other, expect=1)
+    assert result.stdout == "" and "is not the tower that made" in result.stderr
+    assert "tower.weights_sha256: the cache has " in result.stderr and "processor" not in result.stderr
+
+
+def test_another_kind_of_tower_is_refused(original, tiny_siglip):
+    result = reencode(original.cache, original.images, "--vision_tower", tiny_siglip, expect=1)
+    assert "tower.model_type: the cache has 'clip_vision_model', this tower 'siglip_vision_model'" in result.stderr
+
+
+def test_changed_and_missing_images_are_left_out_and_named(made):
+    (made.images / made.keys[0]).unlink()
+    draw((50, 50), COLOURS["red"]).save(made.images / made.keys[1])
+    values = reencode(made.cache, made.images, "--json")
+    assert sorted(values["changed_images"]) == sorted(made.keys[:2]) and values["equal_images"] == values["rows"] == 10
+
+
+def test_no_image_left_is_an_error(made, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    result = reencode(made.cache, tmp_path / "nothing", expect=1)
+    assert "none of 12 images" in result.stderr
+
+
+@pytest.mark.parametrize(("scale", "verdict"), [(1.002, "explained"), (1.3, "different")])
+def test_differences_are_judged_by_the_compute_dtype(scale, verdict, made):
+    """Rows and checksums changed together, as another machine or another layer would have made them."""
+    bits = np.fromfile(made.cache / "shards/shard-000000.h5", np.uint8)
+
+    def edit(data, header):
+        part = header.datasets["features"]
+        row = bits[part.offset : part.offset + part.row_bytes].view("<u2")
+        values = (row.astype(np.uint32) << 16).view(np.float32) * np.float32(scale)
+        rounded = ((values.view(np.uint32) + 0x8000) >> 16).astype("<u2")
+        set_row(data, header, 0, rounded)
+
+    reseal(made.cache, 0, edit)
+    values = reencode(made.cache, made.images, "--json", expect=0 if verdict == "explained" else 1)
+    assert values["verdict"] == verdict and values["equal_images"] == 11
+    assert values["worst"][0][0] == made.keys[0] and values["device"]["then"] == values["device"]["now"]
+
+
+def test_a_device_that_is_not_there(original):
+    assert (
+        "--device cuda:99 cannot be used"
+        in reencode(original.cache, original.images, "--device", "cuda:99", expect=1).stderr
+    )
