@@ -51,7 +51,7 @@ class Recipe:
 
 
 RECIPES = {
-    "scenes": Recipe(crop=56, select_layer=-7, train=2000, held_out=128, batch=4, steps=500, learning_rate=3e-3),
+    "scenes": Recipe(crop=56, select_layer=-7, train=2400, held_out=128, batch=4, steps=600, learning_rate=3e-3),
     "stamps": Recipe(crop=84, select_layer=-3, train=700, held_out=80, batch=4, steps=350, learning_rate=2e-3),
 }
 SHORT = {
