@@ -45,7 +45,7 @@ def run_verify(args: argparse.Namespace) -> int:
                 checked.append(f"all {len(keys):,} images of {args.records} there")
             if args.sources:
                 problems += changed_sources(rows, args.sources)
-                checked.append(f"all images of {args.sources} unchanged")
+                checked.append(f"all files in {args.sources} unchanged")
         except UserError as error:
             if not problems:
                 raise
@@ -88,7 +88,7 @@ def run_repair(args: argparse.Namespace) -> int:
         output.print_line(f"{SHARDS}/{file}: extract it again: {why}{moved}", out)
     done = "nothing to do" if not repair.changed else f"{'would make' if args.dry_run else 'made'} {MANIFEST} anew"
     counted = f"{manifest.rows:,} images in {len(manifest.shards):,} whole shards"
-    output.print_line(f"{args.cache}: {done}: {counted}, {len(repair.lost):,} shards to extract again", out)
+    output.print_line(f"{args.cache}: {done}: {counted}, {len(repair.lost):,} to extract again", out)
     if not manifest.complete:
         output.print_line("run the extraction command again: it adds what is missing, if anything is", out)
     return 0 if manifest.complete else 1

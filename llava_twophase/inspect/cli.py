@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command == "export":
+        if not args.to and not args.output:
+            parser.error("give -o FILE or --to FORMAT")
+        args.output = args.output or f"features.{args.to}"
         args.to = args.to or _suffix(parser, args.output)
     module, _, function = SUBCOMMANDS[args.command][0].partition(":")
 
@@ -56,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command's argument parser."""
     parser = argparse.ArgumentParser(
         prog="llava-inspect-cache",
-        description="Look at a feature cache. Nothing but repair changes it, and only verify reads all of it.",
+        description="Look at a feature cache. Nothing but repair changes it, and only verify and repair read all of it.",
         **_texts(SUBCOMMANDS["summary"][2]),
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(SUBCOMMANDS)}}}")
@@ -82,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     add["report"]("--data_path", help="records: adds captions and coverage")
     add["head"]("key", metavar="KEY", help="image key: its path relative to the image folder")
     add["export"]("keys", metavar="KEY", nargs="+", help="image keys: paths relative to the image folder")
-    add["export"]("-o", "--output", required=True, help="file to write")
+    add["export"]("-o", "--output", help="file to write (default: features and the format)")
     add["export"]("--to", choices=("npz", "safetensors", "pt"), help="its format (default: what its name ends in)")
     add["verify"]("--records", metavar="FILE", help="also find images of these records without features")
     add["verify"]("--sources", metavar="DIR", help="also find images edited, missing or replaced since, in this folder")

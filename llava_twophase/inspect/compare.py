@@ -86,7 +86,7 @@ def compare(rows: Rows, others: Rows, count: int, seed: int) -> dict[str, Any]:
             for name, value in distance(one, other).items():
                 found[name].append(float(value[0]))
     made = (rows.cache.fingerprint, others.cache.fingerprint)
-    both = [{name: part.get(name) for name in sorted({*made[0], *made[1]})} for part in made]
+    both = [{name: part.get(name, {}) for name in sorted({*made[0], *made[1]})} for part in made]
     values: dict[str, Any] = {
         "fingerprint": differences(both[0], both[1], ("the first", "the second")),
         "images": [len(rows.cache), len(others.cache)],

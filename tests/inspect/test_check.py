@@ -21,7 +21,7 @@ def test_records_and_sources_that_are_all_there(original):
     text = inspect("verify", original.cache, *flags).stdout
     assert text.endswith(
         f"every bit as it was written, all 12 images of {original.records} there, "
-        f"all images of {original.images} unchanged\n"
+        f"all files in {original.images} unchanged\n"
     )
 
 

@@ -53,6 +53,15 @@ def test_a_format_of_another_name(tmp_path):
         assert file["features"].shape == (1, 9, 32)
 
 
+def test_a_format_alone_names_the_file(tmp_path):
+    from helpers import ROOT
+
+    cache, keys, _ = make_cache(tmp_path / "cache")
+    result = run(["python", ROOT / SCRIPT, "export", cache, keys[0], "--to", "npz"], cwd=tmp_path)
+    assert result.stdout.startswith("wrote features.npz: ") and (tmp_path / "features.npz").is_file()
+    assert "give -o FILE or --to FORMAT" in run(["python", SCRIPT, "export", cache, keys[0]], expect=2).stderr
+
+
 def test_where_nothing_can_be_written(tmp_path):
     cache, keys, _ = make_cache(tmp_path / "cache")
     result = run(["python", SCRIPT, "export", cache, keys[0], "-o", tmp_path / "no" / "f.npz"], expect=1)
