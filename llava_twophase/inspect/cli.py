@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command's argument parser."""
     parser = argparse.ArgumentParser(
         prog="llava-inspect-cache",
-        description="Look at a feature cache. Nothing but repair changes it, and only verify and repair read all of it.",
+        description="Look at a feature cache. Only repair changes it; only verify and repair read all of it.",
         **_texts(SUBCOMMANDS["summary"][2]),
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(SUBCOMMANDS)}}}")
