@@ -1,6 +1,7 @@
 """Session-wide fixtures, all offline, seeded and tiny. Read-only: a test that changes one copies it first."""
 
 import os
+import signal
 
 # Before anything imports a Hugging Face library: no test asks a hub, and no test starts threads of its own.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 import drawn
+
+
+def pytest_configure():
+    """Heed Ctrl-C: a shell in the background has it ignored, and the commands that tests start would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
