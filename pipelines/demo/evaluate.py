@@ -88,8 +88,8 @@ class _Trained:
         while len(written) < LONGEST_CAPTION and not ended.all():
             # An index, not a count: as in training, a slice of the hidden states would make lm_head copy its weight.
             last = torch.tensor([next(iter(inputs.values())).shape[1] - 1])
-            output = self.model.llm(**inputs, past_key_values=past, use_cache=True, logits_to_keep=last)
-            past, token = output.past_key_values, output.logits[:, -1].argmax(-1)  # [B]
+            output = self.model.llm(**inputs, cache=past, use_cache=True, logits_to_keep=last)
+            past, token = output.cache, output.logits[:, -1].argmax(-1)  # [B]
             written.append(token)
             ended |= token == newline
             inputs = {"input_ids": token[:, None]}
