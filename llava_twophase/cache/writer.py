@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -243,9 +245,12 @@ def hdf5_type(name: str, dtype: str) -> h5py.h5t.TypeID:
 def _lay_out(path: Path, keys: Sequence[str], spec: ShardSpec) -> dict[str, Dataset]:
     key_bytes = max(len(key.encode("utf-8")) for key in keys)
     datasets = {}
-    with h5py.File(
-        path, "w", libver="earliest", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=ALIGNMENT
-    ) as file:
+    with (
+        _errno_kept(path),
+        h5py.File(
+            path, "w", libver="earliest", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=ALIGNMENT
+        ) as file,
+    ):
         file.attrs["schema"] = SCHEMA
         file.attrs["fingerprint"] = canonical_json(spec.fingerprint)
         file.attrs["provenance"] = canonical_json(spec.provenance)
@@ -253,6 +258,17 @@ def _lay_out(path: Path, keys: Sequence[str], spec: ShardSpec) -> dict[str, Data
             datasets[name] = Dataset(dtype, shape, _create(file, name, shape, hdf5_type(name, dtype)))
         file["features"].attrs["encoding"] = ENCODINGS[spec.storage_dtype]
     return datasets
+
+
+@contextmanager
+def _errno_kept(path: Path) -> Iterator[None]:
+    # What fails while HDF5 flushes, as on a full disk, is a RuntimeError that has the errno in its text only.
+    try:
+        yield
+    except RuntimeError as error:
+        if number := re.search(r"errno = (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
 
 
 def _create(file: h5py.File, name: str, shape: tuple[int, ...], hdf5: h5py.h5t.TypeID) -> int:

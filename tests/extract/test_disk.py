@@ -9,6 +9,7 @@ import pytest
 from extract.server import files
 from llava_twophase.cache.manifest import read_manifest
 from llava_twophase.cache.verify import verify
+from llava_twophase.cache.writer import ShardSpec, ShardWriter
 from llava_twophase.errors import UserError
 from llava_twophase.extract import target
 from llava_twophase.extract.plan import require_space
@@ -44,6 +45,15 @@ def test_a_disk_that_fills_up(server, command, whole, small_disk, tmp_path):
     log = server.run(flags)
     assert f"{8 * len(sealed)} images cached" in log
     assert files(cache) == whole
+
+
+@pytest.mark.parametrize("kilobytes", [4, 16, 24])
+def test_a_disk_too_full_for_an_empty_shard(small_disk, kilobytes):
+    """HDF5 meets the full disk while it lays the file out, and at some sizes only while it closes it."""
+    disk = small_disk(f"size={kilobytes}k")
+    spec = ShardSpec((16, 32), "float32", fingerprint={}, provenance={})
+    with pytest.raises(UserError, match="is full"), target.explained(disk):
+        ShardWriter(disk / "shard-000000.h5", [f"{number}.png" for number in range(64)], spec)
 
 
 def test_features_that_will_not_fit_are_refused_with_the_figures(server, command, small_disk):
