@@ -1,13 +1,18 @@
 """Keeps the README true: its tree, its commands and every flag it shows."""
 
 import functools
+import inspect
 import re
 import shlex
 import subprocess
 
+import numpy as np
 import pytest
 
+from cache.make import make_cache
 from helpers import ROOT, SCRIPTS, fenced_blocks, run
+from llava_twophase.cache import format as cache_format
+from llava_twophase.cache.reader import FeatureCache
 
 COMMANDS = {**SCRIPTS, **{script: script for script in SCRIPTS.values()}}
 INSPECT = SCRIPTS["llava-inspect-cache"]
@@ -71,6 +76,20 @@ def our_commands():
         if places:
             found.append((COMMANDS[words[places[0]]], words[places[0] + 1 :]))
     return found
+
+
+def test_the_format_is_the_one_of_the_package():
+    rules = inspect.cleandoc(cache_format.__doc__).partition("\n\n")[2]
+    assert rules.count("MUST") > 15 and rules in readme()
+
+
+def test_the_example_reads_a_shard(tmp_path):
+    cache, keys, stored = make_cache(tmp_path / "cache", counts=(8,))
+    (example,) = [block for block in fenced_blocks(readme(), "python") if "offset" in block]
+    found = {}
+    exec(example.replace("caches/clip-l-336", str(cache)), found)
+    np.testing.assert_array_equal(found["bits"].reshape(stored[5].shape), stored[5])
+    np.testing.assert_array_equal(found["values"], FeatureCache(cache).values([keys[5]])[0])
 
 
 def test_the_tree_lists_every_file():
