@@ -79,6 +79,7 @@ def check_inputs(arguments: Arguments) -> Inputs:
             return None
 
     attempt(lambda: _require_packages(arguments))
+    attempt(lambda: _require_launcher(arguments))
     attempt(lambda: require_bits(arguments))
     attempt(lambda: require_liger(arguments))
     attempt(lambda: _require_output(arguments))
@@ -134,6 +135,15 @@ def _require_packages(arguments: Arguments) -> None:
     if missing:
         extra = ",".join(missing)
         raise UserError(f"--report_to {extra}: pip install 'llava-twophase[{extra}]' first, or use --report_to none")
+
+
+def _require_launcher(arguments: Arguments) -> None:
+    # Without a launcher's variables DeepSpeed asks MPI, and fails after the LLM was loaded.
+    if arguments.training.deepspeed and "RANK" not in os.environ and find_spec("mpi4py") is None:
+        raise UserError(
+            "--deepspeed needs a launcher: deepspeed pipelines/train_projector.py ..., or torchrun; for one process, "
+            "leave --deepspeed out"
+        )
 
 
 def _require_output(arguments: Arguments) -> None:

@@ -28,6 +28,9 @@ from llava_twophase.cache.format import QUANTISED, SHARDS, shard_name
 from llava_twophase.cache.manifest import Manifest, write_manifest
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.writer import ShardSpec, ShardWriter
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from pipelines.demo.evaluate import evaluate
 from pipelines.demo.run import PROJECTOR, RECIPES, ROOT
 

@@ -1,0 +1,152 @@
+"""What only a GPU can show: pinned copies, flash attention, a real out-of-memory, no hidden waiting, and its kernels.
+
+Skipped where there is none, as on the machines that these tests were written on: there they have not been run.
+"""
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+
+from cache.make import make_cache
+from helpers import free_port, run
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.train.collator import collate
+from llava_twophase.train.feeding import FeedingDataset
+from llava_twophase.train.frozen import FrozenLLM
+from llava_twophase.train.memory import Cut
+from test_end_to_end import extract_flags, train_flags
+from train.test_frozen import build_batch, build_llm
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(batch, dtype=torch.float32):
+    """The batch of `build_batch` as training has it: tensors on the device, lengths on the host."""
+    features, ids, labels, lengths = batch
+    return features.to("cuda", dtype), ids.cuda(), labels.cuda(), lengths
+
+
+def step(frozen, batch):
+    """Loss and gradient of one step."""
+    leaf = batch[0].clone().requires_grad_()
+    loss = frozen.loss(leaf, *batch[1:])
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+def test_a_step_equals_the_cpus():
+    batch = build_batch()
+    expected = step(FrozenLLM(build_llm(), 1, 4), batch)
+    found = step(FrozenLLM(build_llm().cuda(), 1, 4), on_gpu(batch))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_flash_attention_takes_the_step():
+    """It refuses a mask, so there is none."""
+    frozen = FrozenLLM(build_llm(dtype=torch.bfloat16).cuda(), 1, 4)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        loss, gradient = step(frozen, on_gpu(build_batch(), torch.bfloat16))
+    assert torch.isfinite(loss) and gradient.abs().sum() > 0
+
+
+def test_a_step_never_waits_for_the_device():
+    frozen, batch = FrozenLLM(build_llm(dtype=torch.bfloat16).cuda(), 1, 4, 0), on_gpu(build_batch(), torch.bfloat16)
+    step(frozen, batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(frozen, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_real_out_of_memory_cuts_smaller():
+    frozen, batch = FrozenLLM(build_llm().cuda(), 1, 64, 0), on_gpu(build_batch((200,) * 64))
+    step(FrozenLLM(frozen.llm, 1, 1, 0), batch)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    expected = step(FrozenLLM(frozen.llm, 1, 8, 0), batch)
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.2 * torch.cuda.max_memory_allocated() / total)
+    try:
+        found = step(frozen, batch)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert frozen.cut is not None and frozen.cut != Cut(64)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "int8", "int4"])
+def test_features_arrive_from_pinned_memory(storage, tmp_path):
+    """More batches than the ring holds, while the device is busy: none is overwritten before it was copied."""
+    shape = (4, 32) if storage == "int4" else (64, 64)
+    path, keys, _ = make_cache(tmp_path / "cache", counts=(40, 24), dtype=storage, shape=shape)
+    cache, order = FeatureCache(path), np.random.default_rng(0).permutation(64).tolist()
+    dataset = FeedingDataset(
+        lambda index: {"input_ids": torch.tensor([index]), "labels": torch.tensor([index])}, collate, cache, keys, 4,
+        pin=True,
+    )  # fmt: skip
+    loader = Accelerator().prepare(DataLoader(dataset, 4, sampler=order, collate_fn=lambda pending: pending))
+    busy, seen = torch.randn(4096, 4096, device="cuda"), []
+    for batch in loader:
+        busy = busy @ busy / 64
+        assert batch["features"].is_cuda
+        seen.append((batch["input_ids"][:, 0].tolist(), batch["features"].clone()))
+    for rows, features in seen:
+        torch.testing.assert_close(features.cpu(), cache.tensor([keys[row] for row in rows]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(plain_set, tiny_llama, tiny_clip, tmp_path_factory):
+    """Runs both commands on the GPU, on one cache, and returns the losses."""
+    root = tmp_path_factory.mktemp("gpu")
+    flags = [*extract_flags(plain_set, tiny_clip, root / "cache"), "--compute_dtype", "bf16", "--device", "cuda"]
+    run(["python", "pipelines/extract_features.py", *flags])
+
+    def train(name, **changes):
+        wanted = {"feature_cache": root / "cache", "use_cpu": False, "bf16": True, **changes}
+        flags = train_flags(plain_set, tiny_llama, tiny_clip, root / name, **wanted)
+        launcher = ["deepspeed", "--num_gpus", "1", "--master_port", str(free_port())]
+        start = launcher if "deepspeed" in changes else ["python"]
+        run([*start, "pipelines/train_projector.py", *flags], CUDA_VISIBLE_DEVICES="0")
+        history = json.loads((root / name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def plain_losses(trained):
+    """What the switches below must keep."""
+    return trained("plain")
+
+
+@pytest.mark.parametrize(
+    ("needs", "changes"),
+    [
+        ("torch", {"torch_compile": True}),
+        ("torch", {"deepspeed": "pipelines/zero2.json"}),
+        ("liger_kernel", {"use_liger_kernel": True}),
+        ("flash_attn", {"attn_implementation": "flash_attention_2"}),
+    ],
+)
+def test_faster_kernels_keep_the_losses(trained, plain_losses, needs, changes):
+    if not find_spec(needs):
+        pytest.skip(f"{needs} is not installed")
+    assert trained("-".join(changes), **changes) == pytest.approx(plain_losses, abs=0.02)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_llm_learns(trained, bits):
+    if not find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is not installed")
+    assert len(trained(f"bits-{bits}", bits=bits)) == 6

@@ -1,0 +1,47 @@
+"""Trainer's own switches for kernels and launchers: they keep the losses, or are refused before the LLM loads."""
+
+import json
+
+import pytest
+
+from helpers import run
+from test_end_to_end import extract_flags, train_flags
+
+
+@pytest.fixture(scope="module")
+def trained(plain_set, tiny_llama, tiny_clip, tmp_path_factory):
+    """Runs the training command on one cache and returns its losses."""
+    root = tmp_path_factory.mktemp("kernels")
+    run(["python", "pipelines/extract_features.py", *extract_flags(plain_set, tiny_clip, root / "cache")])
+
+    def train(name, expect=0, **changes):
+        flags = train_flags(plain_set, tiny_llama, tiny_clip, root / name, feature_cache=root / "cache", **changes)
+        done = run(["python", "pipelines/train_projector.py", *flags], expect=expect)
+        if expect:
+            return done.stderr
+        history = json.loads((root / name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    return train
+
+
+def test_compiled_layers_and_another_attention_keep_the_losses(trained):
+    plain = trained("plain")
+    # The backend that compiles nothing to machine code: what is traced, and how, is the same.
+    compiled = trained("compiled", torch_compile=True, torch_compile_backend="aot_eager", attn_implementation="eager")
+    assert len(plain) == 6
+    assert compiled == pytest.approx(plain, abs=1e-5)
+
+
+def test_liger_without_a_gpu_is_refused_before_the_llm_loads(trained):
+    import torch
+
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator: tests/test_gpu.py runs it")
+    said = trained("liger", expect=1, use_liger_kernel=True)
+    assert "error: --use_liger_kernel True" in said and "need a GPU" in said and "Traceback" not in said
+
+
+def test_deepspeed_without_a_launcher_is_refused(trained):
+    said = trained("alone", expect=1, deepspeed="pipelines/zero2.json")
+    assert "error: --deepspeed needs a launcher" in said and "Traceback" not in said
