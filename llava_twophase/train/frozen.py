@@ -269,7 +269,9 @@ class _LastLayer:
         """Leave out the positions before this one, in forward passes and their recomputation."""
 
         def drop(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return inputs[0][:, position:], *inputs[1:]
+            # By index for the same reason as in `_sum`: a linear layer copies its weight for what is not contiguous.
+            kept = torch.arange(position, inputs[0].shape[1], device=inputs[0].device)
+            return inputs[0].index_select(1, kept), *inputs[1:]
 
         def restore(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
             return pad(output, (0, 0, position, 0))
