@@ -6,6 +6,7 @@ position, an attention mask, recomputation of every layer. Each row of the table
 
     python tests/benchmarks/train_step.py                      # two shapes on a CPU, all four where there is a GPU
     python tests/benchmarks/train_step.py --shapes 1b --ways llava ours --repeats 3
+    python tests/benchmarks/train_step.py --paper              # FLOPs and activations alone, in seconds
 
 Weights are random: they change neither times nor memory. Random batches have captions as long as LLaVA-Pretrain's.
 """
@@ -35,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from llava_twophase.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from llava_twophase.train.collator import collate  # noqa: E402
+from llava_twophase.train.memory import Cut, paper_row  # noqa: E402
 from llava_twophase.train.metrics import StepFlops  # noqa: E402
 from llava_twophase.train.model import LlavaProjectorModel  # noqa: E402
 from llava_twophase.train.projector import build_projector  # noqa: E402
@@ -321,6 +323,31 @@ def show(shape: Shape, results: dict[str, dict[str, Any]]) -> None:
             print(run["cut"])
 
 
+def show_paper() -> None:
+    """Print what each way computes, by counting: the speedups that a device at the same share of its rate would see."""
+    table = Table(title="TFLOP a sample, 14 caption tokens, and times of ours")
+    for heading in ("way", *(shape.name for shape in SHAPES.values())):
+        table.add_column(heading, justify="left" if heading == "way" else "right", no_wrap=True)
+    sample = {"input_ids": torch.zeros(16)}
+    with torch.device("meta"):
+        models = {
+            key: LlavaProjectorModel(LlamaForCausalLM(shape.config()), nn.Identity()) for key, shape in SHAPES.items()
+        }
+    line: dict[str, Any] = {}
+    for key, way in WAYS.items():
+        found = [
+            flops(shape, way, key in ("ours", "compiled"), [sample], models[name]) for name, shape in SHAPES.items()
+        ]
+        line[key] = [round(value / 1e12, 3) for value in found]
+    for key, values in line.items():
+        cells = (f"{value:.2f} {value / ours:.2f}" for value, ours in zip(values, line["ours"], strict=True))
+        table.add_row(WAYS[key].name, *cells)
+    rows = [paper_row(shape.config(), PATCHES + 15, 14, 2) for shape in SHAPES.values()]
+    table.add_row("activations kept, GB a sample", *(f"{row.needed(Cut(1)) / 1e9:.2f}" for row in rows))
+    Console(width=140).print(table)
+    print(json.dumps(line))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = list(SHAPES) if DEVICE.type == "cuda" else ["135m", "1b"]
@@ -328,11 +355,15 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first one is the baseline")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each way, in turns; the median counts")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a run, after one that warms up")
+    parser.add_argument("--paper", action="store_true", help="count FLOPs instead of measuring")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         shape, way, folder = arguments.worker
         print(json.dumps(run_way(SHAPES[shape], way, Path(folder), arguments.steps)))
+        return 0
+    if arguments.paper:
+        show_paper()
         return 0
     line: dict[str, Any] = {}
     for key in arguments.shapes:
