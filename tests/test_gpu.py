@@ -93,7 +93,7 @@ def test_features_arrive_from_pinned_memory(storage, tmp_path):
     cache, order = FeatureCache(path), np.random.default_rng(0).permutation(64).tolist()
     dataset = FeedingDataset(
         lambda index: {"input_ids": torch.tensor([index]), "labels": torch.tensor([index])}, collate, cache, keys, 4,
-        pin=True,
+        device=torch.device("cuda"),
     )  # fmt: skip
     loader = Accelerator().prepare(DataLoader(dataset, 4, sampler=order, collate_fn=lambda pending: pending))
     busy, seen = torch.randn(4096, 4096, device="cuda"), []

@@ -53,7 +53,7 @@ class CaptionDataset(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
 
     def feeding(
-        self, collate: Callable[[list[Any]], dict[str, Any]], batch_size: int, held: int, pin: bool
+        self, collate: Callable[[list[Any]], dict[str, Any]], batch_size: int, held: int, device: torch.device
     ) -> FeedingDataset | None:
         """Return what reads whole batches from the cache while training computes; None in on-the-fly mode.
 
@@ -61,12 +61,12 @@ class CaptionDataset(Dataset[dict[str, torch.Tensor]]):
             collate: Makes a batch of samples.
             batch_size: Largest batch.
             held: How many batches training holds at once.
-            pin: Whether batches go to a GPU.
+            device: Where batches go.
         """
         if not isinstance(self._source, FeatureCache):
             return None
         keys = [record.image for record in self._records]
-        return FeedingDataset(self.text, collate, self._source, keys, batch_size, held, pin)
+        return FeedingDataset(self.text, collate, self._source, keys, batch_size, held, device)
 
     def lengths(self) -> list[int]:
         """Return the words of each record's turns, what LLaVA's grouped sampling sorts by."""

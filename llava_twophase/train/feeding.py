@@ -4,7 +4,7 @@ The usual way (data loader workers, a fresh tensor for each sample and another f
 on fresh memory than on reading. Here rows go from the file straight into one of a few buffers, pinned for a GPU.
 
 Accelerate's data loader fetches a batch ahead and asks it with ``.to(device)`` to move just before it is needed: a
-``PendingBatch`` is what it fetches, and the features move, and are decoded, in its ``to``.
+``PendingBatch`` is what it fetches. By then its features are on their way to a GPU; they are decoded in its ``to``.
 
 Shapes: B samples, T ids, L patch tokens, D tower width.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -33,21 +34,28 @@ _MEMORY_SPEED = 2e9
 Batch = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What a batch is made of: all but its features, and its stored rows, to a GPU still under way."""
+
+    rest: Batch
+    rows: torch.Tensor
+    copied: torch.cuda.Event | None
+
+
 class PendingBatch:
     """A batch that threads are still making.
 
     Args:
-        ready: Ends when ``rows`` is filled; gives the batch but for its features.
-        rows: Stored rows ``uint8 [B, row_bytes]``, a part of the ring.
-        codec: Decodes them.
+        ready: Gives what it is made of.
+        codec: Decodes its rows.
     """
 
-    def __init__(self, ready: Future[Batch], rows: torch.Tensor, codec: Codec) -> None:
-        self._ready, self._rows, self._codec = ready, rows, codec
-        self._copied: torch.cuda.Event | None = None
+    def __init__(self, ready: Future[_Made], codec: Codec) -> None:
+        self._ready, self._codec = ready, codec
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """Wait for the batch and move it.
+        """Wait for the batch on the host, and let the device's current stream wait for its features.
 
         Args:
             device: Where to.
@@ -60,21 +68,21 @@ class PendingBatch:
         Raises:
             UserError: A row could not be read.
         """
+        made = self._ready.result()
         batch = {
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in self._ready.result().items()
+            for name, value in made.rest.items()
         }
-        rows = self._rows.to(device, non_blocking=True)
-        if rows.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        return {**batch, "features": self._codec.decode(rows)}
+        if made.copied is not None:
+            stream = torch.cuda.current_stream(made.rows.device)
+            stream.wait_event(made.copied)
+            made.rows.record_stream(stream)  # its memory belongs to the stream of the copies
+        return {**batch, "features": self._codec.decode(made.rows.to(device))}
 
     def release(self) -> None:
         """Wait until nothing writes to the rows or copies from them."""
-        self._ready.exception()
-        if self._copied is not None:
-            self._copied.synchronize()
+        if self._ready.exception() is None and (copied := self._ready.result().copied) is not None:
+            copied.synchronize()
 
 
 class FeedingDataset(Dataset[PendingBatch]):
@@ -87,7 +95,7 @@ class FeedingDataset(Dataset[PendingBatch]):
         keys: The image key of each sample.
         batch_size: Largest B.
         held: How many batches training holds at once: the steps of gradient accumulation.
-        pin: Whether batches go to a GPU.
+        device: Where batches go: to a GPU from pinned memory, by copies on a stream of their own, a step ahead.
 
     Raises:
         UserError: A key is not in the cache.
@@ -101,12 +109,14 @@ class FeedingDataset(Dataset[PendingBatch]):
         keys: Sequence[str],
         batch_size: int,
         held: int = 1,
-        pin: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self._text, self._collate, self._cache, self._rows = text, collate, cache, cache.rows(keys)
         # One more is being read, and one more is what the last step may still use.
         shape = (held + 2, batch_size, cache.codec.row_bytes)
-        self._ring = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+        gpu = device is not None and device.type == "cuda"
+        self._ring = torch.empty(shape, dtype=torch.uint8, pin_memory=gpu)
+        self._copies = torch.cuda.Stream(device) if gpu else None
         self._pending: list[PendingBatch | None] = [None] * len(self._ring)
         self._next, self._cold = 0, True
         self._readers = ThreadPoolExecutor(_THREADS, "features")
@@ -127,12 +137,12 @@ class FeedingDataset(Dataset[PendingBatch]):
         before = self._pending[slot]
         if before is not None:
             before.release()
-        buffer = self._ring[slot, : len(indices)]
-        ready = self._leader.submit(self._make, list(indices), buffer.numpy())
-        pending = self._pending[slot] = PendingBatch(ready, buffer, self._cache.codec)
+        ready = self._leader.submit(self._make, list(indices), self._ring[slot, : len(indices)])
+        pending = self._pending[slot] = PendingBatch(ready, self._cache.codec)
         return pending
 
-    def _make(self, indices: list[int], buffer: np.ndarray) -> Batch:
+    def _make(self, indices: list[int], ring: torch.Tensor) -> _Made:
+        buffer = ring.numpy()
         if self._cold:
             self._cache.will_need(self._rows[np.asarray(indices)])
         samples = [{**self._text(index), _PLACE: torch.tensor(place)} for place, index in enumerate(indices)]
@@ -146,7 +156,13 @@ class FeedingDataset(Dataset[PendingBatch]):
         for read in reads:
             read.result()
         self._cold = buffer.nbytes < _MEMORY_SPEED * (time.perf_counter() - started)
-        return batch
+        return _Made(batch, *self._send(ring))
+
+    def _send(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        if self._copies is None:
+            return rows, None
+        with torch.cuda.stream(self._copies):
+            return rows.to(self._copies.device, non_blocking=True), self._copies.record_event()
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to go to a worker, whose memory the batch would have to leave again."""

@@ -46,7 +46,7 @@ class ProjectorTrainer(Trainer):
             cast(Any, self.data_collator),
             args.train_batch_size,
             args.gradient_accumulation_steps,
-            args.device.type == "cuda",
+            args.device,
         )
         if feeding is not None:
             whole = DataLoader(
