@@ -11,6 +11,7 @@ Shapes: B samples, T ids, L patch tokens, D tower width.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,8 @@ from torch.utils.data import Dataset
 from llava_twophase.cache.codec import Codec
 from llava_twophase.cache.reader import FeatureCache
 
-_THREADS = 4
+# Several reads in flight are faster than one; a core is left for the step itself.
+_THREADS = max(1, min(4, (os.cpu_count() or 1) - 1))
 _PLACE = "place"
 # Bytes a second: what is read more slowly comes from a disk, which works faster when told of a whole batch first.
 _MEMORY_SPEED = 2e9
