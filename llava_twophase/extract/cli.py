@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.json and not args.plan:
         parser.error("--json goes with --plan")
+    if args.llm and not args.plan:
+        parser.error("--llm goes with --plan")
+    if args.runs and not args.llm:
+        parser.error("--runs goes with --llm")
     ranks = ranks_from_environment()
     level = logging.INFO if ranks.is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
@@ -91,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto (default: this rank's GPU, else the CPU), cpu, cuda, cuda:1, ...")
     add("--plan", action="store_true", help="say what is to do, how large and how long, write nothing, and stop")
     add("--json", action="store_true", help="with --plan: as one JSON object")
+    add(
+        "--llm",
+        help="with --plan: say when the cache pays beside training this LLM: 135M, 0.5B, 1.1B, 7B, 13B, or a model",
+    )
+    add("--runs", type=_positive, help="with --llm: training runs of one epoch that will use the cache (default: 3)")
     return parser
 
 

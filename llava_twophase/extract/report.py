@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from llava_twophase.cache.quarantine import Quarantined
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.extract.crops import CropDataset
 from llava_twophase.extract.encoder import Encoder
+from llava_twophase.extract.pays import Pays
 from llava_twophase.extract.plan import Plan, free_bytes
 from llava_twophase.vision.images import Images
 from llava_twophase.vision.tower import VisionTower
@@ -49,6 +50,7 @@ class PlanReport:
         images_per_second: Of a short calibration of one rank; None without work.
         seconds: The estimate; None without work.
         examples: Some of the missing and unusable ones.
+        pays: With ``--llm``: training runs with the cache and without.
     """
 
     records: int
@@ -66,6 +68,7 @@ class PlanReport:
     images_per_second: float | None = None
     seconds: float | None = None
     examples: list[str] = field(default_factory=list)
+    pays: Pays | None = None
 
     def text(self) -> str:
         """Return the report in lines."""
@@ -81,11 +84,13 @@ class PlanReport:
         if self.seconds is not None and self.images_per_second is not None:
             left = timedelta(seconds=round(self.seconds))
             lines.append(f"time        {left}, at {self.images_per_second:.2f} images/s")
+        if self.pays is not None:
+            lines.append(self.pays.text())
         return "\n".join([*lines, *(f"  {example}" for example in self.examples)])
 
     def json(self) -> str:
         """Return the report as one JSON object."""
-        return json.dumps(vars(self), indent=1, ensure_ascii=False)
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
 
 def report_plan(
@@ -96,6 +101,7 @@ def report_plan(
     row_bytes: int,
     cache: Path,
     rate: float | None,
+    pays: Pays | None = None,
 ) -> PlanReport:
     """Gather what ``--plan`` prints.
 
@@ -107,6 +113,7 @@ def report_plan(
         row_bytes: Stored bytes of one image.
         cache: The cache's directory.
         rate: Images/s, where they were measured.
+        pays: Training runs with the cache and without, where they were weighed.
 
     Returns:
         The report.
@@ -128,7 +135,8 @@ def report_plan(
         free_bytes=free,
         fits=needed <= free,
         images_per_second=rate,
-        seconds=images / rate if rate else None,
+        seconds=images / rate if rate and images else None,
+        pays=pays,
         examples=[f"{entry.key}: {entry.reason}" for entry in bad[:_SHOWN]],
     )
 

@@ -31,6 +31,7 @@ from llava_twophase.distributed import Ranks
 from llava_twophase.errors import UserError, collected
 from llava_twophase.extract.channels import measure_channels
 from llava_twophase.extract.crops import find_bad, still_bad
+from llava_twophase.extract.pays import llm_config, measure_step, weigh
 from llava_twophase.extract.peers import Peers
 from llava_twophase.extract.pipeline import Options, extract
 from llava_twophase.extract.plan import Plan, make_plan, require_space, sealed_shards, shard_path
@@ -108,8 +109,15 @@ def _show_plan(job: Job) -> int:
     if manifest is not None:
         require_same(job.cache, manifest, fingerprint_of(tower, args))
     codec = plain_codec(tower, args.storage)
-    rate = calibrate(job.images, tower, codec, plan.keys, args.batch_size, args.num_workers) if plan.work else None
-    report = report_plan(job.records, plan, bad, len(missing), codec.row_bytes, job.cache, rate)
+    llm = llm_config(args.llm) if args.llm else None
+    # Of what is to encode; where that is nothing, an LLM is weighed against any of the images.
+    tried = plan.keys if plan.work else job.keys if llm else []
+    rate = calibrate(job.images, tower, codec, tried, args.batch_size, args.num_workers) if tried else None
+    pays = None
+    if llm is not None and rate is not None:
+        step = measure_step(llm, tower.feature_shape[0], tower.device)
+        pays = weigh(args.llm, args.runs or 3, len(job.records), len(plan.keys), step, rate, codec.row_bytes)
+    report = report_plan(job.records, plan, bad, len(missing), codec.row_bytes, job.cache, rate, pays)
     print(report.json() if args.json else report.text())
     return 0 if report.fits and (args.on_bad_image == "skip" or not bad) else 1
 

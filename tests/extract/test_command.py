@@ -158,6 +158,8 @@ def test_a_cache_with_a_name_that_no_locale_knows(command, tmp_path):
         (["--batchsize", "4"], "unrecognized arguments"),
         (["--mm_vision_select_feature", "cls"], "invalid choice"),
         (["--json"], "--json goes with --plan"),
+        (["--llm", "13B"], "--llm goes with --plan"),
+        (["--plan", "--runs", "3"], "--runs goes with --llm"),
         (["--num_workers", "-1"], "negative"),
     ],
 )

@@ -1,6 +1,7 @@
 """Trainer's own switches for kernels and launchers: they keep the losses, or are refused before the LLM loads."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 
@@ -22,6 +23,7 @@ def trained(plain_set, tiny_llama, tiny_clip, tmp_path_factory):
         history = json.loads((root / name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         return [entry["loss"] for entry in history if "loss" in entry]
 
+    train.root = root
     return train
 
 
@@ -31,6 +33,17 @@ def test_compiled_layers_and_another_attention_keep_the_losses(trained):
     compiled = trained("compiled", torch_compile=True, torch_compile_backend="aot_eager", attn_implementation="eager")
     assert len(plain) == 6
     assert compiled == pytest.approx(plain, abs=1e-5)
+    # And the table of both, which names what differs.
+    plot = trained.root / "losses.png"
+    table = run(
+        ["python", "pipelines/compare_runs.py", trained.root / "plain", trained.root / "compiled", "--plot", plot]
+    )
+    assert {"attn_implementation", "torch_compile", "eager", "loss,"} <= set(table.stdout.split())
+    assert f"{sum(plain) / 6:.4f}" in table.stdout and "seed" not in table.stdout
+    if find_spec("matplotlib"):
+        assert plot.read_bytes().startswith(b"\x89PNG")
+    said = run(["python", "pipelines/compare_runs.py", trained.root], expect=1).stderr
+    assert "is no finished run: arguments.json cannot be read" in said
 
 
 def test_liger_without_a_gpu_is_refused_before_the_llm_loads(trained):

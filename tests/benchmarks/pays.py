@@ -1,0 +1,88 @@
+"""When a cache pays, by the size of the LLM: measured on this machine, and on paper for another.
+
+    python tests/benchmarks/pays.py                       # CLIP-L/14-336 with random weights, some minutes on two cores
+    python tests/benchmarks/pays.py --paper 400           # no measuring: a device that makes 400 TFLOP/s of everything
+
+The same code as `extract_features.py --plan --llm`, for the 558,128 images and as many records of LLaVA-Pretrain and a
+bf16 cache. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from extract import TOKENS, flops, write_pictures, write_tower
+from llava_twophase.extract.pays import SIZES, llm_config, measure_step, weigh
+from llava_twophase.extract.report import calibrate
+from llava_twophase.extract.setup import plain_codec
+from llava_twophase.train.metrics import StepFlops
+from llava_twophase.vision.images import ImageFolder
+from llava_twophase.vision.preprocess import Preprocessor
+from llava_twophase.vision.tower import VisionTower
+
+IMAGES, ROW_BYTES, LAYERS = 558_128, 1_179_648, 23
+
+
+def on_paper(teraflops):
+    """Images/s of the tower, and seconds a sample of each LLM, by counting FLOPs."""
+    steps = {}
+    for name, (hidden, inner, layers, heads, kv_heads) in SIZES.items():
+        weights = layers * (2 * hidden * hidden * (1 + kv_heads / heads) + 3 * hidden * inner)
+        counts = StepFlops(int(weights), 0, layers * hidden)
+        steps[name] = counts.count(1, TOKENS - 1 + 15, 0) / teraflops / 1e12
+    return teraflops * 1e12 / flops(LAYERS), steps
+
+
+def measured(device):
+    """The same, by running them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tower(folder, LAYERS + 1)
+        keys = write_pictures(folder, 8)
+        tower = VisionTower(name, Preprocessor(name), dtype=torch.bfloat16, device=device)
+        codec = plain_codec(tower, "bfloat16")
+        rate = calibrate(ImageFolder(folder), tower, codec, keys, len(keys), os.cpu_count() or 1)
+        assert rate is not None
+    return rate, {name: measure_step(llm_config(name), TOKENS - 1, device) for name in SIZES}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paper", type=float, help="TFLOP/s of a device, instead of measuring this one")
+    parser.add_argument("--runs", type=int, default=5, help="runs that use the cache (default: 5)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate, steps = on_paper(args.paper) if args.paper else measured(device)
+    name = (
+        f"on paper, {args.paper:g} TFLOP/s"
+        if args.paper
+        else f"{platform.platform()}, {device}, {os.cpu_count()} cores"
+    )
+    table = Table("LLM", "extraction", "a run, cached", "on the fly", f"{args.runs} runs save", "reads", box=None)
+    line = {"images_per_second": round(rate, 3)}
+    for llm, step in steps.items():
+        pays = weigh(llm, args.runs, IMAGES, IMAGES, step, rate, ROW_BYTES)
+        hours = [seconds / 3600 for seconds in (pays.extraction_seconds, pays.run_seconds, pays.run_seconds_on_the_fly)]
+        table.add_row(
+            llm, *(f"{hour:.1f} h" for hour in hours), f"{pays.saved:.1%}", f"{pays.read_mb_per_second:,.0f} MB/s"
+        )
+        line[llm] = {"step_seconds": round(step, 5), "saved": round(pays.saved, 4), "pays_from": pays.pays_from}
+    console = Console(width=110)
+    console.print(f"{name}; {IMAGES} images, {IMAGES * ROW_BYTES / 1e9:.0f} GB in bf16, {rate:.2f} images/s")
+    console.print(table)
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
