@@ -126,6 +126,8 @@ def _partitioned(llm: Any, arguments: Arguments) -> Any:
     content = given if isinstance(given, dict) else json.loads(Path(str(given)).read_text(encoding="utf-8"))
     zero = {name: value for name, value in content["zero_optimization"].items() if value != "auto"}
     zero.pop("offload_optimizer", None)
+    # Parameters in host memory are the LLM's matter: the projector stays on the device.
+    training.deepspeed_plugin.deepspeed_config["zero_optimization"].pop("offload_param", None)
     config = {
         "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
         "zero_optimization": zero,

@@ -1,4 +1,4 @@
-"""What a run shows beside its loss: samples, tokens and FLOPs a second, memory, and how long it waited for data.
+"""What a run shows beside its loss: samples, tokens and FLOPs a second, memory, waiting for data, time left.
 
 All of it comes from shapes and clocks on the host; nothing here waits for the device.
 """
@@ -65,18 +65,25 @@ class StepFlops:
 class Meter:
     """Adds up what happened since the last log."""
 
+    steps: int = 0
     samples: int = 0
     tokens: int = 0
     flops: float = 0.0
     waited: float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
-    def report(self, world_size: int, device: torch.device) -> dict[str, float]:
+    def report(self, world_size: int, device: torch.device, steps_left: int) -> dict[str, float]:
         """Return rates over all ranks since the meter was made.
+
+        Args:
+            world_size: Ranks, each as fast as this one.
+            device: This rank's.
+            steps_left: Optimizer steps until the end of the run.
 
         Returns:
             ``samples_per_second``, ``tokens_per_second`` (spliced positions), ``tflops_per_device``,
-            ``data_wait_percent``, and ``memory_gb``: this rank's peak of device memory, or of the process on a CPU.
+            ``data_wait_percent``, ``memory_gb``: this rank's peak of device memory, or of the process on a CPU, and
+            ``eta_seconds``: until the end at this pace; what evaluation and saving will take is not in it.
         """
         seconds = max(time.perf_counter() - self.since, 1e-9)
         return {
@@ -85,6 +92,7 @@ class Meter:
             "tflops_per_device": round(self.flops / seconds / 1e12, 4),
             "data_wait_percent": round(100 * self.waited / seconds, 2),
             "memory_gb": round(_peak_memory(device) / 1e9, 3),
+            "eta_seconds": round(seconds / max(self.steps, 1) * steps_left, 1),
         }
 
 

@@ -77,6 +77,7 @@ class ProjectorTrainer(Trainer):
         started = time.perf_counter()
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._meter.waited += time.perf_counter() - started
+        self._meter.steps += 1
         return batches
 
     def training_step(
@@ -111,7 +112,8 @@ class ProjectorTrainer(Trainer):
                     f"the loss is {logs['loss']} at step {self.state.global_step}; try --bf16 True instead of fp16, or "
                     "a lower --learning_rate; the last checkpoint is untouched"
                 )
-            logs |= self._meter.report(self.args.world_size, self.args.device)
+            steps_left = self.state.max_steps - self.state.global_step
+            logs |= self._meter.report(self.args.world_size, self.args.device, steps_left)
             self._meter = Meter()
         super().log(logs, start_time)
 

@@ -3,7 +3,6 @@
 Kills are few here; LLAVA_TWOPHASE_KILLS=20 makes them as many as a run can take.
 """
 
-import json
 import os
 import random
 import signal
@@ -12,47 +11,11 @@ import sys
 import threading
 
 import pytest
-import torch
 
 from helpers import ROOT, free_port, needs_compiler, process_environment, run
+from train.commands import assert_equal, command, deepspeed, outcome
 
 KILLS = int(os.environ.get("LLAVA_TWOPHASE_KILLS", "1"))
-
-
-@pytest.fixture(scope="module")
-def cache(plain_set, tiny_clip, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume") / "cache"
-    flags = ["--data_path", plain_set.json, "--image_folder", plain_set.folder, "--vision_tower", tiny_clip]
-    run(["python", "pipelines/extract_features.py", *flags, "--feature_cache", folder, "--compute_dtype", "fp32"])
-    return folder
-
-
-def command(records, llm, tower, cache, output, **changes):
-    flags = {
-        "model_name_or_path": llm,
-        "data_path": records,
-        "vision_tower": tower,
-        "feature_cache": cache,
-        "mm_projector_type": "mlp2x_gelu",
-        "tune_mm_mlp_adapter": True,
-        "output_dir": output,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 1,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "save_total_limit": 1,
-        "learning_rate": 1e-3,
-        "warmup_ratio": 0.1,
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        **changes,
-    }
-    return [
-        "pipelines/train_projector.py",
-        *(part for name, value in flags.items() for part in (f"--{name}", str(value))),
-    ]
 
 
 def kill_at(full_command, loss_lines):
@@ -83,14 +46,6 @@ def kill_at(full_command, loss_lines):
     return cut
 
 
-def outcome(output):
-    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
-    curve = [
-        (entry["step"], entry["loss"], entry["learning_rate"]) for entry in state["log_history"] if "loss" in entry
-    ]
-    return curve, torch.load(output / "mm_projector.bin", weights_only=True)
-
-
 def assert_killed_equals_whole(launcher, make, tmp_path, updates):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run([*launcher(), *make(whole)])
@@ -100,48 +55,45 @@ def assert_killed_equals_whole(launcher, make, tmp_path, updates):
         kills += kill_at([*launcher(), *make(cut)], draws.randint(1, updates // 2))
     assert kills, "no run was cut: the test has shown nothing"
     run([*launcher(), *make(cut)])
-    curves, projectors = zip(outcome(whole), outcome(cut), strict=True)
-    assert curves[0] == curves[1]
-    assert len(curves[0]) >= updates // 2
-    assert all(torch.equal(projectors[0][name], projectors[1][name]) for name in projectors[0])
+    assert_equal(outcome(whole), outcome(cut))
+    assert len(outcome(whole)[0]) >= updates // 2
     # Every checkpoint but the newest is gone, the ones that kills left half-written aside.
     assert sum((path / "complete.json").is_file() for path in cut.glob("checkpoint-*")) == 1
 
 
-def test_one_process_with_accumulation(plain_set, tiny_llama, tiny_clip, cache, tmp_path):
+def test_one_process_with_accumulation(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
     def make(output):
-        return command(plain_set.json, tiny_llama, tiny_clip, cache, output, gradient_accumulation_steps=2)
+        return command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, gradient_accumulation_steps=2)
 
     assert_killed_equals_whole(lambda: [sys.executable], make, tmp_path, updates=12)
 
 
 @needs_compiler
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_on_two_ranks(plain_set, tiny_llama, tiny_clip, cache, tmp_path, stage):
+def test_deepspeed_on_two_ranks(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, stage):
     def make(output):
         config = f"pipelines/zero{stage}.json"
-        return command(plain_set.json, tiny_llama, tiny_clip, cache, output, deepspeed=config, bf16=True)
+        return command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, deepspeed=config, bf16=True)
 
-    def launcher():
-        return ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
-
-    assert_killed_equals_whole(launcher, make, tmp_path, updates=12)
+    assert_killed_equals_whole(deepspeed, make, tmp_path, updates=12)
 
 
-def test_another_number_of_ranks_is_refused_before_the_llm_loads(plain_set, tiny_llama, tiny_clip, cache, tmp_path):
-    make = command(plain_set.json, tiny_llama, tiny_clip, cache, tmp_path / "out", max_steps=3)
+def test_another_number_of_ranks_is_refused_before_the_llm_loads(
+    plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path
+):
+    make = command(plain_set.json, tiny_llama, tiny_clip, plain_cache, tmp_path / "out", max_steps=3)
     run(["python", *make])
     launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    result = run([*launcher, *command(plain_set.json, "/nowhere", tiny_clip, cache, tmp_path / "out")], expect=1)
+    result = run([*launcher, *command(plain_set.json, "/nowhere", tiny_clip, plain_cache, tmp_path / "out")], expect=1)
     assert "--model_name_or_path /nowhere" in result.stderr
     result = run([*launcher, *make], expect=1)
     assert "world_size: the checkpoint has 1, this run 2" in result.stderr
 
 
-def test_a_half_written_checkpoint_is_passed_over(plain_set, tiny_llama, tiny_clip, cache, tmp_path):
+def test_a_half_written_checkpoint_is_passed_over(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
     """As a crash while saving leaves it: the folder is there, its files are not all."""
     output = tmp_path / "out"
-    make = command(plain_set.json, tiny_llama, tiny_clip, cache, output, save_total_limit=5, max_steps=9)
+    make = command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, save_total_limit=5, max_steps=9)
     run(["python", *make])
     expected = outcome(output)
     newest = output / "checkpoint-9"
@@ -149,6 +101,4 @@ def test_a_half_written_checkpoint_is_passed_over(plain_set, tiny_llama, tiny_cl
     (newest / "optimizer.pt").write_bytes(b"half")
     result = run(["python", *make])
     assert f"resuming from {output / 'checkpoint-6'}" in result.stderr
-    again = outcome(output)
-    assert again[0] == expected[0]
-    assert all(torch.equal(again[1][name], expected[1][name]) for name in again[1])
+    assert_equal(outcome(output), expected)

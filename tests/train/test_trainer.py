@@ -12,7 +12,10 @@ from llava_twophase.errors import UserError
 from llava_twophase.train.metrics import GradientProbe, Meter, StepFlops
 from llava_twophase.train.trainer import require_learning
 
-RATES = ("samples_per_second", "tokens_per_second", "tflops_per_device", "data_wait_percent", "memory_gb")
+RATES = (
+    *("samples_per_second", "tokens_per_second", "tflops_per_device"),
+    *("data_wait_percent", "memory_gb", "eta_seconds"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,8 @@ def test_rates_are_logged_beside_the_loss(evaluated):
         assert all(entry[name] >= 0 for name in RATES)
         assert entry["samples_per_second"] > 0
         assert entry["tokens_per_second"] > 16 * entry["samples_per_second"]
+    assert steps[0]["eta_seconds"] > 0
+    assert steps[-1]["eta_seconds"] == 0
 
 
 def test_written_captions_stand_beside_the_true_ones_with_thumbnails(evaluated, plain_set):
@@ -106,9 +111,11 @@ def test_flops_count_forward_and_backward_of_frozen_weights(tiny_llama):
 
 
 def test_meter_reports_rates_of_all_ranks():
-    meter = Meter(samples=8, tokens=80, flops=2e12)
-    report = meter.report(2, torch.device("cpu"))
+    meter = Meter(steps=2, samples=8, tokens=80, flops=2e12)
+    report = meter.report(2, torch.device("cpu"), steps_left=3)
     assert set(report) == set(RATES)
+    # Three more steps take as long as 1.5 times these two; both figures are rounded.
+    assert report["eta_seconds"] == pytest.approx(1.5 * 16 / report["samples_per_second"], rel=0.01, abs=0.1)
     assert report["memory_gb"] > 0.01
 
 

@@ -1,0 +1,78 @@
+"""What the DeepSpeed configurations promise, as runs without it do: accumulation and master weights in float32.
+
+Gradients come out of a bf16 backward pass, so the sum of sixteen equal ones is exact in float32, and in bf16 it is not:
+with float32 accumulation sixteen equal micro-batches move the projector as one of them does, bit for bit.
+"""
+
+import json
+
+import pytest
+import torch
+
+import drawn
+from helpers import needs_compiler, run
+from train.commands import command, deepspeed, outcome
+
+SAME = 16
+
+
+@pytest.fixture(scope="module")
+def repeated(plain_set, tmp_path_factory):
+    """One record so often that all micro-batches are equal, on two ranks too."""
+    path = tmp_path_factory.mktemp("repeated") / "records.json"
+    return drawn.write_records(plain_set.records[:1] * (2 * SAME), path)
+
+
+@pytest.fixture(scope="module")
+def train(repeated, tiny_llama, tiny_clip, plain_cache, tmp_path_factory):
+    """Two updates in bf16 of so many micro-batches; returns the run's folder."""
+
+    def start(launcher, accumulation, **changes):
+        output = tmp_path_factory.mktemp("deepspeed") / "out"
+        accumulated = {"gradient_accumulation_steps": accumulation, "max_steps": 2, "logging_steps": 1}
+        constant = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+        flags = {"bf16": True, "save_strategy": "no", **accumulated, **constant, **changes}
+        run([*launcher, *command(repeated, tiny_llama, tiny_clip, plain_cache, output, **flags)])
+        return output
+
+    return start
+
+
+def assert_equal(one, other):
+    """The same projector to the bit; losses but for the sum over micro-batches, which rounds."""
+    assert [loss for _, loss, _ in one[0]] == pytest.approx([loss for _, loss, _ in other[0]], rel=1e-6)
+    assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+
+
+def test_bf16_accumulation_would_be_seen():
+    gradient = torch.arange(128, 256).bfloat16() / SAME
+    assert torch.equal(sum([gradient.float()] * SAME), gradient.float() * SAME)
+    assert not torch.equal(sum([gradient] * SAME), gradient * SAME)
+
+
+def test_without_deepspeed_accumulation_is_in_float32(train):
+    assert_equal(outcome(train(["python"], SAME)), outcome(train(["python"], 1)))
+
+
+@needs_compiler
+def test_zero2_accumulates_in_float32_and_keeps_float32_master_weights(train):
+    accumulated = train(deepspeed(), SAME, deepspeed="pipelines/zero2.json", save_strategy="steps", save_steps=2)
+    assert_equal(outcome(accumulated), outcome(train(deepspeed(), 1, deepspeed="pipelines/zero2.json")))
+    checkpoint, master = accumulated / "checkpoint-2", accumulated / "master"
+    run(["python", checkpoint / "zero_to_fp32.py", checkpoint, master])
+    state = torch.load(master / "pytorch_model.bin", weights_only=True)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    written = outcome(accumulated)[1]
+    for name, tensor in state.items():
+        assert torch.equal(tensor.bfloat16(), written[f"model.{name}"])
+        assert not torch.equal(tensor.bfloat16().float(), tensor)
+
+
+@needs_compiler
+def test_an_llm_in_host_memory_changes_nothing(train):
+    """Also that ZeRO-3 accumulates in float32: one of the runs does, the other has nothing to accumulate."""
+    offloaded = train(deepspeed(), SAME, deepspeed="pipelines/zero3_offload.json")
+    assert_equal(outcome(offloaded), outcome(train(deepspeed(), 1, deepspeed="pipelines/zero3.json")))
+    assert (offloaded / "config.json").is_file()
+    arguments = json.loads((offloaded / "arguments.json").read_text(encoding="utf-8"))
+    assert arguments["training"]["deepspeed"] == "pipelines/zero3_offload.json"
