@@ -31,7 +31,7 @@ def main(argv=None):
 
 def compare(args):
     """Print the table and draw the plot."""
-    runs = {str(folder): (_read(folder, "arguments.json"), _history(folder)) for folder in args.runs}
+    runs = {str(folder): (_arguments(folder), _history(folder)) for folder in args.runs}
     different = _differences([arguments for arguments, _ in runs.values()])
     evaluated = any("eval_loss" in entry for _, history in runs.values() for entry in history)
     table = Table("run", *different, f"loss, last {args.last}", *["eval loss"] * evaluated, "samples/s", box=box.SIMPLE)
@@ -52,6 +52,11 @@ def _read(folder, file):
         return json.loads((folder / file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no finished run: {file} cannot be read ({error})") from None
+
+
+def _arguments(folder):
+    # Those of the model, the data and the training, in one.
+    return {key: value for part in _read(folder, "arguments.json").values() for key, value in part.items()}
 
 
 def _history(folder):
