@@ -146,14 +146,41 @@ def test_zero2_on_two_ranks(plain_set, tiny_llama, tiny_clip, features, tmp_path
     assert saved < (tiny_llama / "model.safetensors").stat().st_size
 
 
-def test_torchrun_with_two_ranks_without_deepspeed(plain_set, tiny_llama, tiny_clip, features, tmp_path):
-    output = tmp_path / "torchrun"
-    flags = train_flags(
-        *(plain_set, tiny_llama, tiny_clip, output), feature_cache=features, per_device_train_batch_size=2
-    )
-    launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    run([*launcher, "pipelines/train_projector.py", *flags])
-    assert len(losses(output)) == STEPS
+DYING = """\
+import os, signal, sys
+from llava_twophase.train import trainer
+from llava_twophase.train.cli import main
+
+step = trainer.ProjectorTrainer.training_step
+
+def dying(self, *args, **kwargs):
+    if os.environ["RANK"] == "1" and self.state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+
+trainer.ProjectorTrainer.training_step = dying
+sys.exit(main())
+"""
+
+
+def test_a_rank_that_dies_ends_the_other_and_the_rerun_goes_on(plain_set, tiny_llama, tiny_clip, features, tmp_path):
+    """Under torchrun without DeepSpeed; killed in its fifth step, with a checkpoint at the third."""
+    whole, cut, script = tmp_path / "whole", tmp_path / "cut", tmp_path / "dying.py"
+    script.write_text(DYING, encoding="utf-8")
+
+    def start(program, output, expect=0):
+        common = {"feature_cache": features, "per_device_train_batch_size": 2, "save_strategy": "steps"}
+        flags = train_flags(plain_set, tiny_llama, tiny_clip, output, save_steps=3, **common)
+        launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+        return run([*launcher, program, *flags], expect=expect)
+
+    start("pipelines/train_projector.py", whole)
+    assert len(losses(whole)) == STEPS
+    start(script, cut, expect=1)
+    assert not (cut / "mm_projector.bin").exists()
+    assert f"resuming from {cut / 'checkpoint-3'}" in start("pipelines/train_projector.py", cut).stderr
+    assert losses(cut) == losses(whole)
+    assert all(torch.equal(projector(cut)[name], tensor) for name, tensor in projector(whole).items())
 
 
 def test_killed_and_rerun_ends_with_the_same_projector(plain_set, tiny_llama, tiny_clip, features, tmp_path):
@@ -179,7 +206,7 @@ def test_killed_and_rerun_ends_with_the_same_projector(plain_set, tiny_llama, ti
         ({"mm_projector_type": "identity"}, "nothing to train"),
         ({"model_name_or_path": "/nowhere"}, "--model_name_or_path /nowhere"),
         ({"data_path": "/nowhere.json"}, "--data_path /nowhere.json does not exist"),
-        ({"report_to": "trackio"}, "pip install"),
+        ({"report_to": "trackio"}, "pip install trackio"),
     ],
 )
 def test_misuse_is_refused_with_one_clear_line(plain_set, tiny_llama, tiny_clip, features, tmp_path, changes, named):

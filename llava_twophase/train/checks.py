@@ -133,8 +133,9 @@ def _require_packages(arguments: Arguments) -> None:
     names = [report_to] if isinstance(report_to, str) else report_to or []
     missing = [name for name in names if name in ("wandb", "tensorboard", "trackio") and find_spec(name) is None]
     if missing:
-        extra = ",".join(missing)
-        raise UserError(f"--report_to {extra}: pip install 'llava-twophase[{extra}]' first, or use --report_to none")
+        raise UserError(
+            f"--report_to {' '.join(missing)}: pip install {' '.join(missing)} first, or use --report_to none"
+        )
 
 
 def _require_launcher(arguments: Arguments) -> None:
