@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from llava_twophase.errors import UserError, run_command
 
@@ -34,7 +34,8 @@ def compare(args):
     runs = {str(folder): (_arguments(folder), _history(folder)) for folder in args.runs}
     different = _differences([arguments for arguments, _ in runs.values()])
     evaluated = any("eval_loss" in entry for _, history in runs.values() for entry in history)
-    table = Table("run", *different, f"loss, last {args.last}", *["eval loss"] * evaluated, "samples/s", box=box.SIMPLE)
+    names = ["run", *different, f"loss, last {args.last}", *["eval loss"] * evaluated, "samples/s"]
+    table = Table(*(Column(name, overflow="fold") for name in names), box=box.SIMPLE)
     for name, (arguments, history) in runs.items():
         losses = _values(history, "loss")[-args.last :]
         rates = _values(history, "samples_per_second")

@@ -124,16 +124,19 @@ class CaptionSamples(TrainerCallback):
 
     def _track(self, args: TrainingArguments, state: TrainerState, page: str, captions: Sequence[str]) -> None:
         trackers = args.report_to or []
+        lines = [f"| {r.image} | {c} | {r.caption.strip()} |" for r, c in zip(self.records, captions, strict=True)]
+        table = "\n".join(["| image | written | true |", "|---|---|---|", *lines])
         if "wandb" in trackers:
             import wandb
 
-            wandb.log({"samples": wandb.Html(page)}, step=state.global_step)
+            # Without a step of its own: wandb counts Trainer's logs, and would drop what is behind its count.
+            wandb.log({"samples": wandb.Html(page), "train/global_step": state.global_step})
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
 
             with SummaryWriter(str(self.folder / "samples")) as writer:
-                lines = [
-                    f"| {r.image} | {c} | {r.caption.strip()} |" for r, c in zip(self.records, captions, strict=True)
-                ]
-                table = "\n".join(["| image | written | true |", "|---|---|---|", *lines])
                 writer.add_text("samples", table, state.global_step)
+        if "trackio" in trackers:
+            import trackio
+
+            trackio.log({"samples": trackio.Markdown(table)}, step=state.global_step)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ RATES = (
 )
 
 
+TRACKERS = [name for name in ("tensorboard", "wandb") if find_spec(name)] or ["none"]
+
+
 @pytest.fixture(scope="module")
 def evaluated(plain_set, tiny_llama, tiny_clip, tmp_path_factory):
     """A run from a cache with a held-out part, evaluated at each epoch, captions written."""
@@ -28,8 +32,9 @@ def evaluated(plain_set, tiny_llama, tiny_clip, tmp_path_factory):
     train = ["--model_name_or_path", tiny_llama, "--feature_cache", cache, "--tune_mm_mlp_adapter", "True"]
     train += ["--output_dir", output, "--num_train_epochs", "2", "--per_device_train_batch_size", "2"]
     train += ["--eval_fraction", "0.25", "--evaluation_strategy", "epoch", "--sample_captions", "2"]
-    train += ["--logging_steps", "1", "--report_to", "none", "--learning_rate", "1e-3", "--bf16", "True"]
-    result = run(["python", "pipelines/train_projector.py", *common, *train])
+    train += ["--logging_steps", "1", "--learning_rate", "1e-3", "--bf16", "True"]
+    train += ["--report_to", *TRACKERS, "--logging_dir", root / "tensorboard"]
+    result = run(["python", "pipelines/train_projector.py", *common, *train], WANDB_MODE="offline", WANDB_DIR=root)
     return output, result
 
 
@@ -62,6 +67,30 @@ def test_written_captions_stand_beside_the_true_ones_with_thumbnails(evaluated, 
     text = pages[-1].read_text(encoding="utf-8")
     assert text.count('<img src="data:image/jpeg;base64,') == 2
     assert sum(caption in text for caption in plain_set.captions) == 2
+
+
+def test_tensorboard_has_losses_and_captions(evaluated):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output, _ = evaluated
+    found = EventAccumulator(str(output.parent / "tensorboard")).Reload()
+    losses = [entry["loss"] for entry in history(output) if "loss" in entry]
+    assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(losses)
+    assert len(found.Scalars("eval/loss")) == 2 and len(found.Scalars("train/tokens_per_second")) == len(losses)
+    written = EventAccumulator(str(output / "samples")).Reload()
+    (tag,) = written.Tags()["tensors"]
+    assert len(written.Tensors(tag)) == 2 and b"| written |" in written.Tensors(tag)[0].tensor_proto.string_val[0]
+
+
+def test_wandb_has_losses_and_captions(evaluated):
+    """Offline: its file is a protocol of records; what is logged stands in it by name."""
+    pytest.importorskip("wandb")
+    output, _ = evaluated
+    (logged,) = (output.parent / "wandb").glob("offline-run-*/run-*.wandb")
+    content = logged.read_bytes()
+    assert content.count(b"train/loss") >= 6 and b"eval/loss" in content
+    assert content.count(b"html-file") >= 2
 
 
 def test_everything_a_run_leaves_is_there(evaluated):
