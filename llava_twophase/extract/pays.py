@@ -2,7 +2,8 @@
 
 A run on the fly spends what a run from the cache spends, and the tower's time for each image. So the first run from a
 cache costs as much as one on the fly, and every later one saves the extraction. How much that is beside the LLM's own
-step is what is measured here.
+step is what is measured here. Decoding goes on beside both, in workers: on the fly it is hidden behind tower and LLM,
+in an extraction behind the tower alone, so slow decoding costs an extraction before it costs a run.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from itertools import count
+from math import floor
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, LlamaConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, LlamaConfig
 
 from llava_twophase.errors import UserError
 
@@ -44,7 +46,8 @@ class Pays:
         runs: K.
         samples: Records of a run.
         step_seconds: The LLM's forward and backward pass, a sample.
-        tower_seconds: The tower, or decoding where that is slower, an image.
+        tower_seconds: The tower, an image.
+        decode_seconds: Decoding, an image, by all workers together.
         extraction_seconds: Of what is still to encode.
         run_seconds: A run from the cache.
         run_seconds_on_the_fly: A run without one.
@@ -60,6 +63,7 @@ class Pays:
     samples: int
     step_seconds: float
     tower_seconds: float
+    decode_seconds: float
     extraction_seconds: float
     run_seconds: float
     run_seconds_on_the_fly: float
@@ -83,14 +87,20 @@ class Pays:
             [
                 f"a run       {alone} from the cache, {fly} on the fly, with {self.llm} on this device alone",
                 f"{runs:<11} {_hours(self.seconds)} from the cache and its extraction, "
-                f"{_hours(self.seconds_on_the_fly)} on the fly: {100 * self.saved:.1f} % saved",
-                f"the cache   {verdict}; a run reads {self.read_mb_per_second:.1f} MB/s of it",
+                f"{_hours(self.seconds_on_the_fly)} on the fly: {round(100 * self.saved, 1) + 0:.1f} % saved",
+                f"the cache   {verdict}; a run reads {self.read_mb_per_second:.1f} MB/s of it: a slower disk slows it",
             ]
         )
 
 
 def weigh(
-    llm: str, runs: int, samples: int, to_encode: int, step_seconds: float, images_per_second: float, row_bytes: int
+    llm: str,
+    runs: int,
+    samples: int,
+    to_encode: int,
+    step_seconds: float,
+    rates: tuple[float, float],
+    row_bytes: int,
 ) -> Pays:
     """Add up K runs both ways.
 
@@ -100,25 +110,29 @@ def weigh(
         samples: Records of a run.
         to_encode: Images that are not cached yet.
         step_seconds: The LLM's forward and backward pass, a sample.
-        images_per_second: Of the tower, or of decoding where that is slower.
+        rates: Images/s of the tower, and of decoding by all workers together.
         row_bytes: Stored bytes of an image.
     """
-    tower = 1 / images_per_second
-    extraction, cached = to_encode * tower, samples * step_seconds
-    on_the_fly = cached + samples * tower
+    tower_seconds, decode_seconds = (1 / rate for rate in rates)
+    encode = max(tower_seconds, decode_seconds)
+    # What a run saves on each sample; as a number of its own, so that the usual case, encode == gain, stays exact.
+    gain = max(tower_seconds, decode_seconds - step_seconds)
+    extraction, cached = to_encode * encode, samples * step_seconds
+    on_the_fly = cached + samples * gain
     return Pays(
         llm,
         runs,
         samples,
         step_seconds,
-        tower,
+        tower_seconds,
+        decode_seconds,
         extraction,
         cached,
         on_the_fly,
         extraction + runs * cached,
         runs * on_the_fly,
         1 - (extraction + runs * cached) / (runs * on_the_fly),
-        pays_from=to_encode // samples + 1,
+        pays_from=floor(to_encode / samples * (encode / gain)) + 1,
         read_mb_per_second=row_bytes / step_seconds / 1e6,
     )
 
@@ -127,13 +141,13 @@ def llm_config(llm: str) -> Any:
     """Return the configuration of a size or of a model.
 
     Args:
-        llm: A key of ``SIZES``, a folder, or a hub id.
+        llm: A key of ``SIZES`` in either case, a folder, or a hub id.
 
     Raises:
         UserError: It is none of them.
     """
-    if llm in SIZES:
-        hidden, inner, layers, heads, kv_heads = SIZES[llm]
+    if llm.upper() in SIZES:
+        hidden, inner, layers, heads, kv_heads = SIZES[llm.upper()]
         return LlamaConfig(
             hidden_size=hidden,
             intermediate_size=inner,
@@ -142,9 +156,12 @@ def llm_config(llm: str) -> Any:
             num_key_value_heads=kv_heads,
         )
     try:
-        return AutoConfig.from_pretrained(llm).get_text_config()
+        config = AutoConfig.from_pretrained(llm).get_text_config()
     except (OSError, ValueError) as error:
         raise UserError(f"--llm {llm}: expected one of {', '.join(SIZES)}, or a model; {error}") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"--llm {llm} is a {config.model_type}; expected one of {', '.join(SIZES)}, or a causal LM")
+    return config
 
 
 def measure_step(config: Any, tokens: int, device: torch.device) -> float:

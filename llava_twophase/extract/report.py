@@ -143,11 +143,12 @@ def report_plan(
 
 def calibrate(
     images: Images, tower: VisionTower, codec: Codec, keys: Sequence[str], batch_size: int, num_workers: int
-) -> float | None:
+) -> tuple[float, float] | None:
     """Measure how many images/s one rank makes, on the first images that can be used; takes some seconds.
 
     Returns:
-        The slower of tower and decoding, or None where no image can be used.
+        Images/s of the tower, and of decoding by all workers; the slower one is the extraction's. None where no image
+        can be used.
     """
     dataset = CropDataset(images, tower.preprocessor, [keys[: max(1, batch_size)]])
     started = time.perf_counter()
@@ -165,7 +166,7 @@ def calibrate(
         spent += seconds
         rate = max(rate, count / seconds)
         count = min(4 * count, len(crops.keys), max(1, int(rate * (_CALIBRATION_SECONDS - spent))))
-    return min(rate, max(1, num_workers) / decode)
+    return rate, max(1, num_workers) / decode
 
 
 def report_twins(cache: FeatureCache) -> str | None:

@@ -101,6 +101,7 @@ def _job(args: argparse.Namespace, records: Sequence[Record], peers: Peers) -> J
 
 def _show_plan(job: Job) -> int:
     args = job.args
+    llm = llm_config(args.llm) if args.llm else None
     manifest = existing_manifest(job.cache)
     plan = _make_plan(job, manifest)
     missing = job.images.missing(plan.keys)
@@ -109,14 +110,16 @@ def _show_plan(job: Job) -> int:
     if manifest is not None:
         require_same(job.cache, manifest, fingerprint_of(tower, args))
     codec = plain_codec(tower, args.storage)
-    llm = llm_config(args.llm) if args.llm else None
     # Of what is to encode; where that is nothing, an LLM is weighed against any of the images.
     tried = plan.keys if plan.work else job.keys if llm else []
-    rate = calibrate(job.images, tower, codec, tried, args.batch_size, args.num_workers) if tried else None
+    rates = calibrate(job.images, tower, codec, tried, args.batch_size, args.num_workers) if tried else None
     pays = None
-    if llm is not None and rate is not None:
+    if llm is not None and rates is not None:
         step = measure_step(llm, tower.feature_shape[0], tower.device)
-        pays = weigh(args.llm, args.runs or 3, len(job.records), len(plan.keys), step, rate, codec.row_bytes)
+        pays = weigh(args.llm, args.runs or 3, len(job.records), len(plan.keys), step, rates, codec.row_bytes)
+    elif llm is not None:
+        logger.warning("--llm: none of the first %d images can be used, so nothing was measured", args.batch_size)
+    rate = min(rates) if rates else None
     report = report_plan(job.records, plan, bad, len(missing), codec.row_bytes, job.cache, rate, pays)
     print(report.json() if args.json else report.text())
     return 0 if report.fits and (args.on_bad_image == "skip" or not bad) else 1

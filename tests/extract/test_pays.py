@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
+import drawn
 from llava_twophase.errors import UserError
 from llava_twophase.extract.pays import SIZES, llm_config, measure_step, weigh
 
 
 def weighed(**changes):
     """558,128 records, as many images, an LLM that takes nine times what the tower takes."""
-    known = {"samples": 558_128, "to_encode": 558_128, "step_seconds": 0.09, "images_per_second": 100.0}
+    known = {"samples": 558_128, "to_encode": 558_128, "step_seconds": 0.09, "rates": (100.0, 1000.0)}
     return weigh("13B", **{"runs": 4, "row_bytes": 1_179_648, **known, **changes})
 
 
@@ -45,6 +46,24 @@ def test_what_is_cached_is_paid(to_encode, first):
             assert (again.seconds < again.seconds_on_the_fly - 1e-6) is faster
 
 
+@pytest.mark.parametrize(
+    ("decode", "extraction", "gain", "first"),
+    [
+        (0.01, 0.01, 0.01, 2),  # as fast as the tower
+        (0.045, 0.045, 0.01, 5),  # hidden behind the step on the fly, not in an extraction
+        (0.095, 0.095, 0.01, 10),  # nearly as slow as tower and step together
+        (0.19, 0.19, 0.10, 2),  # every run on the fly waits for it
+    ],
+)
+def test_decoding_is_hidden_on_the_fly_before_it_is_in_an_extraction(decode, extraction, gain, first):
+    pays = weighed(rates=(100.0, 1 / decode))
+    assert pays.extraction_seconds == pytest.approx(558_128 * extraction)
+    assert pays.run_seconds_on_the_fly - pays.run_seconds == pytest.approx(558_128 * gain)
+    assert pays.pays_from == first
+    once_more = weighed(rates=(100.0, 1 / decode), runs=first + 1)
+    assert once_more.seconds < once_more.seconds_on_the_fly
+
+
 def test_a_step_takes_time_for_every_layer(tiny_llama, monkeypatch):
     monkeypatch.setattr("llava_twophase.extract.pays._SECONDS", 0.1)
     few, many = llm_config("135M"), llm_config("135M")
@@ -65,6 +84,21 @@ def test_sizes_are_what_they_are_called():
 def test_an_llm_that_is_none_is_named(tmp_path):
     with pytest.raises(UserError, match=r"--llm .*nowhere: expected one of 135M, 0.5B"):
         llm_config(str(tmp_path / "nowhere"))
+
+
+def test_an_llm_is_no_tower(tiny_clip):
+    with pytest.raises(UserError, match="is a clip_vision_model; expected one of 135M"):
+        llm_config(str(tiny_clip))
+
+
+def test_sizes_are_known_in_either_case():
+    assert llm_config("7b").hidden_size == llm_config("7B").hidden_size == 4096
+
+
+def test_nothing_usable_is_said(server, command, image_set, tmp_path):
+    records = drawn.write_records([drawn.make_record("x", "gone.jpg", "x")], tmp_path / "records.json")
+    log = server.run([*command(data_path=records, on_bad_image="skip"), "--plan", "--llm", "135M"])
+    assert "none of the first 3 images can be used, so nothing was measured" in log and "a run " not in log
 
 
 def test_the_plan_says_when_the_cache_pays(server, command, tiny_llama):
