@@ -1,16 +1,18 @@
 """Training runs side by side: the arguments in which they differ and where their losses ended, as a table and a plot.
 
-python pipelines/compare_runs.py checkpoints/ablation/* --plot losses.png
+python pipelines/compare_runs.py checkpoints/ablation/*/ --plot losses.png
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from llava_twophase.errors import UserError, run_command
 
@@ -31,7 +33,10 @@ def main(argv=None):
 
 def compare(args):
     """Print the table and draw the plot."""
-    runs = {str(folder): (_arguments(folder), _history(folder)) for folder in args.runs}
+    folders = [Path(os.path.abspath(folder)) for folder in args.runs]
+    # By their own names where those tell them apart.
+    named = len({folder.name for folder in folders}) == len(set(folders))
+    runs = {folder.name if named else str(folder): (_arguments(folder), _history(folder)) for folder in folders}
     different = _differences([arguments for arguments, _ in runs.values()])
     evaluated = any("eval_loss" in entry for _, history in runs.values() for entry in history)
     names = ["run", *different, f"loss, last {args.last}", *["eval loss"] * evaluated, "samples/s"]
@@ -41,10 +46,10 @@ def compare(args):
         rates = _values(history, "samples_per_second")
         cells = [str(arguments.get(key)) for key in different]
         cells += [_mean(losses, ".4f"), *[_mean(_values(history, "eval_loss")[-1:], ".4f")] * evaluated]
-        table.add_row(Path(name).name, *cells, _mean(rates, ".2f"))
+        table.add_row(*map(Text, [name, *cells, _mean(rates, ".2f")]))
     Console().print(table)
     if args.plot is not None:
-        _draw({Path(name).name: history for name, (_, history) in runs.items()}, args.plot)
+        _draw({name: history for name, (_, history) in runs.items()}, args.plot)
     return 0
 
 
@@ -86,11 +91,20 @@ def _draw(histories, picture):
     styles = ("-", "--", "-.", ":")
     for number, (name, history) in enumerate(histories.items()):
         points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-        axes.plot(*zip(*points, strict=True), styles[number % len(styles)], label=name, linewidth=1.2)
+        axes.plot(
+            [step for step, _ in points],
+            [loss for _, loss in points],
+            styles[number % len(styles)],
+            label=name,
+            linewidth=1.2,
+        )
     axes.set(xlabel="step", ylabel="loss (nats a caption token)", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(picture, dpi=110)
+    try:
+        figure.savefig(picture, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {picture} cannot be written: {error}") from None
 
 
 if __name__ == "__main__":
