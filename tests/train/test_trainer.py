@@ -2,7 +2,6 @@
 
 import json
 import math
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,9 +18,6 @@ RATES = (
 )
 
 
-TRACKERS = [name for name in ("tensorboard", "wandb") if find_spec(name)] or ["none"]
-
-
 @pytest.fixture(scope="module")
 def evaluated(plain_set, tiny_llama, tiny_clip, tmp_path_factory):
     """A run from a cache with a held-out part, evaluated at each epoch, captions written."""
@@ -33,8 +29,9 @@ def evaluated(plain_set, tiny_llama, tiny_clip, tmp_path_factory):
     train += ["--output_dir", output, "--num_train_epochs", "2", "--per_device_train_batch_size", "2"]
     train += ["--eval_fraction", "0.25", "--evaluation_strategy", "epoch", "--sample_captions", "2"]
     train += ["--logging_steps", "1", "--learning_rate", "1e-3", "--bf16", "True"]
-    train += ["--report_to", *TRACKERS, "--logging_dir", root / "tensorboard"]
-    result = run(["python", "pipelines/train_projector.py", *common, *train], WANDB_MODE="offline", WANDB_DIR=root)
+    train += ["--report_to", "all"]  # of tensorboard, wandb and trackio, those that are installed
+    trackers = {"TENSORBOARD_LOGGING_DIR": root / "tensorboard", "WANDB_MODE": "offline", "WANDB_DIR": root}
+    result = run(["python", "pipelines/train_projector.py", *common, *train], **trackers)
     return output, result
 
 
