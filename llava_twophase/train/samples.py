@@ -129,7 +129,7 @@ class CaptionSamples(TrainerCallback):
         if "wandb" in trackers:
             import wandb
 
-            # Without a step of its own: wandb counts Trainer's logs, and would drop what is behind its count.
+            # Without a step, here and below: they count Trainer's logs, and wandb would drop what is behind its count.
             wandb.log({"samples": wandb.Html(page), "train/global_step": state.global_step})
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
@@ -139,4 +139,4 @@ class CaptionSamples(TrainerCallback):
         if "trackio" in trackers:
             import trackio
 
-            trackio.log({"samples": trackio.Markdown(table)}, step=state.global_step)
+            trackio.log({"samples": trackio.Markdown(table), "train/global_step": state.global_step})
