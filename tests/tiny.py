@@ -90,9 +90,9 @@ def write_preprocessor(folder, settings):
     return folder
 
 
-def write_clip(folder, seed=1):
-    """A CLIPVisionModel: 16 patches of 32 numbers (17 with CLS), four layers."""
-    model = redraw(CLIPVisionModel(CLIPVisionConfig(**VISION_SHAPE)), seed)
+def write_clip(folder, seed=1, **shape):
+    """A CLIPVisionModel: 16 patches of 32 numbers (17 with CLS), four layers; `shape` changes that."""
+    model = redraw(CLIPVisionModel(CLIPVisionConfig(**{**VISION_SHAPE, **shape})), seed)
     model.save_pretrained(folder)
     return write_preprocessor(folder, CLIP_PREPROCESSOR)
 
@@ -149,24 +149,27 @@ def train_tokenizer(captions, add_bos=True):
     )
 
 
-def write_llama(folder, captions, add_bos=True, seed=5):
-    """A LlamaForCausalLM of width 64 with two layers and grouped-query attention, and its tokenizer.
+def write_llama(folder, captions, add_bos=True, seed=5, **shape):
+    """A LlamaForCausalLM of width 64 with two layers, grouped-query attention, and its tokenizer; `shape` changes that.
 
     With `add_bos=False` the tokenizer knows <s> but puts none in front, as GPT-2's and SmolLM2's do.
     """
     tokenizer = train_tokenizer(captions, add_bos)
+    known = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
+        **{**known, **shape},
     )
     model = redraw(LlamaForCausalLM(config), seed)
     model.save_pretrained(folder)

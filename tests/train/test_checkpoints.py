@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+import tiny
+from helpers import run
 from llava_twophase.errors import UserError
 from llava_twophase.train.checkpoints import MARKER, checkpoint_to_resume, whole_checkpoints
 
@@ -49,3 +51,21 @@ def test_another_run_is_refused_field_by_field(tmp_path):
         checkpoint_to_resume(tmp_path, None, other)
     assert "world_size: the checkpoint has 2, this run 1" in str(caught.value)
     assert "features.select_layer: the checkpoint has -2, this run -1" in str(caught.value)
+
+
+def test_the_13bs_checkpoint_holds_its_projector_and_nothing_frozen(plain_set, tmp_path):
+    """mlp2x_gelu from 1024 to 5120: weights and two moments in float32, 0.38 GB beside an LLM of 26 GB."""
+    tower, llm, output = tmp_path / "tower", tmp_path / "llm", tmp_path / "out"
+    for folder in (tower, llm):
+        folder.mkdir()
+    tiny.write_clip(tower, hidden_size=1024, num_attention_heads=16, num_hidden_layers=2)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    tiny.write_llama(llm, plain_set.captions, hidden_size=5120, intermediate_size=16, num_hidden_layers=1, **heads)
+    flags = ["--model_name_or_path", llm, "--vision_tower", tower, "--mm_projector_type", "mlp2x_gelu"]
+    flags += ["--data_path", plain_set.json, "--image_folder", plain_set.folder, "--tune_mm_mlp_adapter", "True"]
+    flags += ["--max_steps", "1", "--save_steps", "1", "--per_device_train_batch_size", "1", "--bf16", "True"]
+    run(["python", "pipelines/train_projector.py", *flags, "--output_dir", output, "--report_to", "none"])
+    weights = 1024 * 5120 + 5120 + 5120 * 5120 + 5120
+    size = sum(path.stat().st_size for path in (output / "checkpoint-1").rglob("*"))
+    assert 12 * weights < size < 12 * weights + 100_000
+    assert (output / "mm_projector.bin").stat().st_size < 4 * weights + 100_000
