@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ def run(arguments: Arguments) -> int:
     Raises:
         UserError: Bad input, before the LLM is loaded wherever that can be known.
     """
+    _train(arguments)
+    if torch.distributed.is_initialized():
+        # A group that still stands when the interpreter ends can abort a rank that has done its work; engines hold it.
+        gc.collect()
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _train(arguments: Arguments) -> None:
     training = arguments.training
     set_seed(training.seed)
     inputs = check_inputs(arguments)
@@ -60,7 +70,6 @@ def run(arguments: Arguments) -> int:
             config = llava_config(inputs.config, arguments, inputs.width)
             features = inputs.source.fingerprint if isinstance(inputs.source, FeatureCache) else None
             logger.info("wrote %s", write_artefacts(folder, inputs.projector, config, arguments, features))
-    return 0
 
 
 def _model(arguments: Arguments, inputs: Inputs, checkpoint: Path | None) -> LlavaProjectorModel:
