@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_twophase.errors import UserError
 from llava_twophase.train.dataset import CaptionDataset
@@ -42,6 +42,7 @@ class ProjectorTrainer(Trainer):
             args.train_batch_size,
             args.world_size * args.gradient_accumulation_steps,
         )
+        self.add_callback(_EpochOfOrder(order))
         feeding = self.train_dataset.feeding(
             cast(Any, self.data_collator),
             args.train_batch_size,
@@ -123,6 +124,17 @@ class ProjectorTrainer(Trainer):
         self._meter.samples += samples
         self._meter.tokens += samples * positions
         self._meter.flops += self._flops.count(samples, positions, length - self._projector_model.image_at)
+
+
+class _EpochOfOrder(TrainerCallback):
+    # Accelerate's loaders tell their sampler the epoch, but not through the two wrappers of a loader that is a rank's
+    # share and skips what a resumed run has seen: it would go on in the first epoch's order.
+
+    def __init__(self, order: EpochOrder) -> None:
+        self._order = order
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._order.set_epoch(int(state.epoch or 0))
 
 
 def _unchanged(batch: Any) -> Any:

@@ -51,8 +51,9 @@ def assert_killed_equals_whole(launcher, make, tmp_path, updates):
     run([*launcher(), *make(whole)])
     draws = random.Random(len(str(make)))
     kills = 0
-    for _ in range(KILLS):
-        kills += kill_at([*launcher(), *make(cut)], draws.randint(1, updates // 2))
+    # First behind the loss of step 10: the run goes on from checkpoint-9, in the middle of the second epoch.
+    for losses in [7, *(draws.randint(1, updates // 2) for _ in range(KILLS - 1))]:
+        kills += kill_at([*launcher(), *make(cut)], losses)
     assert kills, "no run was cut: the test has shown nothing"
     run([*launcher(), *make(cut)])
     assert_equal(outcome(whole), outcome(cut))
@@ -63,19 +64,20 @@ def assert_killed_equals_whole(launcher, make, tmp_path, updates):
 
 def test_one_process_with_accumulation(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
     def make(output):
-        return command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, gradient_accumulation_steps=2)
+        flags = {"gradient_accumulation_steps": 2, "num_train_epochs": 4}
+        return command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **flags)
 
-    assert_killed_equals_whole(lambda: [sys.executable], make, tmp_path, updates=12)
+    assert_killed_equals_whole(lambda: [sys.executable], make, tmp_path, updates=24)
 
 
 @needs_compiler
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_on_two_ranks(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, stage):
     def make(output):
-        config = f"pipelines/zero{stage}.json"
-        return command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, deepspeed=config, bf16=True)
+        flags = {"deepspeed": f"pipelines/zero{stage}.json", "bf16": True, "num_train_epochs": 4}
+        return command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **flags)
 
-    assert_killed_equals_whole(deepspeed, make, tmp_path, updates=12)
+    assert_killed_equals_whole(deepspeed, make, tmp_path, updates=24)
 
 
 def test_another_number_of_ranks_is_refused_before_the_llm_loads(
