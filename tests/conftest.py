@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 import drawn
+import helpers
 
 
 def pytest_configure():
@@ -28,6 +29,13 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def shared_memory():
+    """Leave none behind."""
+    yield
+    helpers.free_shared_memory()
 
 
 @pytest.fixture(scope="session")

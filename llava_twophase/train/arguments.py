@@ -69,7 +69,7 @@ class DataArguments:
     image_aspect_ratio: str = _flag("square", "square or pad")
     eval_data_path: str | None = _flag(None, "records to evaluate on; needs --eval_strategy")
     eval_fraction: float = _flag(0.0, "part of --data_path to hold out and evaluate on instead")
-    sample_captions: int = _flag(0, "captions to write at each evaluation, as HTML and to the tracker")
+    sample_captions: int = _flag(0, "captions to write at each evaluation, with thumbnails, as HTML and to the tracker")
     drop_quarantined: bool = _flag(
         False, "leave out records whose image is in the cache's quarantine.jsonl, instead of refusing to start"
     )

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_twophase.cache.reader import FeatureCache
@@ -100,12 +103,13 @@ class CaptionSamples(TrainerCallback):
         self.model.train(training)
         if not state.is_world_process_zero:
             return
-        page = _PAGE.format(step=state.global_step, rows="\n".join(map(self._row, self.records, captions)))
+        samples = [self._sample(record, caption) for record, caption in zip(self.records, captions, strict=True)]
+        page = _PAGE.format(step=state.global_step, rows="\n".join(map(_row, samples)))
         path = self.folder / "samples" / f"step-{state.global_step:06d}.html"
         path.parent.mkdir(exist_ok=True)
         path.write_text(page, encoding="utf-8")
         logger.info("wrote %s", path)
-        self._track(args, state, page, captions)
+        self._track(args.report_to or [], state.global_step, page, samples)
 
     def _features(self, device: torch.device) -> torch.Tensor:
         keys = [record.image for record in self.records]
@@ -113,30 +117,63 @@ class CaptionSamples(TrainerCallback):
             return self.source.tensor(keys).to(device)
         return self.source.encode(torch.stack([self.source.crop(key) for key in keys]))
 
-    def _row(self, record: Record, caption: str) -> str:
-        picture = html.escape(record.image)
+    def _sample(self, record: Record, written: str) -> _Sample:
+        jpeg = None
         if self.image_folder is not None:
             from llava_twophase.train.on_the_fly import thumbnail
 
-            data = base64.b64encode(thumbnail(self.image_folder, record.image)).decode("ascii")
-            picture = f'<img src="data:image/jpeg;base64,{data}" alt="{picture}">'
-        return f"<tr><td>{picture}<td>{html.escape(caption)}<td>{html.escape(record.caption)}</tr>"
+            jpeg = thumbnail(self.image_folder, record.image)
+        return _Sample(record.image, written, record.caption.strip(), jpeg)
 
-    def _track(self, args: TrainingArguments, state: TrainerState, page: str, captions: Sequence[str]) -> None:
-        trackers = args.report_to or []
-        lines = [f"| {r.image} | {c} | {r.caption.strip()} |" for r, c in zip(self.records, captions, strict=True)]
-        table = "\n".join(["| image | written | true |", "|---|---|---|", *lines])
+    def _track(self, trackers: Sequence[str], step: int, page: str, samples: Sequence[_Sample]) -> None:
+        # wandb and trackio get no step of ours: they count Trainer's logs, and wandb drops what is behind its count.
         if "wandb" in trackers:
             import wandb
 
-            # Without a step, here and below: they count Trainer's logs, and wandb would drop what is behind its count.
-            wandb.log({"samples": wandb.Html(page), "train/global_step": state.global_step})
+            wandb.log({"samples": wandb.Html(page), "train/global_step": step})
         if "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
 
             with SummaryWriter(str(self.folder / "samples")) as writer:
-                writer.add_text("samples", table, state.global_step)
+                writer.add_text("samples", _markdown(samples), step)
+                for sample in samples:
+                    if sample.jpeg is not None:
+                        writer.add_image(
+                            f"samples/{sample.image}", np.asarray(sample.picture()), step, dataformats="HWC"
+                        )
         if "trackio" in trackers:
             import trackio
 
-            trackio.log({"samples": trackio.Markdown(table), "train/global_step": state.global_step})
+            rows = [
+                [trackio.Image(s.picture(), s.image) if s.jpeg is not None else s.image, s.written, s.true]
+                for s in samples
+            ]
+            trackio.log({"samples": trackio.Table(_COLUMNS, rows), "train/global_step": step})
+
+
+class _Sample(NamedTuple):
+    image: str  # its key
+    written: str
+    true: str
+    jpeg: bytes | None  # a thumbnail, where the pictures are at hand
+
+    def picture(self) -> Image.Image:
+        assert self.jpeg is not None
+        return Image.open(io.BytesIO(self.jpeg))
+
+
+_COLUMNS = ["image", "written", "true"]
+
+
+def _row(sample: _Sample) -> str:
+    image = html.escape(sample.image)
+    if sample.jpeg is not None:
+        image = f'<img src="data:image/jpeg;base64,{base64.b64encode(sample.jpeg).decode("ascii")}" alt="{image}">'
+    return f"<tr><td>{image}<td>{html.escape(sample.written)}<td>{html.escape(sample.true)}</tr>"
+
+
+def _markdown(samples: Sequence[_Sample]) -> str:
+    rows = [_COLUMNS, ["---"] * 3, *([sample.image, sample.written, sample.true] for sample in samples)]
+    return "\n".join(
+        "| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in row) + " |" for row in rows
+    )
