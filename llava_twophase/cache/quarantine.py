@@ -72,8 +72,19 @@ def read_parts(cache: Path) -> dict[str, dict[str, Quarantined]]:
     return {path.name.removesuffix(PART): _read(path) for path in parts}
 
 
-def remove_parts(cache: Path) -> None:
-    """Remove all parts, once ``quarantine.jsonl`` holds them."""
+def merge_parts(cache: Path, tried: Iterable[str]) -> None:
+    """Move an extraction's parts into ``quarantine.jsonl``.
+
+    Args:
+        cache: The cache's directory.
+        tried: Image keys of the extraction: each is cached now, or stands in a part. Other entries stay as they are.
+    """
+    entries = read_quarantine(cache)
+    for key in tried:
+        entries.pop(key, None)
+    for part in read_parts(cache).values():
+        entries.update(part)
+    write_quarantine(cache, (entries[key] for key in sorted(entries)))
     for path in (cache / SHARDS).glob(f"shard-*{PART}"):
         path.unlink(missing_ok=True)
 

@@ -18,13 +18,7 @@ from pathlib import Path
 
 from llava_twophase.cache.format import QUANTISED, QUARANTINE
 from llava_twophase.cache.manifest import Manifest, read_manifest, write_manifest
-from llava_twophase.cache.quarantine import (
-    Quarantined,
-    read_parts,
-    read_quarantine,
-    remove_parts,
-    write_quarantine,
-)
+from llava_twophase.cache.quarantine import Quarantined, merge_parts, read_parts, read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.writer import ShardSpec
 from llava_twophase.distributed import Ranks
@@ -224,7 +218,7 @@ def _work(job: Job, manifest: Manifest, plan: Plan, tower: VisionTower, spec: Sh
 def _begin(cache: Path, manifest: Manifest, plan: Plan) -> None:
     remove_work_files(cache)
     if not plan.goes_on:
-        _merge_quarantine(cache, plan)
+        merge_parts(cache, plan.keys)
     manifest.complete = False
     if plan.work or not manifest.plan:  # else a run was cut when all but the last lines of it were written
         manifest.plan = {"first_shard": plan.first_shard, "digest": plan.digest}
@@ -248,23 +242,11 @@ def _finish(job: Job, manifest: Manifest, plan: Plan) -> None:
             raise UserError(f"shard {lost[0].number} was sealed but is not in {cache}: is it one folder for all ranks?")
         time.sleep(0.5)
     manifest.shards = sealed_shards(cache, manifest, manifest.shards)
-    _merge_quarantine(cache, plan)
+    merge_parts(cache, plan.keys)
     if not manifest.rows:
         raise UserError(f"not one image could be used: {cache / QUARANTINE} says why")
     manifest.complete = True
     write_manifest(cache, manifest)
-
-
-def _merge_quarantine(cache: Path, plan: Plan) -> None:
-    # Images of this plan are cached now, or stand in a shard's part; what other records named stays as it is.
-    entries = read_quarantine(cache)
-    parts = read_parts(cache)
-    tried = set(plan.keys)
-    entries = {key: entry for key, entry in entries.items() if key not in tried}
-    for part in parts.values():
-        entries.update(part)
-    write_quarantine(cache, (entries[key] for key in sorted(entries)))
-    remove_parts(cache)
 
 
 def _make_plan(job: Job, manifest: Manifest | None) -> Plan:
