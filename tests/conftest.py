@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 
 # Before anything imports a Hugging Face library: no test asks a hub, and no test starts threads of its own.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -99,3 +100,19 @@ def tiny_llama_no_bos(image_set, tmp_path_factory):
     import tiny
 
     return tiny.write_llama(tmp_path_factory.mktemp("tiny_llama_no_bos"), image_set.captions, add_bos=False)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a tmpfs of some bytes; for those who may."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount a tmpfs: {done.stderr.decode().strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", folder], capture_output=True)

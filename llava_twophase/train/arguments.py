@@ -229,6 +229,10 @@ def _refusals(model: ModelArguments, data: DataArguments, training: ProjectorTra
             "--sample_captions writes at each evaluation: give --eval_strategy steps or epoch too",
         ),
         (
+            training.save_only_model,
+            "--save_only_model True: no run could go on from its checkpoints; leave it out, they are small",
+        ),
+        (
             model.compute_dtype not in (None, "bf16", "fp16", "fp32"),
             f"--compute_dtype {model.compute_dtype}: expected bf16, fp16 or fp32",
         ),

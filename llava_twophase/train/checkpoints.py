@@ -6,16 +6,20 @@ a whole checkpoint from one that a kill cut short; older ones are removed only a
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_twophase.cache.fingerprint import differences, normalize
@@ -41,6 +45,13 @@ class CheckpointKeeper(TrainerCallback):
 
     def __init__(self, identity: dict[str, Any], keep: int | None, frozen: FrozenLLM | None = None) -> None:
         self._identity, self._keep, self._frozen = identity, keep, frozen
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take their markers from checkpoints behind the one that the run goes on from: they will be written anew."""
+        if state.is_world_process_zero:
+            for newer in whole_checkpoints(Path(str(args.output_dir))):
+                if _step(newer) > state.global_step:
+                    (newer / MARKER).unlink()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -69,17 +80,23 @@ class CheckpointKeeper(TrainerCallback):
             if path.is_file():
                 _sync(path)
         write_json(checkpoint / MARKER, self._identity)
-        if self._keep is not None and self._keep > 0:
-            for old in whole_checkpoints(folder)[: -self._keep]:
-                # The marker goes first: a removal that is cut short leaves no checkpoint that looks whole.
-                (old / MARKER).unlink()
-                shutil.rmtree(old)
+        for old in self._surplus(whole_checkpoints(folder), state.best_model_checkpoint):
+            # The marker goes first: a removal that is cut short leaves no checkpoint that looks whole.
+            (old / MARKER).unlink()
+            shutil.rmtree(old)
+
+    def _surplus(self, whole: list[Path], best: str | None) -> list[Path]:
+        # As Trainer does: the newest stays, and the best where --metric_for_best_model asks for one.
+        if self._keep is None or self._keep <= 0:
+            return []
+        stay = {whole[-1].name, Path(best or whole[-1]).name}
+        return [path for path in whole if path.name not in stay][: max(0, len(whole) - max(self._keep, len(stay)))]
 
 
 def whole_checkpoints(output_dir: Path) -> list[Path]:
     """List the checkpoints with a marker, oldest step first; one without was cut short and is never resumed from."""
-    steps = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(steps) if (path / MARKER).is_file()]
+    found = [path for path in output_dir.glob("checkpoint-*") if _STEP.fullmatch(path.name)]
+    return [path for path in sorted(found, key=_step) if (path / MARKER).is_file()]
 
 
 def checkpoint_to_resume(output_dir: Path, asked: str | None, identity: dict[str, Any]) -> Path | None:
@@ -122,7 +139,44 @@ def saved_cut(checkpoint: Path) -> Cut | None:
     return Cut(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
+@contextmanager
+def explained(output_dir: Path) -> Iterator[None]:
+    """Turn an error of the disk that a run writes to into one that says what to do.
+
+    Raises:
+        UserError: The disk is full, or the folder cannot be written; other errors pass as they are.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = _disk_problem(output_dir, error)
+        if problem is None:
+            raise
+        newest = next(reversed(whole_checkpoints(output_dir)), None)
+        start = "from the beginning" if newest is None else f"from {newest.name}"
+        raise UserError(f"{problem}, then run the same command again: it goes on {start} ({error})") from error
+
+
+def _disk_problem(output_dir: Path, error: Exception) -> str | None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or _is_full(output_dir):
+        # torch and safetensors report a full disk in words of their own, or as a position that they did not expect.
+        return f"the disk of --output_dir {output_dir} is full: free some space"
+    if isinstance(error, OSError) and str(error.filename).startswith(str(output_dir)):
+        return f"--output_dir {output_dir} cannot be written: mend that"
+    return None
+
+
+def _is_full(folder: Path) -> bool:
+    return folder.exists() and shutil.disk_usage(folder).free < 2**20
+
+
 _STEP = re.compile(r"checkpoint-(\d+)")
+
+
+def _step(checkpoint: Path) -> int:
+    match = _STEP.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
 
 
 def _sync(path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import AutoConfig, AutoTokenizer
+from transformers.training_args import OptimizerNames
 
 from llava_twophase.cache.fingerprint import differences
 from llava_twophase.cache.quarantine import read_quarantine
@@ -119,7 +120,15 @@ def run_identity(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
         "zero_stage": plugin.zero_stage if plugin is not None else None,
         "dtype": str(arguments.dtype).removeprefix("torch."),
         "seed": training.seed,
+        "data_seed": training.seed if training.data_seed is None else training.data_seed,
+        "dataloader_drop_last": training.dataloader_drop_last,
         "group_by_modality_length": training.group_by_modality_length,
+        # A checkpoint's optimizer and projector would silently win over another one of these.
+        "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "optim": OptimizerNames(training.optim).value,
+        "pretrain_mm_mlp_adapter": model.pretrain_mm_mlp_adapter,
+        "drop_unk_tokens": arguments.data.drop_unk_tokens,
         "model_name_or_path": model.model_name_or_path,
         "mm_projector_type": model.mm_projector_type,
         "model_max_length": training.model_max_length,

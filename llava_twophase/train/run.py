@@ -14,7 +14,7 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.artefacts import llava_config, write_artefacts
-from llava_twophase.train.checkpoints import CheckpointKeeper, checkpoint_to_resume, saved_cut
+from llava_twophase.train.checkpoints import CheckpointKeeper, checkpoint_to_resume, explained, saved_cut
 from llava_twophase.train.checks import Inputs, check_inputs, run_identity
 from llava_twophase.train.collator import collate
 from llava_twophase.train.dataset import CaptionDataset
@@ -60,16 +60,17 @@ def _train(arguments: Arguments) -> None:
     checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint, identity)
     model = _model(arguments, inputs, checkpoint)
     trainer = _trainer(arguments, inputs, model, identity)
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory: {error}; {_OUT_OF_MEMORY}") from None
-    trainer.save_state()
-    with gathered(inputs.projector):
-        if trainer.is_world_process_zero():
-            config = llava_config(inputs.config, arguments, inputs.width)
-            features = inputs.source.fingerprint if isinstance(inputs.source, FeatureCache) else None
-            logger.info("wrote %s", write_artefacts(folder, inputs.projector, config, arguments, features))
+    with explained(folder):
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"out of memory: {error}; {_OUT_OF_MEMORY}") from None
+        trainer.save_state()
+        with gathered(inputs.projector):
+            if trainer.is_world_process_zero():
+                config = llava_config(inputs.config, arguments, inputs.width)
+                features = inputs.source.fingerprint if isinstance(inputs.source, FeatureCache) else None
+                logger.info("wrote %s", write_artefacts(folder, inputs.projector, config, arguments, features))
 
 
 def _model(arguments: Arguments, inputs: Inputs, checkpoint: Path | None) -> LlavaProjectorModel:

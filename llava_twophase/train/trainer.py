@@ -111,7 +111,7 @@ class ProjectorTrainer(Trainer):
             if not math.isfinite(logs["loss"]):
                 raise UserError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}; try --bf16 True instead of fp16, or "
-                    "a lower --learning_rate; the last checkpoint is untouched"
+                    "a lower --learning_rate, with another --output_dir; the last checkpoint here is untouched"
                 )
             steps_left = self.state.max_steps - self.state.global_step
             logs |= self._meter.report(self.args.world_size, self.args.device, steps_left)

@@ -15,22 +15,6 @@ from llava_twophase.extract import target
 from llava_twophase.extract.plan import require_space
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mounts a tmpfs of some bytes; for those who may."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(options):
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"cannot mount a tmpfs: {done.stderr.decode().strip()}")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", "-l", folder], capture_output=True)
-
-
 def test_a_disk_that_fills_up(server, command, whole, small_disk, tmp_path):
     """The space is there at the start, and something else takes it meanwhile: here, a shard's overhead."""
     disk = small_disk("size=300k")

@@ -71,6 +71,7 @@ def test_projector_learning_rate_overrides(parse):
         (["--freeze_mm_mlp_adapter", "True"], "--freeze_mm_mlp_adapter"),
         (["--lora_enable", "True"], "--lora_enable"),
         (["--bits", "5"], "--bits 5"),
+        (["--save_only_model", "True"], "--save_only_model True"),
         (["--mm_use_im_start_end", "True"], "--mm_use_im_start_end"),
         (["--mm_use_im_patch_token", "True"], "--mm_use_im_patch_token"),
         (["--mm_patch_merge_type", "spatial"], "--mm_patch_merge_type spatial"),

@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import tiny
 from helpers import run
 from llava_twophase.errors import UserError
-from llava_twophase.train.checkpoints import MARKER, checkpoint_to_resume, whole_checkpoints
+from llava_twophase.train.checkpoints import MARKER, CheckpointKeeper, checkpoint_to_resume, whole_checkpoints
 
 IDENTITY = {"world_size": 2, "features": {"select_layer": -2}}
 
@@ -28,6 +29,27 @@ def test_the_newest_whole_one_is_resumed_by_number_not_by_name(tmp_path):
     (tmp_path / "checkpoint-final").mkdir()
     assert [path.name for path in whole_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert checkpoint_to_resume(tmp_path, None, IDENTITY) == newest
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (2, None, [12, 15]),
+        (1, None, [15]),
+        (2, 6, [6, 15]),
+        (1, 6, [6, 15]),
+        (3, 15, [9, 12, 15]),
+        (0, 6, [6, 9, 12, 15]),
+    ],
+)
+def test_the_newest_and_the_best_stay(tmp_path, keep, best, left):
+    for step in (6, 9, 12):
+        write(tmp_path, step)
+    write(tmp_path, 15, whole=False)
+    state = TrainerState(global_step=15, best_model_checkpoint=best and f"{tmp_path}/checkpoint-{best}")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    CheckpointKeeper(IDENTITY, keep).on_save(arguments, state, TrainerControl())
+    assert [path.name for path in whole_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 
 def test_nothing_to_resume(tmp_path):

@@ -3,6 +3,7 @@
 Kills are few here; LLAVA_TWOPHASE_KILLS=20 makes them as many as a run can take.
 """
 
+import json
 import os
 import random
 import signal
@@ -11,8 +12,11 @@ import sys
 import threading
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from helpers import ROOT, free_port, needs_compiler, process_environment, run
+from llava_twophase.train.checkpoints import whole_checkpoints
 from train.commands import assert_equal, command, deepspeed, outcome
 
 KILLS = int(os.environ.get("LLAVA_TWOPHASE_KILLS", "1"))
@@ -90,6 +94,55 @@ def test_another_number_of_ranks_is_refused_before_the_llm_loads(
     assert "--model_name_or_path /nowhere" in result.stderr
     result = run([*launcher, *make], expect=1)
     assert "world_size: the checkpoint has 1, this run 2" in result.stderr
+
+
+def test_what_a_checkpoint_would_override_is_refused(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
+    """Another learning rate would be read and then silently replaced; another order would repeat samples."""
+    inputs = plain_set.json, tiny_llama, tiny_clip, plain_cache, tmp_path / "out"
+    run(["python", *command(*inputs, max_steps=3)])
+    result = run(["python", *command(*inputs, max_steps=3, learning_rate=5e-4, data_seed=7)], expect=1)
+    assert "learning_rate: the checkpoint has 0.001, this run 0.0005" in result.stderr
+    assert "data_seed: the checkpoint has 42, this run 7" in result.stderr
+
+
+def test_a_run_that_goes_back_goes_on_from_there(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
+    """Checkpoints behind the one that was asked for do not count until they are written again."""
+    output = tmp_path / "out"
+    make = command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, save_total_limit=0)
+    run(["python", *make])
+    expected = outcome(output)
+    assert kill_at([sys.executable, *make, "--resume_from_checkpoint", output / "checkpoint-6"], 1)
+    assert output / "checkpoint-24" not in whole_checkpoints(output)
+    run(["python", *make])
+    assert_equal(outcome(output), expected)
+    assert len(whole_checkpoints(output)) == 8
+
+
+def test_the_best_checkpoint_is_kept_and_taken(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
+    """The best is here the one with the highest loss, so an early one."""
+    output = tmp_path / "out"
+    evaluated = {"eval_fraction": 0.25, "eval_strategy": "steps", "eval_steps": 3, "learning_rate": 1e-2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run(["python", *command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **evaluated, **best)])
+    kept, newest = whole_checkpoints(output)
+    assert json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"] == str(kept)
+    weights = load_file(kept / "model.safetensors")
+    assert all(torch.equal(outcome(output)[1][f"model.{name}"], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("kilobytes", [860, 820])
+def test_a_disk_that_fills_up(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, small_disk, kilobytes):
+    """Met by a JSON file and by torch, which has other words for it; what is free at the start would do."""
+    disk = small_disk(f"size={kilobytes}k")
+    inputs = plain_set.json, tiny_llama, tiny_clip, plain_cache
+    keep_all = {"save_steps": 1, "save_total_limit": 0}
+    run(["python", *command(*inputs, tmp_path / "whole", **keep_all)])
+    result = run(["python", *command(*inputs, disk, **keep_all)], expect=1)
+    assert f"the disk of --output_dir {disk} is full: free some space" in result.stderr
+    assert "it goes on from checkpoint-" in result.stderr and "Traceback" not in result.stderr
+    subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
+    assert "resuming from" in run(["python", *command(*inputs, disk, **keep_all)]).stderr
+    assert_equal(outcome(disk), outcome(tmp_path / "whole"))
 
 
 def test_a_half_written_checkpoint_is_passed_over(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
