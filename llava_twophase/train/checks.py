@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.training_args import OptimizerNames
 
 from llava_twophase.cache.fingerprint import differences
@@ -87,6 +87,7 @@ def check_inputs(arguments: Arguments) -> Inputs:
     split = attempt(lambda: _load_records(arguments))
     source = attempt(lambda: _feature_source(arguments))
     text = attempt(lambda: _load_text(arguments))
+    attempt(lambda: _require_generation(arguments))
     if split is not None and source is not None:
         train, held_out = (_without_quarantined(arguments, records, source) for records in split)
         split = train, held_out
@@ -246,9 +247,35 @@ def _load_text(arguments: Arguments) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {name}: its config or tokenizer cannot be loaded: {error}") from None
+    except Exception as error:  # of all kinds, as these files may hold anything
+        raise UserError(
+            f"--model_name_or_path {name}: its config or tokenizer cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(config.get_text_config(), "num_attention_heads"):
+        raise UserError(f"--model_name_or_path {name}: {config.model_type} is no transformer; give an LLM that is one")
     return config, tokenizer
+
+
+def _require_generation(arguments: Arguments) -> None:
+    name = arguments.model.model_name_or_path
+    try:
+        generation = GenerationConfig.from_pretrained(name, cache_dir=arguments.training.cache_dir)
+    except OSError:
+        return  # there is none, or none that can be read: the LLM loads without
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--model_name_or_path {name}: its generation_config.json is invalid; mend it: {error}"
+        ) from None
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        found = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- ")]
+        logger.warning(
+            "%s: its generation_config.json is contradictory (%s). Nothing here minds, but in LLaVA's stage 2 "
+            "transformers 4.37 refuses to save a model with it, after the training",
+            name,
+            " ".join(found) or error,
+        )
 
 
 def _template(arguments: Arguments, tokenizer: Any, image_tokens: int) -> PlainTemplate:

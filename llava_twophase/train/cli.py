@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from llava_twophase.distributed import ranks_from_environment
 from llava_twophase.errors import run_command
 
 
@@ -18,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 a problem was found, 2 wrong usage (raised by argparse), 130 interrupted.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    level = logging.INFO if ranks_from_environment().is_main else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     return run_command(lambda: _parse_and_run(argv))
 
 

@@ -73,9 +73,9 @@ class PlainTemplate:
         return [*self._prefix, IMAGE_TOKEN_INDEX]
 
     @property
-    def newline(self) -> int:
-        """The id that ends every caption."""
-        return self._encode("\n")[-1]
+    def newline(self) -> int | None:
+        """The id that ends every caption; None where the tokenizer has no newline."""
+        return next(reversed(self._encode("\n")), None)
 
     def __call__(self, caption: str) -> tuple[list[int], list[int]]:
         """Tokenise one caption.

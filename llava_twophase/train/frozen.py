@@ -70,7 +70,7 @@ class FrozenLLM:
 
         The last one stays as it is: it shares the others' code, but not what is left out of it.
         """
-        for layer in self.llm.get_decoder().layers[:-1]:
+        for layer in _layers(self.llm)[:-1]:
             layer.compile(**options)
 
     def loss(
@@ -257,7 +257,7 @@ class _LastLayer:
     """
 
     def __init__(self, llm: Any) -> None:
-        layer = llm.get_decoder().layers[-1]
+        layer = _layers(llm)[-1] if _layers(llm) else None
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         parts = [getattr(attention, "q_proj", None), getattr(attention, "o_proj", None)]
         # A mixture of experts has no down_proj of its own, and may look at all positions together.
@@ -283,3 +283,7 @@ class _LastLayer:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _layers(llm: Any) -> Sequence[Any]:
+    return getattr(llm.get_decoder(), "layers", ())  # GPT-2, Falcon and MPT call them otherwise

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.integrations import apply_liger_kernel, is_deepspeed_zero3_enabled
 
-from llava_twophase.errors import UserError
+from llava_twophase.errors import UserError, collected
 from llava_twophase.train.arguments import Arguments
 
 logger = logging.getLogger(__name__)
@@ -46,11 +46,20 @@ def load_llm(arguments: Arguments) -> Any:
         options["device_map"] = {"": training.device}
     if training.bits != 16:
         options["quantization_config"] = _quantization(arguments)
+    name = model.model_name_or_path
     try:
-        llm = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **options)
-    except (OSError, ValueError, ImportError) as error:  # an ImportError names what --attn_implementation lacks
-        raise UserError(f"--model_name_or_path {model.model_name_or_path} cannot be loaded: {error}") from None
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of all kinds, as a folder may hold anything; an ImportError names what a flag lacks
+        raise UserError(f"--model_name_or_path {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    llm, found = loaded
+    if found["missing_keys"]:
+        # transformers only warns of it, and the projector would learn to serve a layer of noise.
+        raise collected(sorted(found["missing_keys"]), f"--model_name_or_path {name} is not whole, it lacks weights")
     llm.requires_grad_(False)
+    # Beams, penalties and temperatures are for who chats with it; captions are sampled greedily.
+    llm.generation_config = GenerationConfig()
     if training.use_liger_kernel:
         apply_liger_kernel(llm, training.liger_kernel_config)
         training.use_liger_kernel = False  # done; Trainer would look for something to patch in the projector

@@ -123,7 +123,8 @@ def paper_row(config: Any, positions: int, kept: int, element_size: int) -> RowM
     hidden, heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    values = 2 * (heads + kv_heads) * head_dim + 3 * config.intermediate_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden  # what GPT-2 and MPT leave unsaid
+    values = 2 * (heads + kv_heads) * head_dim + 3 * inner
     return RowMemory(
         layers=config.num_hidden_layers,
         layer=positions * (2 * 4 * hidden + element_size * values),

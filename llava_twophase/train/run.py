@@ -58,10 +58,10 @@ def _train(arguments: Arguments) -> None:
     identity = run_identity(arguments, inputs)
     folder = Path(str(training.output_dir))
     checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint, identity)
-    model = _model(arguments, inputs, checkpoint)
-    trainer = _trainer(arguments, inputs, model, identity)
     with explained(folder):
         try:
+            model = _model(arguments, inputs, checkpoint)
+            trainer = _trainer(arguments, inputs, model, identity)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except torch.OutOfMemoryError as error:
             raise UserError(f"out of memory: {error}; {_OUT_OF_MEMORY}") from None

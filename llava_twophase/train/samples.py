@@ -68,7 +68,7 @@ def write_captions(
         max_new_tokens=LONGEST,
         do_sample=False,
         eos_token_id=template.newline,
-        pad_token_id=template.newline,
+        pad_token_id=template.newline or 0,
     )
     return [text.split("\n")[0] for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 

@@ -110,6 +110,16 @@ def test_every_llm_of_the_family_gets_its_plain_gradient(kind):
     torch.testing.assert_close(cut_up(llm, batch, rows=4), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "opt", "mpt", "falcon", "bloom", "phi3", "gemma2"])
+def test_llms_with_other_layers_and_names_get_theirs(kind):
+    """What is not there under LLaMA's names is not left out. Without dropout, which some of them have."""
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    config = AutoConfig.for_model(kind, **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    llm, batch = redraw(AutoModelForCausalLM.from_config(config), 3).eval(), build_batch()
+    expected = plain(llm, *batch[:3])
+    torch.testing.assert_close(cut_up(llm, batch, rows=4, recompute=0), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_half_precision_stays_within_rounding(dtype, tolerance):
     llm, batch = build_llm(dtype=dtype), build_batch()
