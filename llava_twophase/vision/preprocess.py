@@ -40,15 +40,20 @@ class Preprocessor:
             raise UserError(f"--image_aspect_ratio {image_aspect_ratio}: expected one of {', '.join(ASPECT_RATIOS)}")
         try:
             self._processor: Any = AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
-        except (OSError, ValueError) as error:
-            raise UserError(f"--vision_tower {vision_tower}: no image processor could be loaded: {error}") from None
+        except Exception as error:  # of all kinds, as its file may hold anything
+            raise UserError(
+                f"--vision_tower {vision_tower}: no image processor could be loaded: {type(error).__name__}: {error}"
+            ) from error
         if self._processor.backend != "pil":
             raise UserError(f"--vision_tower {vision_tower}: {type(self._processor).__name__} has no Pillow version")
         self.image_aspect_ratio = image_aspect_ratio
         # LLaVA parity: the canvas is the mean cut to integers, (122, 116, 104) for CLIP.
         self._canvas = tuple(int(mean * 255) for mean in self._processor.image_mean)
-        self._table = _normalization_table(self._processor)  # [3, 256] float32
-        probe = self.crop(Image.new("RGB", (3, 2)))
+        try:
+            self._table = _normalization_table(self._processor)  # [3, 256] float32
+            probe = self.crop(Image.new("RGB", (3, 2)))
+        except ValueError as error:
+            raise UserError(f"--vision_tower {vision_tower}: its image processor does not work: {error}") from error
         if probe.shape[0] != probe.shape[1]:
             raise UserError(f"--vision_tower {vision_tower}: its processor makes crops of {probe.shape}, not squares")
         self.image_size = int(probe.shape[0])

@@ -125,8 +125,8 @@ class VisionTower:
 def _vision_config(name: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--vision_tower {name} could not be loaded: {error}") from None
+    except Exception as error:  # of all kinds, as the file may hold anything
+        raise UserError(f"--vision_tower {name} could not be loaded: {type(error).__name__}: {error}") from error
     config = getattr(config, "vision_config", config)
     if config.model_type not in _TOWERS:
         kinds = ", ".join(_TOWERS)
@@ -162,8 +162,10 @@ def _load(tower_class: Any, name: str, config: PretrainedConfig, dtype: torch.dt
             model, info = tower_class.from_pretrained(
                 name, config=config, dtype=dtype, attn_implementation=_attention(dtype), output_loading_info=True
             )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--vision_tower {name}: its weights could not be loaded: {error}") from None
+    except Exception as error:  # of all kinds, as above
+        raise UserError(
+            f"--vision_tower {name}: its weights could not be loaded: {type(error).__name__}: {error}"
+        ) from error
     missing = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     if missing:
         raise UserError(f"--vision_tower {name}: the checkpoint lacks or misshapes {sorted(missing)[:5]}")

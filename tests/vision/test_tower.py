@@ -137,6 +137,33 @@ def test_no_weights(tiny_clip, tmp_path):
         tower_of(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "keep", "content", "named"),
+    [
+        ("model.safetensors", 5000, b"", "its weights could not be loaded: SafetensorError"),
+        (
+            "config.json",
+            0,
+            b'{"model_type": "clip_vision_model", "hidden_size": "x"}',
+            "Field 'hidden_size' expected int",
+        ),
+        ("preprocessor_config.json", 0, b"[]", "no image processor could be loaded: AttributeError"),
+        (
+            "preprocessor_config.json",
+            0,
+            b'{"image_processor_type": "CLIPImageProcessor", "resample": 77}',
+            "its image processor does not work: Unknown resampling filter",
+        ),
+    ],
+)
+def test_files_that_hold_anything(tiny_clip, tmp_path, name, keep, content, named):
+    """A download that was cut short, and files that somebody edited."""
+    folder = shutil.copytree(tiny_clip, tmp_path / "tower")
+    (folder / name).write_bytes((folder / name).read_bytes()[:keep] + content)
+    with pytest.raises(UserError, match=named):
+        tower_of(folder)
+
+
 def test_no_tower(tmp_path, tiny_clip):
     with pytest.raises(UserError, match="could not be loaded"):
         VisionTower(str(tmp_path / "nowhere"), Preprocessor(tiny_clip))
