@@ -89,7 +89,7 @@ class FrozenLLM:
             lengths: Ids of each sample, on the host; with them micro-batches drop padding that is not theirs.
 
         Returns:
-            float32 scalar, differentiable with regard to `projected`.
+            float32 scalar, differentiable with regard to `projected`; 0 where there is no caption token at all.
 
         Raises:
             UserError: One sample does not fit in memory with every layer recomputed.
@@ -121,8 +121,9 @@ class FrozenLLM:
         # Longest first, so that a micro-batch holds little padding, and what does not fit shows at once.
         lengths = [longest] * batch if lengths is None else lengths
         order = sorted(range(batch), key=lambda index: -lengths[index])
-        # Divided before the sum, as a mean is: a sum of float16 gradients times the scale could overflow.
-        weight = self._scale / (labels[:, self.image_at + 1 :] != IGNORE_INDEX).sum()
+        # Divided before the sum, as a mean is: a sum of float16 gradients times the scale could overflow. A batch of
+        # captions without a token, as of dropped <unk>s alone, has a loss of 0, not of 0 / 0.
+        weight = self._scale / (labels[:, self.image_at + 1 :] != IGNORE_INDEX).sum().clamp(min=1)
         total = torch.zeros((), device=features.device)
         gradient = torch.empty_like(features) if learning else None
         while order:

@@ -103,6 +103,17 @@ def test_recomputation_changes_nothing(llm, recompute):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_a_batch_without_a_caption_token_teaches_nothing(llm):
+    """pytorch/pytorch#116349: a mean over no token would be NaN, and end the run."""
+    features, ids, labels, lengths = build_batch((3, 1))
+    masked = torch.full_like(labels, IGNORE_INDEX)
+    loss, gradient = cut_up(llm, (features, ids, masked, lengths))
+    assert loss == 0 and not gradient.any()
+    masked[0] = labels[0]
+    expected = plain(llm, features, ids, masked)
+    torch.testing.assert_close(cut_up(llm, (features, ids, masked, lengths), rows=1), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", FAMILY)
 def test_every_llm_of_the_family_gets_its_plain_gradient(kind):
     llm, batch = build_llm(kind), build_batch()
