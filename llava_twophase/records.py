@@ -35,11 +35,12 @@ class Record:
     prompt: str
 
 
-def load_records(path: str | Path) -> list[Record]:
+def load_records(path: str | Path, flag: str = "--data_path") -> list[Record]:
     """Read and check a data file.
 
     Args:
         path: A JSON list or JSON lines, UTF-8 whatever the locale says; told apart by content.
+        flag: What named it, for errors.
 
     Returns:
         The records in file order.
@@ -49,7 +50,7 @@ def load_records(path: str | Path) -> list[Record]:
     """
     records: list[Record] = []
     problems: list[str] = []
-    for position, raw in enumerate(_read_json(Path(path))):
+    for position, raw in enumerate(_read_json(Path(path), flag)):
         try:
             records.append(_record(raw))
         except UserError as error:
@@ -121,9 +122,9 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _read_json(path: Path) -> Iterator[Any]:
+def _read_json(path: Path, flag: str) -> Iterator[Any]:
     if not path.is_file():
-        raise UserError(f"--data_path {path} does not exist or is not a file")
+        raise UserError(f"{flag} {path} does not exist or is not a file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

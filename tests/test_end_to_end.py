@@ -213,6 +213,9 @@ def test_killed_and_rerun_ends_with_the_same_projector(plain_set, tiny_llama, ti
         ({"mm_projector_type": "identity"}, "nothing to train"),
         ({"model_name_or_path": "/nowhere"}, "--model_name_or_path /nowhere"),
         ({"data_path": "/nowhere.json"}, "--data_path /nowhere.json does not exist"),
+        ({"eval_data_path": "/no.json", "evaluation_strategy": "epoch"}, "--eval_data_path /no.json does not exist"),
+        ({"optim": "galore_adamw"}, "--optim galore_adamw: You need to install `galore_torch`"),
+        ({"torch_compile": True, "torch_compile_backend": "inducktor"}, "--torch_compile_backend inducktor: torch has"),
         pytest.param({"report_to": "trackio"}, "pip install trackio", marks=trackio_is_absent),
     ],
 )

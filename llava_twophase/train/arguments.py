@@ -228,6 +228,7 @@ def _refusals(model: ModelArguments, data: DataArguments, training: ProjectorTra
             bool(data.sample_captions) and not training.do_eval,
             "--sample_captions writes at each evaluation: give --eval_strategy steps or epoch too",
         ),
+        *_hf_refusals(training),
         (
             training.save_only_model,
             "--save_only_model True: no run could go on from its checkpoints; leave it out, they are small",
@@ -246,6 +247,28 @@ def _refusals(model: ModelArguments, data: DataArguments, training: ProjectorTra
         ),
     ]
     return [text for found, text in checks if found]
+
+
+def _hf_refusals(training: ProjectorTrainingArguments) -> list[tuple[bool, str]]:
+    """What HF Trainer takes, but would do nothing here, or something else than it says."""
+    order = "the order of samples is LLaVA's; for batches of like length there is --group_by_modality_length True"
+    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    rate, warmup, epochs = training.learning_rate, training.warmup_ratio, training.num_train_epochs
+    return [
+        (training.train_sampling_strategy != "random", f"--train_sampling_strategy: {order}"),
+        (training.label_smoothing_factor != 0, "--label_smoothing_factor: LLaVA's loss has none; leave it out"),
+        (training.neftune_noise_alpha is not None, "--neftune_noise_alpha: the embeddings are frozen; leave it out"),
+        (bool(training.fsdp), "--fsdp: to spread the LLM over devices, use --deepspeed pipelines/zero3.json"),
+        (training.push_to_hub, "--push_to_hub True: leave it out, and upload --output_dir when it is done: hf upload"),
+        (batch < 1, f"--per_device_train_batch_size {batch}: expected at least 1"),
+        (accumulation < 1, f"--gradient_accumulation_steps {accumulation}: expected at least 1"),
+        (rate < 0, f"--learning_rate {rate}: expected at least 0"),
+        (not 0 <= warmup < 1, f"--warmup_ratio {warmup}: expected a part of all steps, at least 0 and below 1"),
+        (
+            epochs <= 0 and training.max_steps <= 0,
+            f"--num_train_epochs {epochs:g}: expected more than 0, or --max_steps; nothing would be trained",
+        ),
+    ]
 
 
 def _auto_or_at_least(smallest: int, text: str) -> bool:

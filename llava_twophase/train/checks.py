@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+import torch
+from transformers import AutoConfig, AutoTokenizer, Trainer
 from transformers.training_args import OptimizerNames
 
 from llava_twophase.cache.fingerprint import differences
@@ -23,12 +24,10 @@ from llava_twophase.errors import UserError, collected
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.conversation import PlainTemplate, text_encoder
-from llava_twophase.train.llm import require_bits, require_liger
+from llava_twophase.train.llm import require_bits, require_generation_config, require_liger
 from llava_twophase.train.projector import build_projector, load_projector
 
 if TYPE_CHECKING:
-    import torch
-
     from llava_twophase.train.on_the_fly import OnTheFly
 
 logger = logging.getLogger(__name__)
@@ -81,13 +80,14 @@ def check_inputs(arguments: Arguments) -> Inputs:
 
     attempt(lambda: _require_packages(arguments))
     attempt(lambda: _require_launcher(arguments))
+    attempt(lambda: _require_optimizer(arguments))
     attempt(lambda: require_bits(arguments))
     attempt(lambda: require_liger(arguments))
     attempt(lambda: _require_output(arguments))
     split = attempt(lambda: _load_records(arguments))
     source = attempt(lambda: _feature_source(arguments))
     text = attempt(lambda: _load_text(arguments))
-    attempt(lambda: _require_generation(arguments))
+    attempt(lambda: require_generation_config(arguments))
     if split is not None and source is not None:
         train, held_out = (_without_quarantined(arguments, records, source) for records in split)
         split = train, held_out
@@ -157,6 +157,17 @@ def _require_launcher(arguments: Arguments) -> None:
         )
 
 
+def _require_optimizer(arguments: Arguments) -> None:
+    training = arguments.training
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--optim {OptimizerNames(training.optim).value}: {error}; or leave it out") from None
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if training.torch_compile and training.torch_compile_backend not in backends:
+        raise UserError(f"--torch_compile_backend {training.torch_compile_backend}: torch has {', '.join(backends)}")
+
+
 def _require_output(arguments: Arguments) -> None:
     folder = Path(str(arguments.training.output_dir))
     try:
@@ -184,7 +195,7 @@ def _load_records(arguments: Arguments) -> tuple[list[Record], list[Record]]:
     data = arguments.data
     records = load_records(data.data_path)
     if data.eval_data_path is not None:
-        return records, load_records(data.eval_data_path)
+        return records, load_records(data.eval_data_path, "--eval_data_path")
     held_out = round(data.eval_fraction * len(records))
     if not held_out:
         return records, []
@@ -254,28 +265,6 @@ def _load_text(arguments: Arguments) -> tuple[Any, Any]:
     if not hasattr(config.get_text_config(), "num_attention_heads"):
         raise UserError(f"--model_name_or_path {name}: {config.model_type} is no transformer; give an LLM that is one")
     return config, tokenizer
-
-
-def _require_generation(arguments: Arguments) -> None:
-    name = arguments.model.model_name_or_path
-    try:
-        generation = GenerationConfig.from_pretrained(name, cache_dir=arguments.training.cache_dir)
-    except OSError:
-        return  # there is none, or none that can be read: the LLM loads without
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--model_name_or_path {name}: its generation_config.json is invalid; mend it: {error}"
-        ) from None
-    try:
-        generation.validate(strict=True)
-    except ValueError as error:
-        found = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- ")]
-        logger.warning(
-            "%s: its generation_config.json is contradictory (%s). Nothing here minds, but in LLaVA's stage 2 "
-            "transformers 4.37 refuses to save a model with it, after the training",
-            name,
-            " ".join(found) or error,
-        )
 
 
 def _template(arguments: Arguments, tokenizer: Any, image_tokens: int) -> PlainTemplate:

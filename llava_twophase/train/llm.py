@@ -106,6 +106,33 @@ def require_liger(arguments: Arguments) -> None:
         raise UserError("--use_liger_kernel True needs liger-kernel: pip install liger-kernel, or leave it out")
 
 
+def require_generation_config(arguments: Arguments) -> None:
+    """Check the LLM's ``generation_config.json``: an invalid one ends its loading, and LLaVA's saving of it.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    name = arguments.model.model_name_or_path
+    try:
+        generation = GenerationConfig.from_pretrained(name, cache_dir=arguments.training.cache_dir)
+    except OSError:
+        return  # there is none, or none that can be read: the LLM loads without
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--model_name_or_path {name}: its generation_config.json is invalid; mend it: {error}"
+        ) from None
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        found = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- ")]
+        logger.warning(
+            "%s: its generation_config.json is contradictory (%s). Nothing here minds, but in LLaVA's stage 2 "
+            "transformers 4.37 refuses to save a model with it, after the training",
+            name,
+            " ".join(found) or error,
+        )
+
+
 def _quantization(arguments: Arguments) -> BitsAndBytesConfig:
     training = arguments.training
     if training.bits == 8:
