@@ -131,6 +131,9 @@ class ProjectorTrainingArguments(TrainingArguments):
             logger.warning("--tf32 True is ignored: there is no CUDA device")
             self.tf32 = None
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            # LLaVA's own zero2.json says nothing of it, and DeepSpeed would then add micro-batches up in bf16.
+            self.deepspeed_plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
 @dataclass
@@ -254,11 +257,17 @@ def _hf_refusals(training: ProjectorTrainingArguments) -> list[tuple[bool, str]]
     order = "the order of samples is LLaVA's; for batches of like length there is --group_by_modality_length True"
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     rate, warmup, epochs = training.learning_rate, training.warmup_ratio, training.num_train_epochs
+    zero = None if training.deepspeed_plugin is None else training.deepspeed_plugin.zero_stage
     return [
         (training.train_sampling_strategy != "random", f"--train_sampling_strategy: {order}"),
         (training.label_smoothing_factor != 0, "--label_smoothing_factor: LLaVA's loss has none; leave it out"),
         (training.neftune_noise_alpha is not None, "--neftune_noise_alpha: the embeddings are frozen; leave it out"),
         (bool(training.fsdp), "--fsdp: to spread the LLM over devices, use --deepspeed pipelines/zero3.json"),
+        (
+            zero == 0,
+            f"--deepspeed {training.deepspeed}: ZeRO stage 0 cannot add gradients up in float32; use stage 2, as "
+            "pipelines/zero2.json, or torchrun without --deepspeed",
+        ),
         (training.push_to_hub, "--push_to_hub True: leave it out, and upload --output_dir when it is done: hf upload"),
         (batch < 1, f"--per_device_train_batch_size {batch}: expected at least 1"),
         (accumulation < 1, f"--gradient_accumulation_steps {accumulation}: expected at least 1"),

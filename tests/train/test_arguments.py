@@ -1,5 +1,6 @@
 """LLaVA's command line."""
 
+import json
 import shlex
 
 import pytest
@@ -105,3 +106,10 @@ def test_tower_dtype_follows_llava(parse):
     assert parse().tower_dtype == torch.bfloat16
     assert parse("--bf16", "False").tower_dtype == torch.float16
     assert parse("--bf16", "False", "--compute_dtype", "fp32").tower_dtype == torch.float32
+
+
+def test_zero_stage_0_is_refused(parse, tmp_path):
+    config = tmp_path / "zero0.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 0}, "train_batch_size": "auto"}), encoding="utf-8")
+    with pytest.raises(UserError, match="ZeRO stage 0 cannot add gradients up in float32"):
+        parse("--deepspeed", str(config))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import drawn
-from helpers import needs_compiler, run
+from helpers import ROOT, needs_compiler, run
 from train.commands import command, deepspeed, outcome
 
 SAME = 16
@@ -55,8 +55,12 @@ def test_without_deepspeed_accumulation_is_in_float32(train):
 
 
 @needs_compiler
-def test_zero2_accumulates_in_float32_and_keeps_float32_master_weights(train):
-    accumulated = train(deepspeed(), SAME, deepspeed="pipelines/zero2.json", save_strategy="steps", save_steps=2)
+def test_zero2_accumulates_in_float32_and_keeps_float32_master_weights(train, tmp_path):
+    """Also under LLaVA's own configuration, which is ours without ``data_types``."""
+    config = json.loads((ROOT / "pipelines" / "zero2.json").read_text(encoding="utf-8"))
+    assert config.pop("data_types") == {"grad_accum_dtype": "fp32"}
+    (tmp_path / "zero2.json").write_text(json.dumps(config), encoding="utf-8")
+    accumulated = train(deepspeed(), SAME, deepspeed=tmp_path / "zero2.json", save_strategy="steps", save_steps=2)
     assert_equal(outcome(accumulated), outcome(train(deepspeed(), 1, deepspeed="pipelines/zero2.json")))
     checkpoint, master = accumulated / "checkpoint-2", accumulated / "master"
     run(["python", checkpoint / "zero_to_fp32.py", checkpoint, master])
