@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -195,6 +196,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     )
     try:
         model, data, training = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed, or another flag that takes JSON, is no valid JSON: {error}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
     problems = _refusals(model, data, training)
@@ -257,17 +260,19 @@ def _hf_refusals(training: ProjectorTrainingArguments) -> list[tuple[bool, str]]
     order = "the order of samples is LLaVA's; for batches of like length there is --group_by_modality_length True"
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     rate, warmup, epochs = training.learning_rate, training.warmup_ratio, training.num_train_epochs
-    zero = None if training.deepspeed_plugin is None else training.deepspeed_plugin.zero_stage
+    plugin, config = training.deepspeed_plugin, f"--deepspeed {training.deepspeed}"
+    mismatches = [] if plugin is None else plugin.hf_ds_config.mismatches
     return [
         (training.train_sampling_strategy != "random", f"--train_sampling_strategy: {order}"),
         (training.label_smoothing_factor != 0, "--label_smoothing_factor: LLaVA's loss has none; leave it out"),
         (training.neftune_noise_alpha is not None, "--neftune_noise_alpha: the embeddings are frozen; leave it out"),
         (bool(training.fsdp), "--fsdp: to spread the LLM over devices, use --deepspeed pipelines/zero3.json"),
         (
-            zero == 0,
-            f"--deepspeed {training.deepspeed}: ZeRO stage 0 cannot add gradients up in float32; use stage 2, as "
-            "pipelines/zero2.json, or torchrun without --deepspeed",
+            plugin is not None and plugin.zero_stage not in (1, 2, 3),
+            f"{config}: gradients add up in float32 in ZeRO stages 1 to 3 alone; use pipelines/zero2.json, or torchrun "
+            "without --deepspeed",
         ),
+        (bool(mismatches), f'{config}: set to "auto" what the flags say otherwise: {" ".join(mismatches)}'),
         (training.push_to_hub, "--push_to_hub True: leave it out, and upload --output_dir when it is done: hf upload"),
         (batch < 1, f"--per_device_train_batch_size {batch}: expected at least 1"),
         (accumulation < 1, f"--gradient_accumulation_steps {accumulation}: expected at least 1"),

@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from helpers import ROOT
 from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import parse_arguments
 
@@ -108,8 +109,25 @@ def test_tower_dtype_follows_llava(parse):
     assert parse("--bf16", "False", "--compute_dtype", "fp32").tower_dtype == torch.float32
 
 
-def test_zero_stage_0_is_refused(parse, tmp_path):
-    config = tmp_path / "zero0.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": 0}, "train_batch_size": "auto"}), encoding="utf-8")
-    with pytest.raises(UserError, match="ZeRO stage 0 cannot add gradients up in float32"):
-        parse("--deepspeed", str(config))
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "gradients add up in float32 in ZeRO stages 1 to 3 alone"),
+        (
+            {"train_micro_batch_size_per_gpu": 7},
+            "ds train_micro_batch_size_per_gpu=7 vs hf per_device_train_batch_size=32",
+        ),
+        ({"bf16": {"enabled": False}}, "ds bf16.enabled=False"),
+    ],
+)
+def test_a_deepspeed_config_that_says_otherwise_is_refused(parse, tmp_path, changes, named):
+    config = json.loads((ROOT / "pipelines" / "zero2.json").read_text(encoding="utf-8")) | changes
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=named):
+        parse("--deepspeed", str(path))
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="--deepspeed, or another flag that takes JSON, is no valid JSON"):
+        parse("--deepspeed", str(path))
+    with pytest.raises(UserError, match="nowhere"):
+        parse("--deepspeed", str(tmp_path / "nowhere.json"))
