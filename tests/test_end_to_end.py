@@ -181,25 +181,14 @@ def test_a_rank_that_dies_ends_the_other_and_the_rerun_goes_on(
         ranks = "--nproc_per_node" if launcher == "torchrun" else "--num_gpus"
         return run([launcher, ranks, "2", "--master_port", str(free_port()), program, *flags], expect=expect)
 
-    start("pipelines/train_projector.py", whole)
-    assert len(losses(whole)) == STEPS
     assert start(script, cut, expect=None).returncode != 0
     assert not (cut / "mm_projector.bin").exists()
     assert f"resuming from {cut / 'checkpoint-3'}" in start("pipelines/train_projector.py", cut).stderr
-    assert losses(cut) == losses(whole)
-    assert all(torch.equal(projector(cut)[name], tensor) for name, tensor in projector(whole).items())
-
-
-def test_killed_and_rerun_ends_with_the_same_projector(plain_set, tiny_llama, tiny_clip, features, tmp_path):
-    """A run whose last checkpoint is step 3 goes on from there, bit for bit."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    common = {"feature_cache": features, "save_strategy": "steps", "save_steps": 3}
-    run(["python", "pipelines/train_projector.py", *train_flags(plain_set, tiny_llama, tiny_clip, whole, **common)])
-    shutil.copytree(whole / "checkpoint-3", cut / "checkpoint-3")
-    run(["python", "pipelines/train_projector.py", *train_flags(plain_set, tiny_llama, tiny_clip, cut, **common)])
-    a, b = projector(whole), projector(cut)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert losses(whole) == losses(cut)
+    assert len(losses(cut)) == STEPS
+    if launcher == "torchrun":  # under DeepSpeed, train/test_resume.py compares
+        start("pipelines/train_projector.py", whole)
+        assert losses(cut) == losses(whole)
+        assert all(torch.equal(projector(cut)[name], tensor) for name, tensor in projector(whole).items())
 
 
 @pytest.mark.parametrize(
