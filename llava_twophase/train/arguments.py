@@ -236,10 +236,6 @@ def _refusals(model: ModelArguments, data: DataArguments, training: ProjectorTra
         ),
         *_hf_refusals(training),
         (
-            training.save_only_model,
-            "--save_only_model True: no run could go on from its checkpoints; leave it out, they are small",
-        ),
-        (
             model.compute_dtype not in (None, "bf16", "fp16", "fp32"),
             f"--compute_dtype {model.compute_dtype}: expected bf16, fp16 or fp32",
         ),
@@ -273,6 +269,10 @@ def _hf_refusals(training: ProjectorTrainingArguments) -> list[tuple[bool, str]]
             "without --deepspeed",
         ),
         (bool(mismatches), f'{config}: set to "auto" what the flags say otherwise: {" ".join(mismatches)}'),
+        (
+            training.save_only_model,
+            "--save_only_model True: no run could go on from its checkpoints; leave it out, they are small",
+        ),
         (training.push_to_hub, "--push_to_hub True: leave it out, and upload --output_dir when it is done: hf upload"),
         (batch < 1, f"--per_device_train_batch_size {batch}: expected at least 1"),
         (accumulation < 1, f"--gradient_accumulation_steps {accumulation}: expected at least 1"),

@@ -161,7 +161,7 @@ def _disk_problem(output_dir: Path, error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or _is_full(output_dir):
         # torch and safetensors report a full disk in words of their own, or as a position that they did not expect.
         return f"the disk of --output_dir {output_dir} is full: free some space"
-    if isinstance(error, OSError) and str(error.filename).startswith(str(output_dir)):
+    if isinstance(error, OSError) and Path(str(error.filename)).is_relative_to(output_dir):
         return f"--output_dir {output_dir} cannot be written: mend that"
     return None
 
@@ -170,13 +170,11 @@ def _is_full(folder: Path) -> bool:
     return folder.exists() and shutil.disk_usage(folder).free < 2**20
 
 
-_STEP = re.compile(r"checkpoint-(\d+)")
+_STEP = re.compile(r"checkpoint-\d+")
 
 
 def _step(checkpoint: Path) -> int:
-    match = _STEP.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _sync(path: Path) -> None:

@@ -81,6 +81,7 @@ def check_inputs(arguments: Arguments) -> Inputs:
     attempt(lambda: _require_packages(arguments))
     attempt(lambda: _require_launcher(arguments))
     attempt(lambda: _require_optimizer(arguments))
+    attempt(lambda: _require_compiler(arguments))
     attempt(lambda: require_bits(arguments))
     attempt(lambda: require_liger(arguments))
     attempt(lambda: _require_output(arguments))
@@ -163,6 +164,10 @@ def _require_optimizer(arguments: Arguments) -> None:
         Trainer.get_optimizer_cls_and_kwargs(training)
     except (ImportError, ValueError) as error:
         raise UserError(f"--optim {OptimizerNames(training.optim).value}: {error}; or leave it out") from None
+
+
+def _require_compiler(arguments: Arguments) -> None:
+    training = arguments.training
     backends = torch.compiler.list_backends(exclude_tags=())
     if training.torch_compile and training.torch_compile_backend not in backends:
         raise UserError(f"--torch_compile_backend {training.torch_compile_backend}: torch has {', '.join(backends)}")

@@ -76,6 +76,7 @@ def test_projector_learning_rate_overrides(parse):
         (["--train_sampling_strategy", "sequential"], "--train_sampling_strategy: the order of samples is LLaVA's"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor"),
         (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha"),
+        (["--fsdp", "full_shard"], "--fsdp: to spread the LLM"),
         (["--push_to_hub", "True"], "--push_to_hub True"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),

@@ -1,6 +1,9 @@
 """Which checkpoints are whole, which are kept, and which runs may go on from them."""
 
+import errno
 import json
+import re
+from pathlib import Path
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -8,7 +11,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 import tiny
 from helpers import run
 from llava_twophase.errors import UserError
-from llava_twophase.train.checkpoints import MARKER, CheckpointKeeper, checkpoint_to_resume, whole_checkpoints
+from llava_twophase.train.checkpoints import (
+    MARKER,
+    CheckpointKeeper,
+    checkpoint_to_resume,
+    explained,
+    whole_checkpoints,
+)
 
 IDENTITY = {"world_size": 2, "features": {"select_layer": -2}}
 
@@ -50,6 +59,28 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, best, left):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     CheckpointKeeper(IDENTITY, keep).on_save(arguments, state, TrainerControl())
     assert [path.name for path in whole_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "is full: free some space, then run .* from checkpoint-6"),
+        (OSError(errno.EROFS, "Read-only file system", "out/checkpoint-9"), "cannot be written: mend that, then run"),
+        (OSError(errno.EROFS, "Read-only file system", "outside/x"), None),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), None),
+        (RuntimeError("a bug"), None),
+    ],
+)
+def test_errors_of_the_disk_say_what_to_do_and_others_pass(tmp_path, monkeypatch, error, said):
+    monkeypatch.chdir(tmp_path)
+    write(Path("out"), 6)
+    with pytest.raises(Exception) as caught, explained(Path("out")):
+        raise error
+    if said is None:
+        assert caught.value is error
+    else:
+        assert isinstance(caught.value, UserError)
+        assert re.search(said, str(caught.value))
 
 
 def test_nothing_to_resume(tmp_path):

@@ -96,6 +96,9 @@ def test_another_run_is_refused_before_the_llm_loads(plain_set, tiny_llama, tiny
     result = run([*launcher, *make], expect=1)
     assert "world_size: the checkpoint has 1, this run 2" in result.stderr
     assert all("Loading weights" not in line for line in result.stderr.splitlines())
+    longer = run(["python", *command(*inputs, max_steps=4)])
+    assert f"resuming from {inputs[-1] / 'checkpoint-3'}" in longer.stderr and "Loading weights" in longer.stderr
+    assert [path.name for path in whole_checkpoints(inputs[-1])] == ["checkpoint-4"]
 
 
 def test_a_run_that_goes_back_goes_on_from_there(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
