@@ -1,8 +1,11 @@
 """Which releases a run accepts."""
 
+from importlib.metadata import version
+
 import pytest
 import tomllib
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from helpers import ROOT
 from llava_twophase.errors import UserError
@@ -19,6 +22,8 @@ def test_ranges_are_those_of_pyproject():
 
 def test_installed_releases_are_accepted():
     versions.require_supported()
+    for name, text in versions.SUPPORTED.items():
+        assert SpecifierSet(text).contains(version(name), prereleases=True), name
 
 
 def test_another_release_is_refused_with_a_sentence(monkeypatch):
