@@ -2,7 +2,7 @@
 
 import sys
 
-from llava_twophase.inspect.cli import main
+from llava_twophase.inspection.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

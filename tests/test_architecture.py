@@ -9,7 +9,7 @@ from helpers import ROOT, SCRIPTS, run
 
 PACKAGE = ROOT / "llava_twophase"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-VISION_IN_TRAIN = {"train/on_the_fly.py"}  # the one place where the tower runs inside the training step
+VISION_IN_TRAIN = {"train/data/on_the_fly.py"}  # the one place where the tower runs inside the training step
 
 
 def module_name(path):
@@ -62,7 +62,7 @@ def offenders(folder, *forbidden, at_import_only=False, allowed=()):
 
 
 def test_every_folder_of_the_architecture_is_there():
-    assert {"vision", "cache", "extract", "train", "inspect"} <= {path.name for path in PACKAGE.iterdir()}
+    assert {"vision", "cache", "extract", "train", "inspection"} <= {path.name for path in PACKAGE.iterdir()}
 
 
 def test_cache_knows_neither_phase():
@@ -86,7 +86,7 @@ def test_train_never_imports_extract():
 
 
 def test_vision_knows_nothing_above_it():
-    above = [f"llava_twophase.{name}" for name in ("cache", "extract", "train", "inspect")]
+    above = [f"llava_twophase.{name}" for name in ("cache", "extract", "train", "inspection")]
     assert offenders("vision", *above) == []
 
 
@@ -107,7 +107,7 @@ def test_importing_the_package_loads_no_torch():
     assert run(["python", "-c", code]).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("name", ["extract", "inspect"])
+@pytest.mark.parametrize("name", ["extract", "inspection"])
 def test_help_loads_no_torch(name):
     code = f"""
 import sys

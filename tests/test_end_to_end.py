@@ -150,7 +150,7 @@ def test_zero2_on_two_ranks(plain_set, tiny_llama, tiny_clip, features, tmp_path
 
 DYING = """\
 import os, signal, sys
-from llava_twophase.train import trainer
+from llava_twophase.train.loop import trainer
 from llava_twophase.train.cli import main
 
 step = trainer.ProjectorTrainer.training_step

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 from cache.make import make_cache
 from helpers import free_port, run
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.train.collator import collate
-from llava_twophase.train.feeding import FeedingDataset
-from llava_twophase.train.frozen import FrozenLLM
-from llava_twophase.train.memory import Cut
+from llava_twophase.train.data.collator import collate
+from llava_twophase.train.data.prefetch import FeedingDataset
+from llava_twophase.train.model.frozen_llm import FrozenLLM
+from llava_twophase.train.model.micro_batches import Cut
 from test_end_to_end import extract_flags, train_flags
-from train.test_frozen import build_batch, build_llm
+from train.model.test_frozen_llm import build_batch, build_llm
 
 pytestmark = pytest.mark.gpu
 

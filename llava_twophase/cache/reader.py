@@ -15,9 +15,9 @@ import numpy as np
 
 from llava_twophase.cache.codec import Channels, Codec
 from llava_twophase.cache.format import QUANTISED, STORAGE_DTYPES, Header, fingerprint_hash
-from llava_twophase.cache.index import KeyIndex
+from llava_twophase.cache.key_index import KeyIndex
 from llava_twophase.cache.manifest import Manifest, read_manifest
-from llava_twophase.cache.shards import ShardFiles, check_shard, read_header
+from llava_twophase.cache.shard_files import ShardFiles, check_shard, read_header
 from llava_twophase.errors import UserError
 
 if TYPE_CHECKING:

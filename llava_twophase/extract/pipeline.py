@@ -9,13 +9,13 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from llava_twophase.cache.writer import ShardSpec
+from llava_twophase.cache.shard_writer import ShardSpec
 from llava_twophase.errors import UserError, collected
-from llava_twophase.extract.crops import CropDataset, Crops
-from llava_twophase.extract.encoder import Encoder
+from llava_twophase.extract.decode import CropDataset, Crops
+from llava_twophase.extract.encode import Encoder
 from llava_twophase.extract.plan import ShardWork
-from llava_twophase.extract.shards import Sealed, ShardQueue
-from llava_twophase.extract.times import StageTimes
+from llava_twophase.extract.sealing import Sealed, ShardQueue
+from llava_twophase.extract.stage_times import StageTimes
 from llava_twophase.vision.images import Images
 from llava_twophase.vision.tower import VisionTower
 

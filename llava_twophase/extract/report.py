@@ -17,9 +17,9 @@ import numpy as np
 from llava_twophase.cache.codec import Codec
 from llava_twophase.cache.quarantine import Quarantined
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.extract.crops import CropDataset
-from llava_twophase.extract.encoder import Encoder
-from llava_twophase.extract.pays import Pays
+from llava_twophase.extract.break_even import Pays
+from llava_twophase.extract.decode import CropDataset
+from llava_twophase.extract.encode import Encoder
 from llava_twophase.extract.plan import Plan, free_bytes
 from llava_twophase.vision.images import Images
 from llava_twophase.vision.tower import VisionTower

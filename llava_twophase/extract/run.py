@@ -20,20 +20,20 @@ from llava_twophase.cache.format import QUANTISED, QUARANTINE
 from llava_twophase.cache.manifest import Manifest, read_manifest, write_manifest
 from llava_twophase.cache.quarantine import Quarantined, merge_parts, read_parts, read_quarantine
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.writer import ShardSpec
+from llava_twophase.cache.shard_writer import ShardSpec
 from llava_twophase.distributed import Ranks
 from llava_twophase.errors import UserError, collected
-from llava_twophase.extract.channels import measure_channels
-from llava_twophase.extract.crops import find_bad, still_bad
-from llava_twophase.extract.pays import llm_config, measure_step, weigh
-from llava_twophase.extract.peers import Peers
+from llava_twophase.extract.break_even import llm_config, measure_step, weigh
+from llava_twophase.extract.calibrate import measure_channels
+from llava_twophase.extract.decode import find_bad, still_bad
 from llava_twophase.extract.pipeline import Options, extract
 from llava_twophase.extract.plan import Plan, make_plan, require_space, sealed_shards, shard_path
 from llava_twophase.extract.progress import Progress
+from llava_twophase.extract.ranks import Peers
 from llava_twophase.extract.report import calibrate, report_plan, report_twins
-from llava_twophase.extract.setup import fingerprint_of, load_tower, plain_codec, provenance, require_same, shard_spec
+from llava_twophase.extract.stage_times import StageTimes
 from llava_twophase.extract.target import existing_manifest, explained, locked, remove_work_files, require_writable
-from llava_twophase.extract.times import StageTimes
+from llava_twophase.extract.tower import fingerprint_of, load_tower, plain_codec, provenance, require_same, shard_spec
 from llava_twophase.records import Record
 from llava_twophase.vision.images import Images, open_images
 from llava_twophase.vision.tower import VisionTower

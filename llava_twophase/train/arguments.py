@@ -13,7 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from llava_twophase.errors import UserError, collected
-from llava_twophase.train.conversation import TEMPLATES
+from llava_twophase.train.data.conversation import TEMPLATES
 
 logger = logging.getLogger(__name__)
 

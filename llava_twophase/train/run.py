@@ -13,15 +13,15 @@ from transformers import set_seed
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import Arguments
-from llava_twophase.train.artefacts import llava_config, write_artefacts
-from llava_twophase.train.checkpoints import CheckpointKeeper, checkpoint_to_resume, explained, saved_cut
-from llava_twophase.train.checks import Inputs, check_inputs, run_identity
-from llava_twophase.train.collator import collate
-from llava_twophase.train.dataset import CaptionDataset
-from llava_twophase.train.llm import gathered, load_llm
-from llava_twophase.train.model import LlavaProjectorModel
-from llava_twophase.train.samples import CaptionSamples
-from llava_twophase.train.trainer import ProjectorTrainer
+from llava_twophase.train.data.collator import collate
+from llava_twophase.train.data.dataset import CaptionDataset
+from llava_twophase.train.loop.artefacts import llava_config, write_artefacts
+from llava_twophase.train.loop.checkpoints import CheckpointKeeper, checkpoint_to_resume, explained, saved_cut
+from llava_twophase.train.loop.generated_captions import CaptionSamples
+from llava_twophase.train.loop.trainer import ProjectorTrainer
+from llava_twophase.train.model.llava import LlavaProjectorModel
+from llava_twophase.train.model.load_llm import gathered, load_llm
+from llava_twophase.train.preflight import Inputs, check_inputs, run_identity
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.records import Record, load_records
-from llava_twophase.train.collator import collate
-from llava_twophase.train.conversation import PlainTemplate, text_encoder
-from llava_twophase.train.model import LlavaProjectorModel
-from llava_twophase.train.projector import FILE, build_projector, load_projector
+from llava_twophase.train.data.collator import collate
+from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
+from llava_twophase.train.model.llava import LlavaProjectorModel
+from llava_twophase.train.model.projector import FILE, build_projector, load_projector
 
 BATCH = 32
 LONGEST_CAPTION = 32  # generated tokens

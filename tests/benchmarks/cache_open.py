@@ -19,7 +19,7 @@ from unittest import mock
 
 from llava_twophase.cache.format import SHARDS, shard_name
 from llava_twophase.cache.manifest import Manifest, write_manifest
-from llava_twophase.cache.writer import ShardSpec, ShardWriter
+from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter
 
 PER_SHARD = 1024
 OPEN = """

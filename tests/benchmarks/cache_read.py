@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 from llava_twophase.cache.format import SHARDS, shard_name
 from llava_twophase.cache.manifest import Manifest, write_manifest
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.writer import ShardSpec, ShardWriter, sha256
-from llava_twophase.train.feeding import FeedingDataset
+from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter, sha256
+from llava_twophase.train.data.prefetch import FeedingDataset
 
 SHAPE = (576, 1024)
 ROW = SHAPE[0] * SHAPE[1] * 2

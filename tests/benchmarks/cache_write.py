@@ -26,9 +26,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llava_twophase.cache import writer
+from llava_twophase.cache import shard_writer as writer
 from llava_twophase.cache.codec import Codec
-from llava_twophase.cache.writer import ShardSpec, ShardWriter, pwrite_all, sha256
+from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter, pwrite_all, sha256
 
 SHAPE = (576, 1024)
 SPEC = ShardSpec(SHAPE, "bfloat16", {"made": "cache_write.py"}, {})

@@ -27,7 +27,7 @@ from llava_twophase.cache.codec import Channels
 from llava_twophase.cache.format import QUANTISED, SHARDS, shard_name
 from llava_twophase.cache.manifest import Manifest, write_manifest
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.writer import ShardSpec, ShardWriter
+from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

@@ -31,10 +31,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from llava_twophase.cache.writer import ShardSpec
+from llava_twophase.cache.shard_writer import ShardSpec
 from llava_twophase.extract.pipeline import Options, extract
 from llava_twophase.extract.plan import ShardWork
-from llava_twophase.extract.times import StageTimes
+from llava_twophase.extract.stage_times import StageTimes
 from llava_twophase.vision.images import ImageFolder
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower

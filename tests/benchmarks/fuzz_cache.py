@@ -22,10 +22,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cache.make import make_cache, reseal
-from llava_twophase.cache import hdf5
+from llava_twophase.cache.check import hdf5_process as hdf5
+from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.format import MANIFEST, SHARDS, USER_BLOCK, shard_name
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.verify import verify
 from llava_twophase.errors import UserError
 
 STORAGES = ("bfloat16", "int8", "int4")

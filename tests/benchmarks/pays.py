@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from extract import TOKENS, flops, write_pictures, write_tower
-from llava_twophase.extract.pays import SIZES, llm_config, measure_step, weigh
+from llava_twophase.extract.break_even import SIZES, llm_config, measure_step, weigh
 from llava_twophase.extract.report import calibrate
-from llava_twophase.extract.setup import plain_codec
-from llava_twophase.train.metrics import StepFlops
+from llava_twophase.extract.tower import plain_codec
+from llava_twophase.train.loop.metrics import StepFlops
 from llava_twophase.vision.images import ImageFolder
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower

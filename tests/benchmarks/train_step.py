@@ -37,11 +37,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from llava_twophase.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
-from llava_twophase.train.collator import collate  # noqa: E402
-from llava_twophase.train.memory import Cut, paper_row  # noqa: E402
-from llava_twophase.train.metrics import StepFlops  # noqa: E402
-from llava_twophase.train.model import LlavaProjectorModel  # noqa: E402
-from llava_twophase.train.projector import build_projector  # noqa: E402
+from llava_twophase.train.data.collator import collate  # noqa: E402
+from llava_twophase.train.loop.metrics import StepFlops  # noqa: E402
+from llava_twophase.train.model.llava import LlavaProjectorModel  # noqa: E402
+from llava_twophase.train.model.micro_batches import Cut, paper_row  # noqa: E402
+from llava_twophase.train.model.projector import build_projector  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PATCHES, WIDTH = 576, 1024

@@ -9,7 +9,7 @@ import xxhash
 from llava_twophase.cache.codec import Channels
 from llava_twophase.cache.format import QUANTISED, SHARDS, STORAGE_DTYPES, USER_BLOCK, decode_header, shard_name
 from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest, write_manifest
-from llava_twophase.cache.writer import ShardSpec, ShardWriter, sha256
+from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter, sha256
 
 FINGERPRINT = {
     "tower": {

@@ -9,13 +9,13 @@ from PIL import Image
 
 import drawn
 from extract.server import files
+from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.quarantine import Quarantined, read_parts, read_quarantine
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.verify import verify
-from llava_twophase.cache.writer import NotFinite, ShardSpec
+from llava_twophase.cache.shard_writer import NotFinite, ShardSpec
 from llava_twophase.extract.plan import ShardWork
-from llava_twophase.extract.shards import ShardQueue
-from llava_twophase.extract.times import StageTimes
+from llava_twophase.extract.sealing import ShardQueue
+from llava_twophase.extract.stage_times import StageTimes
 
 HTML = b"<!DOCTYPE html><html><body>404 not found</body></html>"
 BAD = ("00000/000000002.jpg", "00001/000000001.jpg", "odd/gray.jpg", "odd/tall.jpg", "other/same_name.png")

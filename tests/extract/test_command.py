@@ -12,9 +12,9 @@ import drawn
 import tiny
 from extract.server import files
 from helpers import SCRIPTS, run
+from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.manifest import read_manifest
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.verify import verify
 from llava_twophase.vision.images import decode
 
 COMMAND = SCRIPTS["llava-extract-features"]

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from extract.server import files
+from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.manifest import read_manifest
-from llava_twophase.cache.verify import verify
-from llava_twophase.cache.writer import ShardSpec, ShardWriter
+from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter
 from llava_twophase.errors import UserError
 from llava_twophase.extract import target
 from llava_twophase.extract.plan import require_space

@@ -14,7 +14,7 @@ import pytest
 
 from extract.server import files
 from helpers import free_port
-from llava_twophase.cache.verify import verify
+from llava_twophase.cache.check.verify import verify
 
 KILLS = int(os.environ.get("LLAVA_TWOPHASE_KILLS", "12"))
 

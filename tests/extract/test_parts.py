@@ -13,11 +13,11 @@ from llava_twophase.cache.manifest import read_manifest
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.extract import progress
-from llava_twophase.extract.encoder import Encoder
+from llava_twophase.extract.encode import Encoder
 from llava_twophase.extract.plan import make_plan
 from llava_twophase.extract.progress import Progress
 from llava_twophase.extract.report import report_twins
-from llava_twophase.extract.times import StageTimes
+from llava_twophase.extract.stage_times import StageTimes
 
 
 class SmallTower:

@@ -15,8 +15,8 @@ from helpers import SCRIPTS, free_port, process_environment, run
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.distributed import Ranks
 from llava_twophase.errors import UserError
-from llava_twophase.extract import peers
-from llava_twophase.extract.peers import Peers, first_node
+from llava_twophase.extract import ranks as peers
+from llava_twophase.extract.ranks import Peers, first_node
 
 # These tests fork before they start threads of their own; Python 3.12 warns of any thread, numpy's idle ones too.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

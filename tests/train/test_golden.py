@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from helpers import ROOT, free_port, run
 from llava_twophase.cache.manifest import Manifest, write_manifest
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.writer import ShardSpec, ShardWriter
-from llava_twophase.train.collator import collate
-from llava_twophase.train.conversation import PlainTemplate, text_encoder
-from llava_twophase.train.model import LlavaProjectorModel
-from llava_twophase.train.projector import build_projector, load_projector
+from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter
+from llava_twophase.train.data.collator import collate
+from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
+from llava_twophase.train.model.llava import LlavaProjectorModel
+from llava_twophase.train.model.projector import build_projector, load_projector
 from llava_twophase.vision.images import decode
 from llava_twophase.vision.preprocess import Preprocessor
 

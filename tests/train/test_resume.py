@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import ROOT, free_port, needs_compiler, process_environment, run
-from llava_twophase.train.checkpoints import whole_checkpoints
+from llava_twophase.train.loop.checkpoints import whole_checkpoints
 from train.commands import assert_equal, command, deepspeed, outcome
 
 KILLS = int(os.environ.get("LLAVA_TWOPHASE_KILLS", "1"))

@@ -1,0 +1,168 @@
+"""Rows to sealed shards in threads, while the tower works on what comes next; knows nothing of pixels."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_twophase.cache.manifest import ShardEntry
+from llava_twophase.cache.quarantine import Quarantined, write_part
+from llava_twophase.cache.shard_writer import NotFinite, ShardSpec, ShardWriter
+from llava_twophase.extract.encode import Rows
+from llava_twophase.extract.plan import ShardWork, shard_path
+from llava_twophase.extract.stage_times import StageTimes
+
+# Batches that wait for the disk; more would only fill the memory.
+_PENDING = 3
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """One shard that is done.
+
+    Attributes:
+        number: Its number.
+        entry: The manifest's entry; None where not one of its images could be used, so that there is no file.
+        bad: What it leaves out.
+    """
+
+    number: int
+    entry: ShardEntry | None
+    bad: list[Quarantined]
+
+
+class ShardQueue:
+    """Takes batches of rows in order, writes them, and seals each shard in the background.
+
+    One thread writes and hashes, another seals, since syncing a gigabyte takes seconds.
+
+    Args:
+        cache: The cache's directory.
+        spec: What all shards share.
+        skip_bad: Whether features that are not finite are left out; else they are an error.
+        times: Where the time goes is added up here.
+    """
+
+    def __init__(self, cache: Path, spec: ShardSpec, skip_bad: bool, times: StageTimes) -> None:
+        self._cache, self._spec, self._skip_bad, self._times = cache, spec, skip_bad, times
+        self._writers: dict[int, ShardWriter] = {}
+        self._bad: dict[int, list[Quarantined]] = defaultdict(list)
+        self._write_thread, self._seal_thread = ThreadPoolExecutor(1, "writer"), ThreadPoolExecutor(1, "sealer")
+        self._writes: list[Future[None]] = []
+        self._seals: list[Future[Sealed]] = []
+
+    def __enter__(self) -> ShardQueue:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # An error in one batch is no reason to lose the shards before it; Ctrl-C ends at once.
+        for thread in (self._write_thread, self._seal_thread):
+            thread.shutdown(cancel_futures=kind is KeyboardInterrupt)
+        for writer in self._writers.values():
+            writer.discard()
+
+    def append(self, shard: ShardWork, keys: Sequence[str], sources: list[Any], rows: Rows | None) -> None:
+        """Write the next rows of a shard; waits only while too many are waiting already.
+
+        Args:
+            shard: The shard.
+            keys: Their image keys.
+            sources: Size and SHA-256 of each image file.
+            rows: The rows, or None for none.
+
+        Raises:
+            UserError: An earlier batch had features that are not finite.
+            OSError: An earlier batch could not be written.
+        """
+        self._writes.append(self._write_thread.submit(self._append, shard, keys, sources, rows))
+        started = time.perf_counter()
+        while len(self._writes) > _PENDING:
+            self._writes.pop(0).result()
+        self._times.stalled += time.perf_counter() - started
+
+    def leave_out(self, shard: ShardWork, bad: Sequence[Quarantined]) -> None:
+        """Say which images of a shard get no row; before the rows behind them are appended."""
+        if bad:
+            self._writes.append(self._write_thread.submit(self._leave_out, shard, bad))
+
+    def finish(self, shard: ShardWork) -> None:
+        """Seal a shard once its rows are written."""
+        self._writes.append(self._write_thread.submit(self._finish, shard))
+
+    def sealed(self, wait: bool = False) -> list[Sealed]:
+        """Return the shards sealed since the last call.
+
+        Args:
+            wait: Wait for all that have been finished.
+
+        Raises:
+            UserError: As ``append``.
+            OSError: As ``append``.
+        """
+        started, done = time.perf_counter(), []
+        while self._writes and (wait or self._writes[0].done()):
+            self._writes.pop(0).result()
+        while self._seals and (wait or self._seals[0].done()):
+            done.append(self._seals.pop(0).result())
+        self._times.stalled += time.perf_counter() - started
+        return done
+
+    def _append(self, shard: ShardWork, keys: Sequence[str], sources: list[Any], rows: Rows | None) -> None:
+        if rows is None:
+            return
+        values = rows.numpy()  # uint8 [B, row_bytes]
+        self._times.encode += rows.encode_seconds
+        self._times.copy += rows.copy_seconds
+        started = time.perf_counter()
+        writer = self._writer(shard)
+        try:
+            writer.append(values, sources)
+        except NotFinite as error:
+            if not self._skip_bad:
+                raise
+            lost = set(error.rows.tolist())
+            bad = [
+                Quarantined(keys[row], "the tower's features are not finite", size, digest.hex())
+                for row, (size, digest) in enumerate(sources)
+                if row in lost
+            ]
+            self._leave_out(shard, bad)
+            kept = [row for row in range(len(keys)) if row not in lost]
+            writer.append(values[np.array(kept, int)], [sources[row] for row in kept])
+        self._times.write += time.perf_counter() - started
+
+    def _leave_out(self, shard: ShardWork, bad: Sequence[Quarantined]) -> None:
+        writer = self._writer(shard)
+        for entry in bad:
+            writer.leave_out(entry.key)
+            self._bad[shard.number].append(entry)
+
+    def _finish(self, shard: ShardWork) -> None:
+        if self._seals:
+            self._seals[-1].exception()  # one at a time; its error is raised by sealed()
+        self._seals.append(self._seal_thread.submit(self._seal, shard))
+
+    def _seal(self, shard: ShardWork) -> Sealed:
+        started = time.perf_counter()
+        writer, bad = self._writers[shard.number], self._bad.pop(shard.number, [])
+        path = shard_path(self._cache, shard.number)
+        # First what it leaves out, then the shard: a sealed shard is never looked at again.
+        write_part(path, bad)
+        entry = writer.seal() if len(bad) < len(shard.keys) else None
+        if entry is None:
+            writer.discard()
+        del self._writers[shard.number]
+        self._times.seal += time.perf_counter() - started
+        return Sealed(shard.number, entry, bad)
+
+    def _writer(self, shard: ShardWork) -> ShardWriter:
+        if shard.number not in self._writers:
+            self._writers[shard.number] = ShardWriter(shard_path(self._cache, shard.number), shard.keys, self._spec)
+        return self._writers[shard.number]

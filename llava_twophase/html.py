@@ -1,0 +1,171 @@
+"""One HTML page without anything beside it: readable offline, on a phone, in the dark; knows nothing of caches."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from llava_twophase.inspection.output import printable
+
+# Below this many pixels a picture is a map of patches: exact, and enlarged without smoothing.
+_MAP_PIXELS = 64
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #5a6270; --line: #d5d9e0; --panel: #f5f6f8;
+  --series: #0072b2; --marked: #c44e00; --warn: #7a3b00; --warn-paper: #fff1e0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #14171b; --soft: #a2abb8; --line: #343a43;
+  --panel: #1d2127; --series: #56b4e9; --marked: #f0a35e; --warn: #ffd9ae; --warn-paper: #3a2714; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
+p { margin: .5rem 0; max-width: 60rem; } .soft, figcaption, caption { color: var(--soft); }
+.warn { background: var(--warn-paper); color: var(--warn); border-left: .3rem solid; padding: .5rem .8rem; }
+table { border-collapse: collapse; width: 100%; max-width: 60rem; margin: .5rem 0 1rem; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); }
+th { font-weight: 400; color: var(--soft); width: 40%; } td { font-variant-numeric: tabular-nums; }
+.plots, .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
+figure { margin: 0; } svg { width: 100%; height: auto; } figcaption { font-size: .9rem; }
+.card { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem; }
+.card h3 { font-size: .95rem; margin: .4rem 0 .2rem; } .card p { margin: .2rem 0; font-size: .9rem; }
+.panels { display: flex; gap: .3rem; } .panels img { flex: 1; min-width: 0; width: 100%; aspect-ratio: 1; }
+.map { image-rendering: pixelated; }
+.ramp { display: inline-block; width: 6rem; height: .8rem; vertical-align: middle;
+  background: linear-gradient(90deg, rgb(0 32 77), rgb(124 123 120), rgb(255 234 70)); }
+input { font: inherit; width: 100%; max-width: 30rem; padding: .4rem .6rem; margin: .5rem 0 1rem; color: inherit;
+  background: var(--panel); border: 1px solid var(--soft); border-radius: .4rem; }
+summary { cursor: pointer; padding: .3rem 0; } [hidden] { display: none; }
+"""
+_SCRIPT = """
+const box = document.querySelector('input'), cards = [...document.querySelectorAll('.card')];
+if (box) { box.hidden = false; box.addEventListener('input', () => {
+  const wanted = box.value.toLowerCase();
+  for (const card of cards) card.hidden = !card.textContent.toLowerCase().includes(wanted);
+}); }
+"""
+# Nothing is fetched, whatever a key or a caption holds.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One image of the sample.
+
+    Attributes:
+        key: Image key.
+        captions: Its records' captions.
+        note: What else to say.
+        panels: Descriptions and pictures.
+    """
+
+    key: str
+    captions: Sequence[str]
+    note: str
+    panels: Sequence[tuple[str, Image.Image]]
+
+
+@dataclass
+class Page:
+    """A page that grows from top to bottom; all text is escaped here.
+
+    Attributes:
+        title: Its heading.
+        lead: The sentence below.
+        made_with: What made it.
+    """
+
+    title: str
+    lead: str
+    made_with: str
+    _parts: list[str] = field(default_factory=list)
+
+    def section(self, title: str) -> None:
+        """Begin a section."""
+        self._parts.append(f"<h2>{_escaped(title)}</h2>")
+
+    def text(self, text: str) -> None:
+        """Add a paragraph."""
+        self._parts.append(f"<p>{_escaped(text)}</p>")
+
+    def warn(self, text: str) -> None:
+        """Add a paragraph that stands out."""
+        self._parts.append(f'<p class="warn" role="note">{_escaped(text)}</p>')
+
+    def table(self, rows: dict[str, str], title: str = "") -> None:
+        """Add names beside values."""
+        cells = (
+            f'<tr><th scope="row">{_escaped(name)}</th><td>{_escaped(text)}</td></tr>' for name, text in rows.items()
+        )
+        caption = f"<caption>{_escaped(title)}</caption>" if title else ""
+        self._parts.append(f"<table>{caption}{''.join(cells)}</table>")
+
+    def details(self, title: str, rows: dict[str, str]) -> None:
+        """Add a table that is closed at first."""
+        self._parts.append(f"<details><summary>{_escaped(title)}</summary>")
+        self.table(rows)
+        self._parts.append("</details>")
+
+    def plots(self, drawn: dict[str, str]) -> None:
+        """Add plots: title to SVG."""
+        figures = (
+            f'<figure role="img" aria-label="plot: {_escaped(title)}">{svg}'
+            f"<figcaption>{_escaped(title)}</figcaption></figure>"
+            for title, svg in drawn.items()
+        )
+        self._parts.append(f'<div class="plots">{"".join(figures)}</div>')
+
+    def cards(self, cards: Sequence[Card], text: str, norm_range: tuple[float, float] | None) -> None:
+        """Add the browsable sample.
+
+        Args:
+            cards: Its images.
+            text: What to say above.
+            norm_range: The norms that the ramp's ends stand for.
+        """
+        self.text(text)
+        if norm_range:
+            low, high = norm_range
+            self._parts.append(f'<p class="soft">token norms: {low:.4g} <span class="ramp"></span> {high:.4g}</p>')
+        self._parts.append('<input type="search" hidden placeholder="filter by key or caption" aria-label="filter">')
+        self._parts.append('<div class="cards">')
+        for card in cards:
+            images = "".join(_image(picture, f"{text} of {card.key}") for text, picture in card.panels)
+            captions = "".join(f"<p>{_escaped(caption)}</p>" for caption in card.captions)
+            self._parts.append(
+                f'<article class="card"><div class="panels">{images}</div><h3>{_escaped(card.key)}</h3>{captions}'
+                f'<p class="soft">{_escaped(card.note)}</p></article>'
+            )
+        self._parts.append("</div>")
+
+    def html(self) -> str:
+        """Return the whole page."""
+        title = _escaped(self.title)
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><h1>{title}</h1><p>{_escaped(self.lead)}</p>\n"
+            + "\n".join(self._parts)
+            + f'\n<p class="soft">made with {_escaped(self.made_with)}</p><script>{_SCRIPT}</script></body></html>\n'
+        )
+
+
+def _image(picture: Image.Image, text: str) -> str:
+    is_map = picture.width <= _MAP_PIXELS
+    buffer = io.BytesIO()
+    if is_map:
+        picture.save(buffer, format="PNG")
+    else:
+        picture.save(buffer, format="JPEG", quality=80)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    kind, css = ("png", ' class="map"') if is_map else ("jpeg", "")
+    return f'<img{css} loading="lazy" alt="{_escaped(text)}" src="data:image/{kind};base64,{data}">'
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))

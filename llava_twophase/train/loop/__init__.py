@@ -1,0 +1,1 @@
+"""The training loop: trainer, checkpoints, metrics, files of a run."""

@@ -1,0 +1,162 @@
+"""HF Trainer with LLaVA's order of samples and an eye on what it does; where files go is ``run.py``'s."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llava_twophase.errors import UserError
+from llava_twophase.train.data.dataset import CaptionDataset
+from llava_twophase.train.data.sampler import EpochOrder
+from llava_twophase.train.loop.metrics import GradientProbe, Meter, StepFlops
+from llava_twophase.train.model.llava import LlavaProjectorModel
+
+
+class ProjectorTrainer(Trainer):
+    """Trains the projector; the loss is the mean of each device's batch, averaged over devices, as in LLaVA."""
+
+    def __init__(self, model: LlavaProjectorModel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self._projector_model = model
+        self._flops = StepFlops.of(model.llm)
+        self._meter = Meter()
+        self._checked = False
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the data loader in LLaVA's order, one share of it for each process."""
+        args = self.args
+        assert isinstance(self.train_dataset, CaptionDataset)
+        grouped = getattr(args, "group_by_modality_length", False)
+        order = EpochOrder(
+            len(self.train_dataset),
+            args.seed if args.data_seed is None else args.data_seed,
+            args.world_size,
+            self.train_dataset.lengths() if grouped else None,
+            args.train_batch_size,
+            args.world_size * args.gradient_accumulation_steps,
+        )
+        self.add_callback(_EpochOfOrder(order))
+        feeding = self.train_dataset.feeding(
+            cast(Any, self.data_collator),
+            args.train_batch_size,
+            args.gradient_accumulation_steps,
+            args.device,
+        )
+        if feeding is not None:
+            whole = DataLoader(
+                feeding,
+                batch_size=args.train_batch_size,
+                sampler=order,
+                collate_fn=_unchanged,
+                drop_last=args.dataloader_drop_last,
+            )
+            return self.accelerator.prepare(whole)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=args.train_batch_size,
+            sampler=order,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            drop_last=args.dataloader_drop_last,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Fetch the micro-batches of one step, and note how long that took."""
+        started = time.perf_counter()
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._meter.waited += time.perf_counter() - started
+        self._meter.steps += 1
+        return batches
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run one micro-batch; the first one of a run must have a finite loss and gradients that are not zero.
+
+        Raises:
+            UserError: It has not, so the run would learn nothing.
+        """
+        self._count(inputs)
+        if self._checked:
+            return super().training_step(model, inputs, num_items_in_batch)
+        probe = GradientProbe(self._projector_model.mm_projector)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            probe.close()
+        self._checked = True
+        require_learning(loss.item(), probe)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with rates since the last time; a loss that is not finite ends the run.
+
+        Raises:
+            UserError: The loss is not finite; checkpoints stay.
+        """
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise UserError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; try --bf16 True instead of fp16, or "
+                    "a lower --learning_rate, with another --output_dir; the last checkpoint here is untouched"
+                )
+            steps_left = self.state.max_steps - self.state.global_step
+            logs |= self._meter.report(self.args.world_size, self.args.device, steps_left)
+            self._meter = Meter()
+        super().log(logs, start_time)
+
+    def _count(self, inputs: dict[str, Any]) -> None:
+        samples, length = inputs["labels"].shape
+        positions = length - 1 + self._projector_model.image_tokens
+        self._meter.samples += samples
+        self._meter.tokens += samples * positions
+        self._meter.flops += self._flops.count(samples, positions, length - self._projector_model.image_at)
+
+
+class _EpochOfOrder(TrainerCallback):
+    # Accelerate's loaders tell their sampler the epoch, but not through the two wrappers of a loader that is a rank's
+    # share and skips what a resumed run has seen: it would go on in the first epoch's order.
+
+    def __init__(self, order: EpochOrder) -> None:
+        self._order = order
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._order.set_epoch(int(state.epoch or 0))
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def require_learning(loss: float, probe: GradientProbe) -> None:
+    """Check the first step of a run.
+
+    Args:
+        loss: The micro-batch's.
+        probe: What it saw of the gradients.
+
+    Raises:
+        UserError: The loss or a gradient is not finite, or there is no gradient: the run would learn nothing.
+    """
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the first loss is {loss}; stopped before anything was learnt: is the LLM or the cache broken?"
+        )
+    broken = {name: value for name, value in probe.largest.items() if not math.isfinite(value)}
+    if broken:
+        raise UserError(f"the first gradients of {sorted(broken)} are not finite; try --bf16 True instead of fp16")
+    if len(probe.largest) < probe.expected or not any(probe.largest.values()):
+        raise UserError(f"the projector got no gradient at the first step ({probe.largest}); it would learn nothing")

@@ -1,0 +1,1 @@
+"""Projector and frozen LLM: the model that phase two trains."""

@@ -1,0 +1,287 @@
+"""All that can be wrong with a run's inputs, found before the LLM is loaded and reported together."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, Trainer
+from transformers.training_args import OptimizerNames
+
+from llava_twophase.cache.fingerprint import differences
+from llava_twophase.cache.quarantine import read_quarantine
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.errors import UserError, collected
+from llava_twophase.records import Record, image_keys, load_records
+from llava_twophase.train.arguments import Arguments
+from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
+from llava_twophase.train.model.load_llm import require_bits, require_generation_config, require_liger
+from llava_twophase.train.model.projector import build_projector, load_projector
+
+if TYPE_CHECKING:
+    from llava_twophase.train.data.on_the_fly import OnTheFly
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# AdamW in float32 keeps weight, two moments and, under DeepSpeed, a master copy; see the README on checkpoints.
+_CHECKPOINT_BYTES_PER_WEIGHT = 20
+
+
+@dataclass
+class Inputs:
+    """What a run needs besides the LLM, checked.
+
+    Attributes:
+        records: To train on.
+        eval_records: To evaluate on, may be empty.
+        source: The feature cache, or the on-the-fly tower.
+        config: The LLM's configuration.
+        tokenizer: The LLM's tokenizer.
+        template: Tokenises captions.
+        projector: Freshly initialised, or from ``--pretrain_mm_mlp_adapter``.
+        width: Tower width D.
+    """
+
+    records: Sequence[Record]
+    eval_records: Sequence[Record]
+    source: FeatureCache | OnTheFly
+    config: Any
+    tokenizer: Any
+    template: PlainTemplate
+    projector: torch.nn.Module
+    width: int
+
+
+def check_inputs(arguments: Arguments) -> Inputs:
+    """Load and check everything but the LLM's weights.
+
+    Raises:
+        UserError: All that was found wrong, in one error.
+    """
+    problems: list[str] = []
+
+    def attempt(check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    attempt(lambda: _require_packages(arguments))
+    attempt(lambda: _require_launcher(arguments))
+    attempt(lambda: _require_optimizer(arguments))
+    attempt(lambda: _require_compiler(arguments))
+    attempt(lambda: require_bits(arguments))
+    attempt(lambda: require_liger(arguments))
+    attempt(lambda: _require_output(arguments))
+    split = attempt(lambda: _load_records(arguments))
+    source = attempt(lambda: _feature_source(arguments))
+    text = attempt(lambda: _load_text(arguments))
+    attempt(lambda: require_generation_config(arguments))
+    if split is not None and source is not None:
+        train, held_out = (_without_quarantined(arguments, records, source) for records in split)
+        split = train, held_out
+        attempt(lambda: _require_covered(train, source))
+        attempt(lambda: _require_covered(held_out, source))
+    if problems or split is None or source is None or text is None:
+        raise collected(problems, "nothing was started") if len(problems) > 1 else UserError(problems[0])
+    # Only now the tower, where there is one: it may be downloaded.
+    config, tokenizer = text
+    tokens, width = _feature_shape(arguments, source)
+    template = _template(arguments, tokenizer, tokens)
+    projector = build_projector(arguments.model.mm_projector_type, width, config.get_text_config().hidden_size)
+    if arguments.model.pretrain_mm_mlp_adapter is not None:
+        load_projector(arguments.model.pretrain_mm_mlp_adapter, projector)
+    _require_space(arguments, sum(parameter.numel() for parameter in projector.parameters()))
+    return Inputs(split[0], split[1], source, config, tokenizer, template, projector, width)
+
+
+def run_identity(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
+    """Return what a run that goes on from a checkpoint must have in common with the one that wrote it."""
+    model, training = arguments.model, arguments.training
+    digest = hashlib.sha256()
+    for record in inputs.records:
+        digest.update(f"{record.image}\0{record.caption}\0".encode("utf-8", "surrogatepass"))
+    plugin = getattr(training, "deepspeed_plugin", None)
+    on_the_fly = f"on the fly: {model.vision_tower}"
+    return {
+        "world_size": training.world_size,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "zero_stage": plugin.zero_stage if plugin is not None else None,
+        "dtype": str(arguments.dtype).removeprefix("torch."),
+        "seed": training.seed,
+        "data_seed": training.seed if training.data_seed is None else training.data_seed,
+        "dataloader_drop_last": training.dataloader_drop_last,
+        "group_by_modality_length": training.group_by_modality_length,
+        # A checkpoint's optimizer and projector would silently win over another one of these.
+        "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "optim": OptimizerNames(training.optim).value,
+        "pretrain_mm_mlp_adapter": model.pretrain_mm_mlp_adapter,
+        "drop_unk_tokens": arguments.data.drop_unk_tokens,
+        "model_name_or_path": model.model_name_or_path,
+        "mm_projector_type": model.mm_projector_type,
+        "model_max_length": training.model_max_length,
+        "records_sha256": digest.hexdigest(),
+        "features": inputs.source.fingerprint if isinstance(inputs.source, FeatureCache) else on_the_fly,
+    }
+
+
+def _require_packages(arguments: Arguments) -> None:
+    report_to = arguments.training.report_to
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    missing = [name for name in names if name in ("wandb", "tensorboard", "trackio") and find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--report_to {' '.join(missing)}: pip install {' '.join(missing)} first, or use --report_to none"
+        )
+
+
+def _require_launcher(arguments: Arguments) -> None:
+    # Without a launcher's variables DeepSpeed asks MPI, and fails after the LLM was loaded.
+    if arguments.training.deepspeed and "RANK" not in os.environ and find_spec("mpi4py") is None:
+        raise UserError(
+            "--deepspeed needs a launcher: deepspeed pipelines/train_projector.py ..., or torchrun; for one process, "
+            "leave --deepspeed out"
+        )
+
+
+def _require_optimizer(arguments: Arguments) -> None:
+    training = arguments.training
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--optim {OptimizerNames(training.optim).value}: {error}; or leave it out") from None
+
+
+def _require_compiler(arguments: Arguments) -> None:
+    training = arguments.training
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if training.torch_compile and training.torch_compile_backend not in backends:
+        raise UserError(f"--torch_compile_backend {training.torch_compile_backend}: torch has {', '.join(backends)}")
+
+
+def _require_output(arguments: Arguments) -> None:
+    folder = Path(str(arguments.training.output_dir))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made: {error.strerror or error}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder} is not writable; give another one")
+
+
+def _require_space(arguments: Arguments, weights: int) -> None:
+    folder = Path(str(arguments.training.output_dir))
+    training = arguments.training
+    # The new checkpoint is written before the oldest goes.
+    kept = 1 + (training.save_total_limit or 2) if training.save_strategy != "no" else 1
+    needed, free = kept * weights * _CHECKPOINT_BYTES_PER_WEIGHT, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"--output_dir {folder}: {kept} checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "free some space, or lower --save_total_limit"
+        )
+
+
+def _load_records(arguments: Arguments) -> tuple[list[Record], list[Record]]:
+    data = arguments.data
+    records = load_records(data.data_path)
+    if data.eval_data_path is not None:
+        return records, load_records(data.eval_data_path, "--eval_data_path")
+    held_out = round(data.eval_fraction * len(records))
+    if not held_out:
+        return records, []
+    # By its own generator, so that a held-out part leaves the training order's draws as they are.
+    chosen = set(random.Random(arguments.training.seed).sample(range(len(records)), held_out))
+    train = [record for position, record in enumerate(records) if position not in chosen]
+    return train, [records[position] for position in sorted(chosen)]
+
+
+def _feature_source(arguments: Arguments) -> FeatureCache | OnTheFly:
+    model, data = arguments.model, arguments.data
+    if data.feature_cache is None:
+        from llava_twophase.train.data.on_the_fly import OnTheFly
+
+        return OnTheFly(str(data.image_folder), model.vision_tower, data.image_aspect_ratio)
+    cache = FeatureCache(data.feature_cache)
+    fingerprint, layer = cache.fingerprint, model.mm_vision_select_layer
+    wanted = {
+        # One spelling for one layer: 23 of 24 is -2.
+        "select_layer": layer if layer < 0 else layer - fingerprint["tower"]["num_hidden_layers"] - 1,
+        "select_feature": model.mm_vision_select_feature,
+        "image_aspect_ratio": data.image_aspect_ratio,
+    }
+    found = differences(fingerprint, wanted)
+    made_by = cache.manifest.provenance.get("vision_tower")
+    if made_by != model.vision_tower:
+        found.append(f"vision_tower: the cache has {made_by!r}, this run {model.vision_tower!r}")
+    if found:
+        raise collected(found, f"{cache.path} was made otherwise; use its settings, or extract another cache")
+    return cache
+
+
+def _without_quarantined(arguments: Arguments, records: list[Record], source: FeatureCache | OnTheFly) -> list[Record]:
+    if not arguments.data.drop_quarantined or not isinstance(source, FeatureCache):
+        return records
+    quarantined = read_quarantine(source.path)
+    kept = [record for record in records if record.image not in quarantined]
+    logger.warning("--drop_quarantined: %d of %d records left out", len(records) - len(kept), len(records))
+    return kept
+
+
+def _require_covered(records: list[Record], source: FeatureCache | OnTheFly) -> None:
+    keys = image_keys(records)
+    if not isinstance(source, FeatureCache):
+        source.require(keys)
+        return
+    missing = source.missing(keys)
+    if missing:
+        quarantined = read_quarantine(source.path).keys() & set(missing)
+        hint = (
+            f"; {len(quarantined)} of them are in its quarantine.jsonl: --drop_quarantined True leaves them out"
+            if quarantined
+            else "; extract them first"
+        )
+        raise collected(missing, f"{len(missing)} of {len(keys)} images have no features in {source.path}{hint}")
+
+
+def _load_text(arguments: Arguments) -> tuple[Any, Any]:
+    name, cache_dir = arguments.model.model_name_or_path, arguments.training.cache_dir
+    try:
+        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+        tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+    except Exception as error:  # of all kinds, as these files may hold anything
+        raise UserError(
+            f"--model_name_or_path {name}: its config or tokenizer cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(config.get_text_config(), "num_attention_heads"):
+        raise UserError(f"--model_name_or_path {name}: {config.model_type} is no transformer; give an LLM that is one")
+    return config, tokenizer
+
+
+def _template(arguments: Arguments, tokenizer: Any, image_tokens: int) -> PlainTemplate:
+    training = arguments.training
+    encode = text_encoder(arguments.model.model_name_or_path, tokenizer, training.cache_dir)
+    return PlainTemplate(tokenizer, encode, training.model_max_length, image_tokens, arguments.data.drop_unk_tokens)
+
+
+def _feature_shape(arguments: Arguments, source: FeatureCache | OnTheFly) -> tuple[int, int]:
+    if isinstance(source, FeatureCache):
+        return source.feature_shape
+    model = arguments.model
+    return source.load_tower(
+        model.mm_vision_select_layer, model.mm_vision_select_feature, arguments.tower_dtype, arguments.training.device
+    )

@@ -1,0 +1,183 @@
+"""What a run watches, evaluates and leaves behind, with a tiny LLM in this process."""
+
+import json
+import math
+import sqlite3
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers import run
+from llava_twophase.errors import UserError
+from llava_twophase.train.loop.metrics import GradientProbe, Meter, StepFlops
+from llava_twophase.train.loop.trainer import require_learning
+
+RATES = (
+    *("samples_per_second", "tokens_per_second", "tflops_per_device"),
+    *("data_wait_percent", "memory_gb", "eta_seconds"),
+)
+
+
+@pytest.fixture(scope="module")
+def evaluated(plain_set, tiny_llama, tiny_clip, tmp_path_factory):
+    """A run from a cache with a held-out part, evaluated at each epoch, captions written."""
+    root = tmp_path_factory.mktemp("evaluated")
+    common = ["--data_path", plain_set.json, "--image_folder", plain_set.folder, "--vision_tower", tiny_clip]
+    cache, output = root / "cache", root / "out"
+    run(["python", "pipelines/extract_features.py", *common, "--feature_cache", cache, "--num_workers", "1"])
+    train = ["--model_name_or_path", tiny_llama, "--feature_cache", cache, "--tune_mm_mlp_adapter", "True"]
+    train += ["--output_dir", output, "--num_train_epochs", "2", "--per_device_train_batch_size", "2"]
+    train += ["--eval_fraction", "0.25", "--evaluation_strategy", "epoch", "--sample_captions", "2"]
+    train += ["--logging_steps", "1", "--learning_rate", "1e-3", "--bf16", "True"]
+    train += ["--report_to", "all"]  # of tensorboard, wandb and trackio, those that are installed
+    trackers = {
+        "TENSORBOARD_LOGGING_DIR": root / "tensorboard",
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": root,
+        "TRACKIO_DIR": root / "trackio",
+    }
+    result = run(["python", "pipelines/train_projector.py", *common, *train], **trackers)
+    return output, result
+
+
+def history(output):
+    return json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
+def test_held_out_part_is_evaluated(evaluated):
+    output, result = evaluated
+    assert "9 records, 3 held out" in result.stderr
+    losses = [entry["eval_loss"] for entry in history(output) if "eval_loss" in entry]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_rates_are_logged_beside_the_loss(evaluated):
+    steps = [entry for entry in history(evaluated[0]) if "loss" in entry]
+    assert steps
+    for entry in steps:
+        assert all(entry[name] >= 0 for name in RATES)
+        assert entry["samples_per_second"] > 0
+        assert entry["tokens_per_second"] > 16 * entry["samples_per_second"]
+    assert steps[0]["eta_seconds"] > 0
+    assert steps[-1]["eta_seconds"] == 0
+
+
+def test_written_captions_stand_beside_the_true_ones_with_thumbnails(evaluated, plain_set):
+    pages = sorted((evaluated[0] / "samples").glob("step-*.html"))
+    assert len(pages) == 2
+    text = pages[-1].read_text(encoding="utf-8")
+    assert text.count('<img src="data:image/jpeg;base64,') == 2
+    assert sum(caption in text for caption in plain_set.captions) == 2
+
+
+def test_tensorboard_has_losses_and_captions(evaluated):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output, _ = evaluated
+    found = EventAccumulator(str(output.parent / "tensorboard")).Reload()
+    losses = [entry["loss"] for entry in history(output) if "loss" in entry]
+    assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(losses)
+    assert len(found.Scalars("eval/loss")) == 2 and len(found.Scalars("train/tokens_per_second")) == len(losses)
+    written = EventAccumulator(str(output / "samples")).Reload()
+    (tag,) = written.Tags()["tensors"]
+    assert len(written.Tensors(tag)) == 2 and b"| written |" in written.Tensors(tag)[0].tensor_proto.string_val[0]
+    thumbnails = written.Tags()["images"]
+    assert len(thumbnails) == 2 and all(len(written.Images(tag)) == 2 for tag in thumbnails)
+
+
+def test_wandb_has_losses_and_captions(evaluated):
+    """Offline: its file is a protocol of records; what is logged stands in it by name."""
+    pytest.importorskip("wandb")
+    output, _ = evaluated
+    (logged,) = (output.parent / "wandb").glob("offline-run-*/run-*.wandb")
+    content = logged.read_bytes()
+    assert content.count(b"train/loss") >= 6 and b"eval/loss" in content
+    assert content.count(b"html-file") >= 2
+
+
+def test_trackio_has_losses_and_captions(evaluated):
+    """Wants an older Pillow than the pinned one, so it is installed where somebody wants it."""
+    trackio = pytest.importorskip("trackio")
+    output, _ = evaluated
+    with sqlite3.connect(output.parent / "trackio" / "huggingface.db") as database:
+        logged = [json.loads(row) for (row,) in database.execute("SELECT metrics FROM metrics ORDER BY id")]
+    losses = [entry["loss"] for entry in history(output) if "loss" in entry]
+    assert [entry["train/loss"] for entry in logged if "train/loss" in entry] == pytest.approx(losses)
+    tables = [entry["samples"] for entry in logged if "samples" in entry]
+    assert [table["_type"] for table in tables] == [trackio.Table.TYPE] * 2
+    assert all(
+        (output.parent / "trackio" / "media" / row["image"]["file_path"]).is_file() for row in tables[0]["_value"]
+    )
+
+
+def test_everything_a_run_leaves_is_there(evaluated):
+    output = evaluated[0]
+    for name in (
+        "mm_projector.bin",
+        "config.json",
+        "arguments.json",
+        "feature_cache.json",
+        "trainer_state.json",
+        "loss.png",
+    ):
+        assert (output / name).is_file(), name
+    arguments = json.loads((output / "arguments.json").read_text(encoding="utf-8"))
+    assert arguments["data"]["eval_fraction"] == 0.25
+    assert arguments["training"]["learning_rate"] == 1e-3
+    made = json.loads((output / "feature_cache.json").read_text(encoding="utf-8"))
+    assert made["fingerprint"]["select_layer"] == -2
+
+
+def test_the_first_step_must_learn():
+    layer = torch.nn.Linear(2, 2)
+    probe = GradientProbe(layer)
+    layer(torch.ones(1, 2)).sum().backward()
+    require_learning(1.0, probe)
+    probe.close()
+    probe = GradientProbe(layer)
+    (layer(torch.ones(1, 2)) * 0).sum().backward()
+    with pytest.raises(UserError, match="got no gradient at the first step"):
+        require_learning(1.0, probe)
+    with pytest.raises(UserError, match="first loss is nan"):
+        require_learning(math.nan, probe)
+    probe.largest["weight"] = math.inf
+    with pytest.raises(UserError, match="not finite"):
+        require_learning(1.0, probe)
+    with pytest.raises(UserError, match="no gradient"):
+        require_learning(1.0, GradientProbe(layer))
+
+
+def test_flops_count_forward_and_backward_of_frozen_weights(tiny_llama):
+    llm = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    flops = StepFlops.of(llm)
+    body = sum(p.numel() for p in llm.model.layers.parameters() if p.ndim == 2)
+    assert (flops.body, flops.head) == (body, llm.lm_head.weight.numel())
+    assert flops.attention == 2 * 64
+    assert flops.count(3, 10, 4) == 3 * (4 * (body * 10 + flops.head * 4) + 6 * 128 * 100)
+
+
+def test_meter_reports_rates_of_all_ranks():
+    meter = Meter(steps=2, samples=8, tokens=80, flops=2e12)
+    report = meter.report(2, torch.device("cpu"), steps_left=3)
+    assert set(report) == set(RATES)
+    # Three more steps take as long as 1.5 times these two; both figures are rounded.
+    assert report["eta_seconds"] == pytest.approx(1.5 * 16 / report["samples_per_second"], rel=0.01, abs=0.1)
+    assert report["memory_gb"] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--eval_strategy", "epoch"], "--eval_strategy needs records"),
+        (["--sample_captions", "2"], "--sample_captions writes at each evaluation"),
+        (["--eval_fraction", "1.5"], "--eval_fraction 1.5"),
+    ],
+)
+def test_evaluation_flags_that_lack_each_other_are_refused(flags, named, tmp_path):
+    base = ["--model_name_or_path", "m", "--vision_tower", "t", "--data_path", "d", "--image_folder", "i"]
+    base += ["--tune_mm_mlp_adapter", "True", "--output_dir", tmp_path, "--use_cpu", "True"]
+    result = run(["python", "pipelines/train_projector.py", *base, *flags], expect=1)
+    assert named in result.stderr
