@@ -1,4 +1,4 @@
-"""Runs the commands of llava_twophase/inspection/README.md on a seeded cache; as a script, writes their output anew.
+"""Run the commands of docs/inspect.md on a seeded cache; as a script, write their output into the page again.
 
 python tests/inspection/docs.py
 """
@@ -18,7 +18,7 @@ import tiny
 from helpers import ROOT, run
 from llava_twophase.cache.reader import read_header
 
-PAGE = ROOT / "llava_twophase" / "inspection" / "README.md"
+PAGE = ROOT / "docs" / "inspect.md"
 BLOCK = re.compile(r"^```console\n\$ (llava-inspect-cache .*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXTRACT = ("--compute_dtype", "fp32", "--num_workers", "0", "--images_per_shard", "8", "--device", "cpu")
 

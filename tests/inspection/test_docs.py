@@ -1,25 +1,12 @@
 """The docs page of the inspection: its commands, run again, print what it shows."""
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from inspection import docs
 from llava_twophase.inspection.cli import SUBCOMMANDS
 
-
-def load(name):
-    """A module beside this file: the test folder is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-docs = load("docs")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 # What differs from machine to machine: versions, age, device, and the hashes of files that Pillow wrote.
 VOLATILE = re.compile(r"^  (age|device|torch|provenance\.software|software\.|command|made from)|sha256", re.MULTILINE)
@@ -51,10 +38,3 @@ def test_a_command_prints_what_the_page_shows(number, folder):
     assert words == shown_words
     # Other CPUs and releases round otherwise, and Pillow's files have other sizes.
     assert numbers == pytest.approx(shown_numbers, rel=0.1, abs=0.02)
-
-
-def test_every_link_and_picture_is_there():
-    links = re.findall(r"\]\(([^)#\s]+)", docs.PAGE.read_text(encoding="utf-8"))
-    local = [link for link in links if not re.match(r"[a-z]+:", link)]
-    assert local and [link for link in local if not (docs.PAGE.parent / link).exists()] == []
-    assert ROOT in docs.PAGE.parents
