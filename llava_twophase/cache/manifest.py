@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from llava_twophase.cache.format import FORMAT, MANIFEST, SCHEMA, canonical_json, check_schema
 from llava_twophase.errors import UserError
+from llava_twophase.files import replace_file
 
 _KINDS: dict[str, type] = {
     "fingerprint": dict,
@@ -91,27 +91,11 @@ def read_manifest(cache: Path) -> Manifest:
 
 
 def write_manifest(cache: Path, manifest: Manifest) -> None:
-    """Replace a cache's manifest: written aside, synced, renamed, the folder synced."""
+    """Replace a cache's manifest."""
     content = {"format": FORMAT, "schema": SCHEMA, **asdict(manifest)}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    path = cache / MANIFEST
-    aside = path.with_name(f"{MANIFEST}.tmp")
-    # A command line that was no UTF-8 holds surrogates: their backslash form is JSON's escape for them.
-    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with replace_file(cache / MANIFEST, "w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(cache)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _shard_entry(entry: Any) -> ShardEntry:

@@ -12,14 +12,13 @@ waits beside it as ``shards/shard-NNNNNN.h5.quarantine.jsonl``, so that a shard 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llava_twophase.cache.format import QUARANTINE, SHARDS
-from llava_twophase.cache.manifest import sync_folder
 from llava_twophase.errors import UserError
+from llava_twophase.files import replace_file
 
 PART = ".quarantine.jsonl"
 
@@ -108,10 +107,5 @@ def _write(path: Path, entries: Iterable[Quarantined]) -> None:
     if not text:
         path.unlink(missing_ok=True)
         return
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with replace_file(path, "w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)

@@ -29,8 +29,9 @@ from llava_twophase.cache.format import (
     fingerprint_hash,
     layout,
 )
-from llava_twophase.cache.manifest import ShardEntry, sync_folder
+from llava_twophase.cache.manifest import ShardEntry
 from llava_twophase.errors import UserError
+from llava_twophase.files import sync_folder
 
 
 @dataclass(frozen=True)

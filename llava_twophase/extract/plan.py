@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,6 @@ from llava_twophase.cache.format import SHARDS, shard_name
 from llava_twophase.cache.manifest import Manifest, ShardEntry
 from llava_twophase.cache.quarantine import Quarantined, read_parts, read_quarantine
 from llava_twophase.cache.reader import FeatureCache, check_shard, read_header
-from llava_twophase.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -128,31 +126,6 @@ def sealed_shards(cache: Path, manifest: Manifest, known: Iterable[ShardEntry] =
         elif entry.file not in checked:
             check_shard(cache, entry, manifest.fingerprint)
     return sorted(listed.values(), key=lambda entry: shard_number(entry.file))
-
-
-def free_bytes(folder: Path) -> int:
-    """Return what is free on the disk of a folder, or of its nearest parent that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Check that the features to come fit on the disk.
-
-    Args:
-        folder: Where they go.
-        needed: Bytes.
-
-    Raises:
-        UserError: They do not; with the figures.
-    """
-    free = free_bytes(folder)
-    if needed > free:
-        raise UserError(
-            f"the features to extract need {needed / 1e9:.3f} GB, but {folder} has {free / 1e9:.3f} GB free; "
-            "free some space, give another --feature_cache, or halve the features with --storage_dtype int8"
-        )
 
 
 def shard_number(file: str) -> int:

@@ -20,7 +20,8 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.extract.break_even import Pays
 from llava_twophase.extract.decode import CropDataset
 from llava_twophase.extract.encode import Encoder
-from llava_twophase.extract.plan import Plan, free_bytes
+from llava_twophase.extract.plan import Plan
+from llava_twophase.files import free_bytes
 from llava_twophase.vision.images import Images
 from llava_twophase.vision.tower import VisionTower
 

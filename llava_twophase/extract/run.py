@@ -27,13 +27,14 @@ from llava_twophase.extract.break_even import llm_config, measure_step, weigh
 from llava_twophase.extract.calibrate import measure_channels
 from llava_twophase.extract.decode import find_bad, still_bad
 from llava_twophase.extract.pipeline import Options, extract
-from llava_twophase.extract.plan import Plan, make_plan, require_space, sealed_shards, shard_path
+from llava_twophase.extract.plan import Plan, make_plan, sealed_shards, shard_path
 from llava_twophase.extract.progress import Progress
 from llava_twophase.extract.ranks import Peers
 from llava_twophase.extract.report import calibrate, report_plan, report_twins
 from llava_twophase.extract.stage_times import StageTimes
-from llava_twophase.extract.target import existing_manifest, explained, locked, remove_work_files, require_writable
+from llava_twophase.extract.target import existing_manifest, explain_disk_errors, locked, remove_work_files
 from llava_twophase.extract.tower import fingerprint_of, load_tower, plain_codec, provenance, require_same, shard_spec
+from llava_twophase.files import require_free_space, require_writable
 from llava_twophase.records import Record
 from llava_twophase.vision.images import Images, open_images
 from llava_twophase.vision.tower import VisionTower
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace, records: Sequence[Record], ranks: Ranks) -> in
         return _show_plan(_job(args, records, Peers(Ranks()))) if ranks.is_main else 0
     with Peers(ranks) as peers:
         job = _job(args, records, peers)
-        with explained(job.cache), ExitStack() as stack:
+        with explain_disk_errors(job.cache), ExitStack() as stack:
             return _lead(job, stack) if ranks.is_main else _follow(job)
 
 
@@ -125,7 +126,7 @@ def _lead(job: Job, stack: ExitStack) -> int:
     plan = _make_plan(job, manifest)
     nothing_to_do = manifest is not None and manifest.complete and not plan.work and plan.sealed == manifest.shards
     if not nothing_to_do:
-        require_writable(cache)
+        require_writable(cache, "--feature_cache")
     _refuse_bad(job, plan)
     tower = load_tower(args, job.peers.ranks)
     fingerprint = fingerprint_of(tower, args)
@@ -145,7 +146,12 @@ def _lead(job: Job, stack: ExitStack) -> int:
         channels, named = measure_channels(job.images, tower, job.keys, args.batch_size, args.num_workers)
         manifest.channels, manifest.fingerprint = channels.to_json(), {**fingerprint, "channels": named}
     spec = shard_spec(tower, manifest)
-    require_space(cache, len(plan.keys) * spec.row_bytes)
+    require_free_space(
+        cache,
+        len(plan.keys) * spec.row_bytes,
+        what="the features to extract",
+        advice="free some space, give another --feature_cache, or halve the features with --storage_dtype int8",
+    )
     _begin(cache, manifest, plan)
     job.peers.tell("plan", {"digest": plan.digest, "numbers": [shard.number for shard in plan.work]})
     logger.info(

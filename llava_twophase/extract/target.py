@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from llava_twophase.cache.format import MANIFEST, SHARDS
 from llava_twophase.cache.manifest import Manifest, read_manifest
 from llava_twophase.errors import UserError
-from llava_twophase.extract.plan import free_bytes
+from llava_twophase.files import explain_os_errors
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +28,6 @@ def existing_manifest(cache: Path) -> Manifest | None:
     if cache.exists() and (not cache.is_dir() or any(path.name not in _OURS for path in cache.iterdir())):
         raise UserError(f"--feature_cache {cache} exists and is no feature cache; give a new or empty folder")
     return None
-
-
-def require_writable(cache: Path) -> None:
-    """Check that a cache's folder can be written, or made.
-
-    Raises:
-        UserError: It cannot.
-    """
-    folder = cache
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--feature_cache {cache} cannot be written: {folder} is read-only for you; give another one")
 
 
 @contextmanager
@@ -75,27 +61,11 @@ def remove_work_files(cache: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextmanager
-def explained(cache: Path) -> Iterator[None]:
-    """Turn an error of the disk into one that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{_advice(cache, error)} ({error})") from error
-
-
-def _advice(cache: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = free_bytes(cache) / 1e9
-        return (
-            f"the disk of {cache} is full, {free:.3f} GB free: sealed shards stay valid; "
-            "free some space and run the same command again"
-        )
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"{cache} cannot be written: make it writable, or give another --feature_cache"
-    if error.errno in (errno.ENOENT, errno.ESTALE) or not cache.exists():
-        return f"{cache} was deleted or moved while it was written; run the same command again to make it anew"
-    return f"{cache} cannot be written: sealed shards stay valid; mend the cause and run the same command again"
+def explain_disk_errors(cache: Path) -> AbstractContextManager[None]:
+    """Return a context that turns an error of the cache's disk into one that says what to do."""
+    return explain_os_errors(
+        cache, "--feature_cache", lambda: "run the same command again: sealed shards are kept and not extracted again"
+    )
 
 
 _OURS = (SHARDS, f"{MANIFEST}.tmp")

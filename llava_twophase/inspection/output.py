@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llava_twophase.errors import UserError
+from llava_twophase.files import replace_file
 
 _BAR = 40
 
@@ -111,12 +111,7 @@ def write_file(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
             with path.open("wb") as file:
                 write(file)
             return
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with aside.open("wb") as file:
-                write(file)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with replace_file(path) as file:
+            write(file)
     except OSError as error:
         raise UserError(f"-o {path} cannot be written: {error.strerror or error}") from None

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from llava_twophase.cache.fingerprint import differences
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError, collected
+from llava_twophase.files import require_free_space
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
@@ -188,12 +188,10 @@ def _require_space(arguments: Arguments, weights: int) -> None:
     training = arguments.training
     # The new checkpoint is written before the oldest goes.
     kept = 1 + (training.save_total_limit or 2) if training.save_strategy != "no" else 1
-    needed, free = kept * weights * _CHECKPOINT_BYTES_PER_WEIGHT, shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"--output_dir {folder}: {kept} checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-            "free some space, or lower --save_total_limit"
-        )
+    needed = kept * weights * _CHECKPOINT_BYTES_PER_WEIGHT
+    require_free_space(
+        folder, needed, what=f"{kept} checkpoints", advice="free some space, or lower --save_total_limit"
+    )
 
 
 def _load_records(arguments: Arguments) -> tuple[list[Record], list[Record]]:

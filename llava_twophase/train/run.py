@@ -16,7 +16,7 @@ from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.loop.artefacts import llava_config, write_artefacts
-from llava_twophase.train.loop.checkpoints import CheckpointKeeper, checkpoint_to_resume, explained, saved_cut
+from llava_twophase.train.loop.checkpoints import CheckpointKeeper, checkpoint_to_resume, explain_disk_errors, saved_cut
 from llava_twophase.train.loop.generated_captions import CaptionSamples
 from llava_twophase.train.loop.trainer import ProjectorTrainer
 from llava_twophase.train.model.llava import LlavaProjectorModel
@@ -58,7 +58,7 @@ def _train(arguments: Arguments) -> None:
     identity = run_identity(arguments, inputs)
     folder = Path(str(training.output_dir))
     checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint, identity)
-    with explained(folder):
+    with explain_disk_errors(folder):
         try:
             model = _model(arguments, inputs, checkpoint)
             trainer = _trainer(arguments, inputs, model, identity)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from llava_twophase.files import replace_file
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.model.projector import save_projector
 
@@ -106,11 +106,7 @@ def draw_losses(state: Path, picture: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file aside, sync and rename it."""
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    """Write or replace a JSON file."""
+    with replace_file(path, "w") as file:
         json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -6,14 +6,12 @@ a whole checkpoint from one that a kill cut short; older ones are removed only a
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llava_twophase.cache.fingerprint import differences, normalize
 from llava_twophase.errors import UserError, collected
+from llava_twophase.files import explain_os_errors
 from llava_twophase.train.loop.artefacts import write_json
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.micro_batches import Cut
@@ -139,35 +138,15 @@ def saved_cut(checkpoint: Path) -> Cut | None:
     return Cut(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
-@contextmanager
-def explained(output_dir: Path) -> Iterator[None]:
-    """Turn an error of the disk that a run writes to into one that says what to do.
+def explain_disk_errors(output_dir: Path) -> AbstractContextManager[None]:
+    """Return a context that turns an error of the disk that a run writes to into one that says what to do."""
 
-    Raises:
-        UserError: The disk is full, or the folder cannot be written; other errors pass as they are.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        problem = _disk_problem(output_dir, error)
-        if problem is None:
-            raise
+    def advice() -> str:
         newest = next(reversed(whole_checkpoints(output_dir)), None)
-        start = "from the beginning" if newest is None else f"from {newest.name}"
-        raise UserError(f"{problem}, then run the same command again: it goes on {start} ({error})") from error
+        start = "starts from the beginning" if newest is None else f"resumes from {newest.name}"
+        return f"run the same command again: it {start}"
 
-
-def _disk_problem(output_dir: Path, error: Exception) -> str | None:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or _is_full(output_dir):
-        # torch and safetensors report a full disk in words of their own, or as a position that they did not expect.
-        return f"the disk of --output_dir {output_dir} is full: free some space"
-    if isinstance(error, OSError) and Path(str(error.filename)).is_relative_to(output_dir):
-        return f"--output_dir {output_dir} cannot be written: mend that"
-    return None
-
-
-def _is_full(folder: Path) -> bool:
-    return folder.exists() and shutil.disk_usage(folder).free < 2**20
+    return explain_os_errors(output_dir, "--output_dir", advice, also=(RuntimeError, SafetensorError))
 
 
 _STEP = re.compile(r"checkpoint-\d+")

@@ -5,7 +5,6 @@ Shapes: B images, L patch tokens, D tower width, H LLM width.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from llava_twophase.errors import UserError
+from llava_twophase.files import replace_file
 
 FILE = "mm_projector.bin"
 # LLaVA's loader strips this and loads with strict=False, so another prefix would leave random weights without a word.
@@ -62,12 +62,8 @@ def save_projector(projector: nn.Module, folder: Path) -> Path:
     state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in projector.state_dict().items()}
     assert all(tensor.numel() for tensor in state.values()), "under ZeRO-3 the projector must be gathered first"
     path = folder / FILE
-    aside = path.with_name(f"{FILE}.tmp")
-    with aside.open("wb") as file:
+    with replace_file(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
     return path
 
 

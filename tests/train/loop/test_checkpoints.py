@@ -15,7 +15,7 @@ from llava_twophase.train.loop.checkpoints import (
     MARKER,
     CheckpointKeeper,
     checkpoint_to_resume,
-    explained,
+    explain_disk_errors,
     whole_checkpoints,
 )
 
@@ -65,7 +65,10 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, best, left):
     ("error", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "is full: free some space, then run .* from checkpoint-6"),
-        (OSError(errno.EROFS, "Read-only file system", "out/checkpoint-9"), "cannot be written: mend that, then run"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "out/checkpoint-9"),
+            "make it writable .* from checkpoint-6",
+        ),
         (OSError(errno.EROFS, "Read-only file system", "outside/x"), None),
         (ConnectionResetError(errno.ECONNRESET, "reset"), None),
         (RuntimeError("a bug"), None),
@@ -74,7 +77,7 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, best, left):
 def test_errors_of_the_disk_say_what_to_do_and_others_pass(tmp_path, monkeypatch, error, said):
     monkeypatch.chdir(tmp_path)
     write(Path("out"), 6)
-    with pytest.raises(Exception) as caught, explained(Path("out")):
+    with pytest.raises(Exception) as caught, explain_disk_errors(Path("out")):
         raise error
     if said is None:
         assert caught.value is error
