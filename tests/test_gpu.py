@@ -17,7 +17,7 @@ from cache.make import make_cache
 from helpers import free_port, run
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.train.data.collator import collate
-from llava_twophase.train.data.prefetch import FeedingDataset
+from llava_twophase.train.data.prefetch import PrefetchDataset
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.micro_batches import Cut
 from test_end_to_end import extract_flags, train_flags
@@ -92,7 +92,7 @@ def test_features_arrive_from_pinned_memory(storage, tmp_path):
     shape = (4, 32) if storage == "int4" else (64, 64)
     path, keys, _ = make_cache(tmp_path / "cache", counts=(40, 24), dtype=storage, shape=shape)
     cache, order = FeatureCache(path), np.random.default_rng(0).permutation(64).tolist()
-    dataset = FeedingDataset(
+    dataset = PrefetchDataset(
         lambda index: {"input_ids": torch.tensor([index]), "labels": torch.tensor([index])}, collate, cache, keys, 4,
         device=torch.device("cuda"),
     )  # fmt: skip

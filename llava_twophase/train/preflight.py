@@ -10,25 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, Trainer
 from transformers.training_args import OptimizerNames
 
-from llava_twophase.cache.fingerprint import differences
-from llava_twophase.cache.quarantine import read_quarantine
-from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError, collected
 from llava_twophase.files import require_free_space
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
+from llava_twophase.train.data.source import FeatureSource, open_source
 from llava_twophase.train.model.load_llm import require_bits, require_generation_config, require_liger
 from llava_twophase.train.model.projector import build_projector, load_projector
-
-if TYPE_CHECKING:
-    from llava_twophase.train.data.on_the_fly import OnTheFly
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +40,7 @@ class Inputs:
     Attributes:
         records: To train on.
         eval_records: To evaluate on, may be empty.
-        source: The feature cache, or the on-the-fly tower.
+        source: Where features come from.
         config: The LLM's configuration.
         tokenizer: The LLM's tokenizer.
         template: Tokenises captions.
@@ -55,7 +50,7 @@ class Inputs:
 
     records: Sequence[Record]
     eval_records: Sequence[Record]
-    source: FeatureCache | OnTheFly
+    source: FeatureSource
     config: Any
     tokenizer: Any
     template: PlainTemplate
@@ -86,19 +81,19 @@ def check_inputs(arguments: Arguments) -> Inputs:
     attempt(lambda: require_liger(arguments))
     attempt(lambda: _require_output(arguments))
     split = attempt(lambda: _load_records(arguments))
-    source = attempt(lambda: _feature_source(arguments))
+    source = attempt(lambda: open_source(arguments))
     text = attempt(lambda: _load_text(arguments))
     attempt(lambda: require_generation_config(arguments))
     if split is not None and source is not None:
-        train, held_out = (_without_quarantined(arguments, records, source) for records in split)
+        train, held_out = (source.usable(records) for records in split)
         split = train, held_out
-        attempt(lambda: _require_covered(train, source))
-        attempt(lambda: _require_covered(held_out, source))
+        attempt(lambda: source.require(image_keys(train)))
+        attempt(lambda: source.require(image_keys(held_out)))
     if problems or split is None or source is None or text is None:
         raise collected(problems, "nothing was started") if len(problems) > 1 else UserError(problems[0])
     # Only now the tower, where there is one: it may be downloaded.
     config, tokenizer = text
-    tokens, width = _feature_shape(arguments, source)
+    tokens, width = source.load()
     template = _template(arguments, tokenizer, tokens)
     projector = build_projector(arguments.model.mm_projector_type, width, config.get_text_config().hidden_size)
     if arguments.model.pretrain_mm_mlp_adapter is not None:
@@ -114,7 +109,6 @@ def run_identity(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
     for record in inputs.records:
         digest.update(f"{record.image}\0{record.caption}\0".encode("utf-8", "surrogatepass"))
     plugin = getattr(training, "deepspeed_plugin", None)
-    on_the_fly = f"on the fly: {model.vision_tower}"
     return {
         "world_size": training.world_size,
         "per_device_train_batch_size": training.per_device_train_batch_size,
@@ -135,7 +129,7 @@ def run_identity(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
         "mm_projector_type": model.mm_projector_type,
         "model_max_length": training.model_max_length,
         "records_sha256": digest.hexdigest(),
-        "features": inputs.source.fingerprint if isinstance(inputs.source, FeatureCache) else on_the_fly,
+        "features": inputs.source.identity,
     }
 
 
@@ -208,54 +202,6 @@ def _load_records(arguments: Arguments) -> tuple[list[Record], list[Record]]:
     return train, [records[position] for position in sorted(chosen)]
 
 
-def _feature_source(arguments: Arguments) -> FeatureCache | OnTheFly:
-    model, data = arguments.model, arguments.data
-    if data.feature_cache is None:
-        from llava_twophase.train.data.on_the_fly import OnTheFly
-
-        return OnTheFly(str(data.image_folder), model.vision_tower, data.image_aspect_ratio)
-    cache = FeatureCache(data.feature_cache)
-    fingerprint, layer = cache.fingerprint, model.mm_vision_select_layer
-    wanted = {
-        # One spelling for one layer: 23 of 24 is -2.
-        "select_layer": layer if layer < 0 else layer - fingerprint["tower"]["num_hidden_layers"] - 1,
-        "select_feature": model.mm_vision_select_feature,
-        "image_aspect_ratio": data.image_aspect_ratio,
-    }
-    found = differences(fingerprint, wanted)
-    made_by = cache.manifest.provenance.get("vision_tower")
-    if made_by != model.vision_tower:
-        found.append(f"vision_tower: the cache has {made_by!r}, this run {model.vision_tower!r}")
-    if found:
-        raise collected(found, f"{cache.path} was made otherwise; use its settings, or extract another cache")
-    return cache
-
-
-def _without_quarantined(arguments: Arguments, records: list[Record], source: FeatureCache | OnTheFly) -> list[Record]:
-    if not arguments.data.drop_quarantined or not isinstance(source, FeatureCache):
-        return records
-    quarantined = read_quarantine(source.path)
-    kept = [record for record in records if record.image not in quarantined]
-    logger.warning("--drop_quarantined: %d of %d records left out", len(records) - len(kept), len(records))
-    return kept
-
-
-def _require_covered(records: list[Record], source: FeatureCache | OnTheFly) -> None:
-    keys = image_keys(records)
-    if not isinstance(source, FeatureCache):
-        source.require(keys)
-        return
-    missing = source.missing(keys)
-    if missing:
-        quarantined = read_quarantine(source.path).keys() & set(missing)
-        hint = (
-            f"; {len(quarantined)} of them are in its quarantine.jsonl: --drop_quarantined True leaves them out"
-            if quarantined
-            else "; extract them first"
-        )
-        raise collected(missing, f"{len(missing)} of {len(keys)} images have no features in {source.path}{hint}")
-
-
 def _load_text(arguments: Arguments) -> tuple[Any, Any]:
     name, cache_dir = arguments.model.model_name_or_path, arguments.training.cache_dir
     try:
@@ -274,12 +220,3 @@ def _template(arguments: Arguments, tokenizer: Any, image_tokens: int) -> PlainT
     training = arguments.training
     encode = text_encoder(arguments.model.model_name_or_path, tokenizer, training.cache_dir)
     return PlainTemplate(tokenizer, encode, training.model_max_length, image_tokens, arguments.data.drop_unk_tokens)
-
-
-def _feature_shape(arguments: Arguments, source: FeatureCache | OnTheFly) -> tuple[int, int]:
-    if isinstance(source, FeatureCache):
-        return source.feature_shape
-    model = arguments.model
-    return source.load_tower(
-        model.mm_vision_select_layer, model.mm_vision_select_feature, arguments.tower_dtype, arguments.training.device
-    )

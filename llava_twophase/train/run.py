@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.collator import collate
@@ -69,15 +68,16 @@ def _train(arguments: Arguments) -> None:
         with gathered(inputs.projector):
             if trainer.is_world_process_zero():
                 config = llava_config(inputs.config, arguments, inputs.width)
-                features = inputs.source.fingerprint if isinstance(inputs.source, FeatureCache) else None
-                logger.info("wrote %s", write_artefacts(folder, inputs.projector, config, arguments, features))
+                fingerprint = inputs.source.fingerprint
+                logger.info("wrote %s", write_artefacts(folder, inputs.projector, config, arguments, fingerprint))
 
 
 def _model(arguments: Arguments, inputs: Inputs, checkpoint: Path | None) -> LlavaProjectorModel:
     training, template = arguments.training, inputs.template
-    encode = None if isinstance(inputs.source, FeatureCache) else inputs.source.encode
     llm = load_llm(arguments)
-    model = LlavaProjectorModel(llm, inputs.projector, template.image_at, template.image_tokens, encode, *arguments.cut)
+    model = LlavaProjectorModel(
+        llm, inputs.projector, template.image_at, template.image_tokens, inputs.source.encode, *arguments.cut
+    )
     model.accepts_loss_kwargs = training.average_tokens_across_devices
     if training.torch_compile:
         model.frozen.compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode)

@@ -34,7 +34,7 @@ from llava_twophase.cache.format import SHARDS, shard_name
 from llava_twophase.cache.manifest import Manifest, write_manifest
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter, sha256
-from llava_twophase.train.data.prefetch import FeedingDataset
+from llava_twophase.train.data.prefetch import PrefetchDataset
 
 SHAPE = (576, 1024)
 ROW = SHAPE[0] * SHAPE[1] * 2
@@ -231,12 +231,12 @@ def usual_loader(cache, folder, rows, batch):
     return DataLoader(Items(folder / "features.h5"), batch, sampler=rows.tolist(), num_workers=2)
 
 
-def places(samples):
-    return {"place": torch.stack([sample["place"] for sample in samples])}
+def positions(samples):
+    return {"position_in_batch": torch.stack([sample["position_in_batch"] for sample in samples])}
 
 
 def our_loader(cache, folder, rows, batch):
-    dataset = FeedingDataset(lambda index: {}, places, cache, list(cache.keys()), batch)
+    dataset = PrefetchDataset(lambda index: {}, positions, cache, list(cache.keys()), batch)
     loader = DataLoader(dataset, batch, sampler=rows.tolist(), collate_fn=lambda pending: pending)
     return Accelerator(cpu=True).prepare(loader)
 

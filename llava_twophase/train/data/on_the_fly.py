@@ -1,79 +1,126 @@
-"""LLaVA's way, the baseline: pictures decoded by the data loader and the vision tower inside the step."""
+"""Features computed in the training step, as LLaVA does: the baseline for parity tests and benchmarks.
+
+Data loader workers decode the images; the vision tower runs in the step.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 
 from llava_twophase.errors import UserError
+from llava_twophase.records import Record
+from llava_twophase.train.data.source import TowerSettings
 from llava_twophase.vision.images import BadImage, decode, open_images, require
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
 
 
-class OnTheFly:
-    """Where features come from when there is no cache.
+class OnTheFlyFeatures:
+    """The ``FeatureSource`` of a run without a cache.
 
     Args:
-        image_folder: Folder, zip or uncompressed tar of the pictures.
-        vision_tower: Hub id or folder of the tower.
-        image_aspect_ratio: ``square`` or ``pad``.
+        image_folder: Folder, zip or uncompressed tar of the images.
+        settings: Which tower, and what of its output is used.
+        dtype: The tower's compute dtype.
+        device: Where the tower runs.
 
     Raises:
-        UserError: Folder or processor cannot be loaded.
+        UserError: The images or the image processor cannot be read.
     """
 
-    def __init__(self, image_folder: str, vision_tower: str, image_aspect_ratio: str) -> None:
-        self._name = vision_tower
+    def __init__(
+        self, image_folder: str, settings: TowerSettings, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self._settings, self._dtype, self._device = settings, dtype, device
         self._images, self._image_folder = open_images(image_folder), image_folder
-        self._preprocessor = Preprocessor(vision_tower, image_aspect_ratio)
+        self._preprocessor = Preprocessor(settings.vision_tower, settings.image_aspect_ratio)
         self._tower: VisionTower | None = None
 
+    @property
+    def fingerprint(self) -> None:
+        """None: there is no cache."""
+        return None
+
+    @property
+    def identity(self) -> str:
+        """Name the tower."""
+        return f"on the fly: {self._settings.vision_tower}"
+
+    @property
+    def encode(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Turn ``uint8 [B, S, S, 3]`` into features ``[B, L, D]`` in the tower's dtype; no gradient."""
+        return self._encode
+
+    def usable(self, records: list[Record]) -> list[Record]:
+        """Return all records: there is no quarantine without a cache."""
+        return records
+
     def require(self, keys: Sequence[str]) -> None:
-        """Check that all pictures are there, before the LLM is loaded."""
+        """Check that every image exists.
+
+        Raises:
+            UserError: Some do not; all are counted and the first are listed.
+        """
         require(self._images, keys, self._image_folder)
 
-    def load_tower(
-        self, select_layer: int, select_feature: str, dtype: torch.dtype, device: torch.device | str
-    ) -> tuple[int, int]:
-        """Load the tower and return its feature shape, tokens and width."""
-        self._tower = VisionTower(self._name, self._preprocessor, select_layer, select_feature, dtype, device)
+    def load(self) -> tuple[int, int]:
+        """Load the tower and return its feature shape: tokens and width of one image."""
+        self._tower = VisionTower(
+            name=self._settings.vision_tower,
+            preprocessor=self._preprocessor,
+            select_layer=self._settings.select_layer,
+            select_feature=self._settings.select_feature,
+            dtype=self._dtype,
+            device=self._device,
+        )
         return self._tower.feature_shape
 
-    def crop(self, key: str) -> torch.Tensor:
-        """Decode one picture to ``uint8 [S, S, 3]``, in a data loader's worker.
+    def sample(self, key: str) -> dict[str, torch.Tensor]:
+        """Decode one image to ``crops uint8 [S, S, 3]``, in a data loader worker.
 
         Raises:
             UserError: It cannot be used.
         """
+        return {"crops": self._crop(key)}
+
+    def read(self, keys: Sequence[str], device: torch.device) -> torch.Tensor:
+        """Return the features of some images, ``[B, L, D]`` on the device."""
+        return self._encode(torch.stack([self._crop(key) for key in keys])).to(device)
+
+    def prefetch(self, *_: Any) -> None:
+        """Return None: data loader workers read ahead."""
+        return None
+
+    def _crop(self, key: str) -> torch.Tensor:
         try:
             return torch.from_numpy(self._preprocessor.crop(decode(self._images.read(key))))
         except BadImage as error:
-            raise UserError(f"image {key}: {error}; mend it or remove its record") from None
+            raise UserError(f"image {key}: {error}; fix it or remove its record") from None
 
-    def encode(self, crops: torch.Tensor) -> torch.Tensor:
-        """Turn ``uint8 [B, S, S, 3]`` into features ``[B, L, D]`` in the tower's dtype; no gradient."""
-        assert self._tower is not None, "load_tower comes first"
+    def _encode(self, crops: torch.Tensor) -> torch.Tensor:
+        assert self._tower is not None, "load() comes first"
         return self._tower.encode(crops).clone()  # a clone, since autograd refuses inference tensors
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the tower behind when pickled to a data loader's worker."""
+        """Pickle everything except the tower; a data loader worker only decodes images."""
         return {**self.__dict__, "_tower": None}
 
 
 def thumbnail(image_folder: str, key: str, side: int = 128) -> bytes:
-    """Make a small JPEG of one picture, for pages that people look at.
+    """Make a small JPEG of one image.
 
     Args:
-        image_folder: Folder, zip or uncompressed tar of the pictures.
+        image_folder: Folder, zip or uncompressed tar of the images.
         key: Image key.
         side: Longest side in pixels.
 
     Returns:
-        The JPEG's bytes; of a grey square where the picture cannot be used.
+        The bytes of the JPEG; a grey square if the image cannot be used.
     """
     try:
         picture = decode(open_images(image_folder).read(key))

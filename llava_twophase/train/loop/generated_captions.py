@@ -12,20 +12,17 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.records import Record
 from llava_twophase.train.data.conversation import PlainTemplate
+from llava_twophase.train.data.source import FeatureSource
 from llava_twophase.train.model.llava import LlavaProjectorModel
-
-if TYPE_CHECKING:
-    from llava_twophase.train.data.on_the_fly import OnTheFly
 
 logger = logging.getLogger(__name__)
 
@@ -91,15 +88,16 @@ class CaptionSamples(TrainerCallback):
     template: PlainTemplate
     tokenizer: Any
     records: Sequence[Record]
-    source: FeatureCache | OnTheFly
+    source: FeatureSource
     image_folder: str | None
     folder: Path
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Caption the records; every rank takes part, since under ZeRO-3 the LLM lies spread over them."""
         training = self.model.training
+        features = self.source.read([record.image for record in self.records], args.device)
         self.model.eval()
-        captions = write_captions(self.model, self.template, self.tokenizer, self._features(args.device))
+        captions = write_captions(self.model, self.template, self.tokenizer, features)
         self.model.train(training)
         if not state.is_world_process_zero:
             return
@@ -110,12 +108,6 @@ class CaptionSamples(TrainerCallback):
         path.write_text(page, encoding="utf-8")
         logger.info("wrote %s", path)
         self._track(args.report_to or [], state.global_step, page, samples)
-
-    def _features(self, device: torch.device) -> torch.Tensor:
-        keys = [record.image for record in self.records]
-        if isinstance(self.source, FeatureCache):
-            return self.source.tensor(keys).to(device)
-        return self.source.encode(torch.stack([self.source.crop(key) for key in keys]))
 
     def _sample(self, record: Record, written: str) -> _Sample:
         jpeg = None

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from llava_twophase.errors import UserError
 from llava_twophase.train.data.dataset import CaptionDataset
-from llava_twophase.train.data.sampler import EpochOrder
+from llava_twophase.train.data.sampler import EpochSampler
 from llava_twophase.train.loop.metrics import GradientProbe, Meter, StepFlops
 from llava_twophase.train.model.llava import LlavaProjectorModel
 
@@ -34,7 +34,7 @@ class ProjectorTrainer(Trainer):
         args = self.args
         assert isinstance(self.train_dataset, CaptionDataset)
         grouped = getattr(args, "group_by_modality_length", False)
-        order = EpochOrder(
+        order = EpochSampler(
             len(self.train_dataset),
             args.seed if args.data_seed is None else args.data_seed,
             args.world_size,
@@ -43,21 +43,21 @@ class ProjectorTrainer(Trainer):
             args.world_size * args.gradient_accumulation_steps,
         )
         self.add_callback(_EpochOfOrder(order))
-        feeding = self.train_dataset.feeding(
+        prefetching = self.train_dataset.prefetch(
             cast(Any, self.data_collator),
-            args.train_batch_size,
-            args.gradient_accumulation_steps,
-            args.device,
+            batch_size=args.train_batch_size,
+            batches_in_use=args.gradient_accumulation_steps,
+            device=args.device,
         )
-        if feeding is not None:
-            whole = DataLoader(
-                feeding,
+        if prefetching is not None:
+            loader: DataLoader[Any] = DataLoader(
+                prefetching,
                 batch_size=args.train_batch_size,
                 sampler=order,
                 collate_fn=_unchanged,
                 drop_last=args.dataloader_drop_last,
             )
-            return self.accelerator.prepare(whole)
+            return self.accelerator.prepare(loader)
         loader = DataLoader(
             self.train_dataset,
             batch_size=args.train_batch_size,
@@ -130,7 +130,7 @@ class _EpochOfOrder(TrainerCallback):
     # Accelerate's loaders tell their sampler the epoch, but not through the two wrappers of a loader that is a rank's
     # share and skips what a resumed run has seen: it would go on in the first epoch's order.
 
-    def __init__(self, order: EpochOrder) -> None:
+    def __init__(self, order: EpochSampler) -> None:
         self._order = order
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

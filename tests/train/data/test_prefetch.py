@@ -11,7 +11,7 @@ from cache.make import make_cache
 from llava_twophase.cache.reader import FeatureCache, read_header
 from llava_twophase.errors import UserError
 from llava_twophase.train.data.collator import collate
-from llava_twophase.train.data.prefetch import FeedingDataset
+from llava_twophase.train.data.prefetch import PrefetchDataset
 
 ORDER = np.random.default_rng(0).permutation(20).tolist()
 
@@ -27,10 +27,10 @@ def sorting_collate(samples):
     return {**batch, "lengths": [len(sample["input_ids"]) for sample in samples]}
 
 
-def feed(path, collator=collate, batch=3, held=1):
+def feed(path, collator=collate, batch=3, batches_in_use=1):
     """Dataset and prepared loader over the samples in ORDER; sample i has the features of row i."""
     cache = FeatureCache(path)
-    dataset = FeedingDataset(text, collator, cache, list(cache.keys()), batch, held)
+    dataset = PrefetchDataset(text, collator, cache, list(cache.keys()), batch, batches_in_use)
     loader = DataLoader(dataset, batch, sampler=ORDER, collate_fn=lambda pending: pending)
     return dataset, Accelerator(cpu=True).prepare(loader)
 
@@ -61,22 +61,22 @@ def test_text_is_what_the_collator_makes(cached):
     expected = collate([text(index) for index in ORDER[:3]])
     batch = next(iter(loader))
     assert torch.equal(batch["input_ids"], expected["input_ids"]) and torch.equal(batch["labels"], expected["labels"])
-    assert "place" not in batch
+    assert "position_in_batch" not in batch
 
 
-@pytest.mark.parametrize("held", [1, 2, 4])
-def test_batches_that_are_held_keep_their_features(cached, held):
+@pytest.mark.parametrize("batches_in_use", [1, 2, 4])
+def test_batches_that_are_batches_in_use_keep_their_features(cached, batches_in_use):
     path, values = cached
-    _, loader = feed(path, held=held)
+    _, loader = feed(path, batches_in_use=batches_in_use)
     window = []
     for batch in loader:
-        window = [*window, batch][-held:]
+        window = [*window, batch][-batches_in_use:]
         for kept in window:
             assert torch.equal(kept["features"], values[kept["input_ids"][:, 0]])
 
 
 def test_memory_is_kept(cached):
-    _, loader = feed(cached[0], held=2)
+    _, loader = feed(cached[0], batches_in_use=2)
     places = [batch["features"].data_ptr() for _ in range(3) for batch in loader]
     assert len(set(places)) == 4
 
@@ -103,7 +103,7 @@ def test_lossy_rows_are_decoded_after_the_move(storage, tmp_path):
 
 def test_an_image_without_features_is_named_before_training(cached):
     with pytest.raises(UserError, match=r"image key 'absent\.jpg' is not in the feature cache"):
-        FeedingDataset(text, collate, FeatureCache(cached[0]), ["absent.jpg"], 1)
+        PrefetchDataset(text, collate, FeatureCache(cached[0]), ["absent.jpg"], 1)
 
 
 def test_a_row_that_cannot_be_read_ends_the_run(cached):

@@ -6,7 +6,7 @@ batches of 4 on one process and of 2 on two (gloo); torch 2.13.0, transformers 4
 
 import pytest
 
-from llava_twophase.train.data.sampler import EpochOrder
+from llava_twophase.train.data.sampler import EpochSampler
 
 ONE_PROCESS = [
     [10, 3, 9, 16, 12, 4, 6, 1, 13, 0, 7, 5, 11, 14, 17, 8, 15, 2],
@@ -25,14 +25,14 @@ RANK_1 = [
 
 @pytest.mark.parametrize("epoch", [1, 0])
 def test_one_process_equals_llava(epoch):
-    order = EpochOrder(18, seed=42)
+    order = EpochSampler(18, seed=42)
     order.set_epoch(epoch)
     assert list(order) == ONE_PROCESS[epoch]
 
 
 @pytest.mark.parametrize("epoch", [1, 0])
 def test_two_processes_equal_llava_whatever_the_seed(epoch):
-    order = EpochOrder(18, seed=7, world_size=2).order(epoch)
+    order = EpochSampler(18, seed=7, world_size=2).order(epoch)
     batches = [order[i : i + 2] for i in range(0, 18, 2)]
     batches.append(order[:2])
     assert batches[0::2] == RANK_0[epoch]
@@ -40,12 +40,12 @@ def test_two_processes_equal_llava_whatever_the_seed(epoch):
 
 
 def test_seed_changes_the_order():
-    assert EpochOrder(18, seed=1).order(0) != EpochOrder(18, seed=2).order(0)
+    assert EpochSampler(18, seed=1).order(0) != EpochSampler(18, seed=2).order(0)
 
 
 def test_grouped_order_holds_every_sample_once_and_sorts_within_mega_batches():
     lengths = [(7 * i) % 23 for i in range(50)]
-    order = EpochOrder(50, seed=3, world_size=2, lengths=lengths, batch_size=4, groups=2).order(1)
+    order = EpochSampler(50, seed=3, world_size=2, lengths=lengths, batch_size=4, groups=2).order(1)
     assert sorted(order) == list(range(50))
     first, second = order[:4], order[4:8]
     for batch in (first, second):

@@ -1,0 +1,245 @@
+"""Where the patch features of a training run come from: the ``FeatureSource`` protocol and its cached implementation.
+
+``on_the_fly.py`` holds the other implementation, which is imported only by a run without ``--feature_cache``.
+
+Shapes: B samples, L patch tokens, D tower width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from llava_twophase.cache.fingerprint import differences
+from llava_twophase.cache.quarantine import read_quarantine
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.errors import collected
+from llava_twophase.records import Record
+from llava_twophase.train.arguments import Arguments
+from llava_twophase.train.data.prefetch import Batch, PrefetchDataset
+
+logger = logging.getLogger(__name__)
+
+Collate = Callable[[list[Any]], Batch]
+Tokenize = Callable[[int], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class TowerSettings:
+    """The flags that decide which features a run trains on.
+
+    Attributes:
+        vision_tower: Hub id or folder of the tower.
+        select_layer: Which hidden state.
+        select_feature: ``patch`` or ``cls_patch``.
+        image_aspect_ratio: ``square`` or ``pad``.
+    """
+
+    vision_tower: str
+    select_layer: int
+    select_feature: str
+    image_aspect_ratio: str
+
+
+class FeatureSource(Protocol):
+    """Gives the features of images, read from a cache or computed in the training step."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any] | None:
+        """The fingerprint of the feature cache, None without a cache."""
+
+    @property
+    def identity(self) -> Any:
+        """A JSON value that is equal for two runs whose features are equal."""
+
+    @property
+    def encode(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Turn ``uint8 [B, S, S, 3]`` into ``[B, L, D]`` in the training step; None where samples have features."""
+
+    def usable(self, records: list[Record]) -> list[Record]:
+        """Return the records to train on: without those of quarantined images where the user asks for it."""
+
+    def require(self, keys: Sequence[str]) -> None:
+        """Check that every image has features or can have them.
+
+        Raises:
+            UserError: Some do not; all are counted and the first are listed.
+        """
+
+    def load(self) -> tuple[int, int]:
+        """Get ready to give features, and return their shape: tokens and width of one image."""
+
+    def sample(self, key: str) -> dict[str, torch.Tensor]:
+        """Return ``features [L, D]`` or ``crops uint8 [S, S, 3]`` of one image.
+
+        Raises:
+            UserError: The image cannot be used.
+        """
+
+    def read(self, keys: Sequence[str], device: torch.device) -> torch.Tensor:
+        """Return the features of some images, ``[B, L, D]`` on the device."""
+
+    def prefetch(
+        self,
+        tokenize: Tokenize,
+        collate: Collate,
+        keys: Sequence[str],
+        batch_size: int,
+        batches_in_use: int,
+        device: torch.device,
+    ) -> PrefetchDataset | None:
+        """Return a dataset that reads batches ahead of training; None where data loader workers do it.
+
+        Args:
+            tokenize: Returns ``input_ids`` and ``labels`` of a sample.
+            collate: Makes a batch of samples.
+            keys: The image key of each sample.
+            batch_size: Largest batch.
+            batches_in_use: Batches that training uses at the same time.
+            device: Where batches go.
+        """
+
+
+def open_source(arguments: Arguments) -> FeatureSource:
+    """Open the feature cache, or prepare the tower if there is none.
+
+    Raises:
+        UserError: The cache cannot be read or was made with other settings; the images or the processor cannot be read.
+    """
+    model, data = arguments.model, arguments.data
+    settings = TowerSettings(
+        vision_tower=model.vision_tower,
+        select_layer=model.mm_vision_select_layer,
+        select_feature=model.mm_vision_select_feature,
+        image_aspect_ratio=data.image_aspect_ratio,
+    )
+    if data.feature_cache is not None:
+        return CachedFeatures(FeatureCache(data.feature_cache), settings, data.drop_quarantined)
+    from llava_twophase.train.data.on_the_fly import OnTheFlyFeatures
+
+    return OnTheFlyFeatures(
+        image_folder=str(data.image_folder),
+        settings=settings,
+        dtype=arguments.tower_dtype,
+        device=arguments.training.device,
+    )
+
+
+class CachedFeatures:
+    """Features from a cache that phase one or a ``CacheWriter`` wrote.
+
+    Args:
+        cache: The cache.
+        settings: The run's flags, compared with the cache's fingerprint.
+        drop_quarantined: Drop records of quarantined images.
+
+    Raises:
+        UserError: A field of the fingerprint differs from its flag.
+    """
+
+    def __init__(self, cache: FeatureCache, settings: TowerSettings, drop_quarantined: bool = False) -> None:
+        self._cache, self._drop_quarantined = cache, drop_quarantined
+        _check_settings(cache, settings)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of the cache."""
+        return self._cache.fingerprint
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fingerprint of the cache."""
+        return self._cache.fingerprint
+
+    @property
+    def encode(self) -> None:
+        """None: samples have features."""
+        return None
+
+    def usable(self, records: list[Record]) -> list[Record]:
+        """Return the records without those of quarantined images, if ``drop_quarantined`` is set."""
+        if not self._drop_quarantined or not records:
+            return records
+        quarantined = read_quarantine(self._cache.path)
+        kept = [record for record in records if record.image not in quarantined]
+        logger.warning("--drop_quarantined: %d of %d records dropped", len(records) - len(kept), len(records))
+        return kept
+
+    def require(self, keys: Sequence[str]) -> None:
+        """Check that every image has features.
+
+        Raises:
+            UserError: Some do not; all are counted and the first are listed.
+        """
+        missing = self._cache.missing(keys)
+        if not missing:
+            return
+        path = self._cache.path
+        quarantined = read_quarantine(path).keys() & set(missing)
+        hint = (
+            f"{len(quarantined)} of them are in its quarantine.jsonl: --drop_quarantined True drops their records"
+            if quarantined
+            else "extract them first"
+        )
+        raise collected(missing, f"{len(missing)} of {len(keys)} images have no features in {path}; {hint}")
+
+    def load(self) -> tuple[int, int]:
+        """Return the feature shape: tokens and width of one image."""
+        return self._cache.feature_shape
+
+    def sample(self, key: str) -> dict[str, torch.Tensor]:
+        """Return ``features [L, D]`` of one image, in the storage dtype where it is exact, else float32."""
+        return {"features": self._cache.tensor([key])[0]}
+
+    def read(self, keys: Sequence[str], device: torch.device) -> torch.Tensor:
+        """Return the features of some images, ``[B, L, D]`` on the device."""
+        return self._cache.tensor(keys).to(device)
+
+    def prefetch(
+        self,
+        tokenize: Tokenize,
+        collate: Collate,
+        keys: Sequence[str],
+        batch_size: int,
+        batches_in_use: int,
+        device: torch.device,
+    ) -> PrefetchDataset:
+        """Return a dataset that reads batches with threads while the step before computes."""
+        return PrefetchDataset(tokenize, collate, self._cache, keys, batch_size, batches_in_use, device)
+
+
+def _check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
+    """Compare the flags with the fields that the fingerprint has, and log the fields that it does not have.
+
+    The fingerprint of a ``CacheWriter`` may be any JSON object.
+    """
+    fingerprint, tower = cache.fingerprint, cache.fingerprint.get("tower")
+    layers = tower.get("num_hidden_layers") if isinstance(tower, dict) else None
+    given = {
+        "select_layer": _from_the_end(settings.select_layer, layers),
+        "select_feature": settings.select_feature,
+        "image_aspect_ratio": settings.image_aspect_ratio,
+    }
+    found = {name: fingerprint[name] for name in given.keys() & fingerprint.keys()}
+    if "select_layer" in found:
+        found["select_layer"] = _from_the_end(found["select_layer"], layers)
+    different = differences(found, {name: given[name] for name in found})
+    made_by = cache.manifest.provenance.get("vision_tower")
+    if made_by is not None and made_by != settings.vision_tower:
+        different.append(f"vision_tower: the cache has {made_by!r}, this run {settings.vision_tower!r}")
+    if different:
+        raise collected(
+            different, f"{cache.path} was made with different settings; use those, or extract another cache"
+        )
+    unchecked = [name for name in given if name not in found]
+    if unchecked:
+        logger.info("%s: not compared, since its fingerprint does not have them: %s", cache.path, ", ".join(unchecked))
+
+
+def _from_the_end(layer: Any, layers: Any) -> Any:
+    # One spelling for one layer: hidden state 23 of a tower of 24 layers is -2.
+    return layer - layers - 1 if isinstance(layer, int) and isinstance(layers, int) and layer >= 0 else layer
