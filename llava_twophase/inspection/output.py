@@ -14,6 +14,7 @@ from rich.text import Text
 
 from llava_twophase.errors import UserError
 from llava_twophase.files import replace_file
+from llava_twophase.text import printable
 
 _BAR = 40
 
@@ -23,11 +24,6 @@ def console() -> Console:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     return Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
-
-
-def printable(text: str) -> str:
-    """Escape what is no visible character: keys and file names may hold a terminal's control sequences."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def print_json(values: Any, out: Console) -> None:
@@ -80,14 +76,6 @@ def flat(value: Any, name: str = "") -> dict[str, str]:
         inner = (flat(part, f"{name}.{key}" if name else str(key)) for key, part in value.items())
         return {key: text for rows in inner for key, text in rows.items()}
     return {name: value if isinstance(value, str) else repr(value)}
-
-
-def size(count: float) -> str:
-    """Write a number of bytes for people."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3f} {unit}"
-    return f"{count} bytes"
 
 
 def number(value: float | None) -> str:

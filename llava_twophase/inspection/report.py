@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,7 +21,9 @@ from llava_twophase.inspection.statistics import Measured
 from llava_twophase.inspection.statistics import in_words as statistics_in_words
 from llava_twophase.inspection.summary import INCOMPLETE, summary
 from llava_twophase.inspection.summary import in_words as summary_in_words
+from llava_twophase.plots import missing_matplotlib
 from llava_twophase.records import Record, load_records
+from llava_twophase.text import format_bytes
 from llava_twophase.vision.images import BadImage, open_images
 
 _MEASURED = 256
@@ -44,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     page.section("What made it")
     page.details("fingerprint: changes a value, so it is compared", output.flat(values["fingerprint"]))
     page.details("provenance: only recorded", output.flat(values["provenance"]))
-    text = page.html().encode("utf-8", "backslashreplace")
+    text = page.to_bytes()
     output.write_file(args.output, lambda file: file.write(text))
-    output.print_line(f"wrote {args.output}: {output.size(len(text))}, one file", output.console())
+    output.print_line(f"wrote {args.output}: {format_bytes(len(text))}, one file", output.console())
     return 0
 
 
@@ -62,14 +63,14 @@ def _cover(page: Page, rows: Rows, records: Sequence[Record] | None, data_path: 
     else:
         page.text(line)
     page.table({name: text for name, text in coverage_in_words(covered).items() if "truncated" not in name})
-    if plots.missing() is None:
-        page.plots({"words of a caption": plots.words(covered["caption_words"])})
+    if missing_matplotlib() is None:
+        page.plots({"words of a caption": plots.inline_words(covered["caption_words"])})
 
 
 def _measure(page: Page, rows: Rows, seed: int) -> None:
     measured = Measured(rows, _MEASURED, seed)
     page.section("Statistics")
-    reason = plots.missing()
+    reason = missing_matplotlib()
     if reason is None:
         page.plots(plots.inline(measured))
     else:
@@ -112,5 +113,7 @@ def _sample(page: Page, rows: Rows, records: Sequence[Record] | None, args: argp
             panels.append(("patch features as PCA colours", Image.fromarray(maps.pca[place])))
             panels.append(("token norms", Image.fromarray(maps.norms[place])))
         cards.append(Card(key, captions.get(key, []), note, panels))
-    legend: Any = maps.norm_range if maps else None
-    page.cards(cards, reason or "All images share one PCA basis: a colour means the same in each of them.", legend)
+    page.text(reason or "All images share one PCA basis: a colour means the same in each of them.")
+    if maps:
+        page.ramp("token norms", *maps.norm_range)
+    page.cards(cards)

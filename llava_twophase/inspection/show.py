@@ -13,6 +13,7 @@ from PIL import Image
 from llava_twophase.errors import UserError
 from llava_twophase.inspection import output, pictures
 from llava_twophase.inspection.rows import Rows
+from llava_twophase.text import printable
 from llava_twophase.vision.images import BadImage, Images, decode, open_images
 
 
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
         except BadImage as error:
             raise UserError(f"{Path(args.image_folder) / key} {error}") from None
         if not same:
-            print(f"warning: {output.printable(key)} is not the file that the features were made from", file=sys.stderr)
+            print(f"warning: {printable(key)} is not the file that the features were made from", file=sys.stderr)
         crops.append(crop)
     maps = pictures.draw_maps(rows.values(found), rows.cache.fingerprint, args.patch)
     drawn = pictures.sheet(crops, args.keys, maps, args.patch, args.size)

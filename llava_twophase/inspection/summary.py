@@ -13,6 +13,7 @@ from llava_twophase.cache.format import FORMAT, MANIFEST, QUANTISED, SCHEMA
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.inspection import output
+from llava_twophase.text import format_bytes
 
 INCOMPLETE = "INCOMPLETE: the extraction was cut or is under way; run the same extraction command again."
 _TOWERS = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP", "dinov2": "DINOv2"}
@@ -94,13 +95,13 @@ def codec_in_words(values: dict[str, Any]) -> str:
 
 def in_words(values: dict[str, Any]) -> dict[str, str]:
     """Turn a summary into names and texts, for the terminal and the report."""
-    per_image = output.size(values["bytes_per_image"])
+    per_image = format_bytes(values["bytes_per_image"])
     return {
         "images": f"{values['images']:,}",
         "complete": "yes" if values["complete"] else "no",
         "quarantined": f"{values['quarantined']:,}",
         "shards": f"{values['shards']:,} of up to {values['images_per_shard']:,} images",
-        "size": f"{output.size(values['bytes'])}; the features of an image take {per_image}",
+        "size": f"{format_bytes(values['bytes'])}; the features of an image take {per_image}",
         "features": f"{values['tokens']} tokens x {values['width']}, {values['storage_dtype']}",
         "codec": codec_in_words(values),
         "age": _ago(values["age_seconds"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from llava_twophase.files import replace_file
+from llava_twophase.plots import loss_figure, missing_matplotlib
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.model.projector import save_projector
 
@@ -86,23 +86,13 @@ def write_artefacts(
 
 
 def draw_losses(state: Path, picture: Path) -> None:
-    """Draw the loss over the steps, where matplotlib (the ``plots`` extra) is there."""
-    if find_spec("matplotlib") is None:
-        logger.info("no %s: pip install 'llava-twophase[plots]' to get the loss curve as a picture", picture.name)
+    """Draw the loss over the steps if matplotlib is installed."""
+    reason = missing_matplotlib()
+    if reason:
+        logger.info("no %s: %s", picture.name, reason)
         return
-    from matplotlib.figure import Figure
-
     history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
-    for name, style in (("loss", "-"), ("eval_loss", "o--")):
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss (nats a caption token)")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(picture, dpi=120)
+    loss_figure({"loss": history}).savefig(picture, dpi=120)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,16 @@
+"""Text for people: safe to print, and numbers with units."""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """Escape characters that are not printable: image keys and file names may contain control sequences."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes with a decimal unit, such as ``1.933 MB``."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3f} {unit}"
+    return f"{count} bytes"
