@@ -13,7 +13,7 @@ class UserError(ValueError):
     """
 
 
-def collected(problems: Iterable[str], heading: str, shown: int = 20) -> UserError:
+def combined_error(problems: Iterable[str], heading: str, shown: int = 20) -> UserError:
     """Make one error of many problems, so that a user mends them in one go.
 
     Args:

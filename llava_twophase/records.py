@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_twophase.constants import IMAGE_TOKEN
-from llava_twophase.errors import UserError, collected
+from llava_twophase.errors import UserError, combined_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def load_records(path: str | Path, flag: str = "--data_path") -> list[Record]:
             name = f" (id {raw['id']!r})" if isinstance(raw, dict) and "id" in raw else ""
             problems.append(f"record {position}{name}: {error}")
     if problems:
-        raise collected(problems, f"{path} has {len(problems)} bad records; mend or remove them")
+        raise combined_error(problems, f"{path} has {len(problems)} bad records; mend or remove them")
     if not records:
         raise UserError(f"{path} holds no records; expected LLaVA's list of id, image and conversations")
     return records

@@ -76,7 +76,7 @@ def test_format_page_example_reads_a_row(tmp_path):
     found = {}
     exec(example.replace("caches/clip-l-336", str(cache)), found)
     np.testing.assert_array_equal(found["bits"].reshape(stored[5].shape), stored[5])
-    np.testing.assert_array_equal(found["values"], FeatureCache(cache).values([keys[5]])[0])
+    np.testing.assert_array_equal(found["values"], FeatureCache(cache).read([keys[5]])[0])
 
 
 def test_architecture_page_tree_is_current():

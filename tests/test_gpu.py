@@ -103,7 +103,7 @@ def test_features_arrive_from_pinned_memory(storage, tmp_path):
         assert batch["features"].is_cuda
         seen.append((batch["input_ids"][:, 0].tolist(), batch["features"].clone()))
     for rows, features in seen:
-        torch.testing.assert_close(features.cpu(), cache.tensor([keys[row] for row in rows]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(features.cpu(), cache.read_tensor([keys[row] for row in rows]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

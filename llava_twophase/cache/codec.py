@@ -110,7 +110,7 @@ class Codec:
         if storage in QUANTISED and (channels is None or not channels.mean.shape == channels.std.shape == wanted):
             raise UserError(f"{storage} needs the mean and std of {feature_shape[1]} channels")
 
-    def encode(self, features: torch.Tensor) -> torch.Tensor:
+    def to_rows(self, features: torch.Tensor) -> torch.Tensor:
         """Turn features into stored rows, on their device.
 
         Args:
@@ -127,7 +127,7 @@ class Codec:
         values = (features.float() - mean) / std  # [B, L, D]
         return _encode_int8(values) if self.storage == "int8" else _encode_int4(values)
 
-    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+    def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Turn stored rows into features, on their device.
 
         Args:

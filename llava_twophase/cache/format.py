@@ -99,7 +99,7 @@ _COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Dataset:
+class StoredDataset:
     """Where one dataset lies in a shard.
 
     Attributes:
@@ -143,7 +143,7 @@ class Header:
     storage: str
     fingerprint: str
     file_bytes: int
-    datasets: dict[str, Dataset]
+    datasets: dict[str, StoredDataset]
     xxh3_128: str
 
     @property
@@ -158,11 +158,11 @@ class Header:
         return tokens, width * 2 if self.storage == "int4" else width
 
     @property
-    def row_parts(self) -> list[Dataset]:
+    def row_parts(self) -> list[StoredDataset]:
         """The datasets that make up a row's stored bytes, in order."""
         return [self.datasets[name] for name in ROW_PARTS if name in self.datasets]
 
-    def encode(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """Return the user block, ``USER_BLOCK`` bytes."""
         content = {
             "format": FORMAT,
@@ -219,7 +219,7 @@ def _parse(block: bytes, file: str) -> Header:
     check_schema(content, file)
     try:
         datasets = {
-            str(name): Dataset(str(entry["dtype"]), tuple(map(_count, entry["shape"])), _count(entry["offset"]))
+            str(name): StoredDataset(str(entry["dtype"]), tuple(map(_count, entry["shape"])), _count(entry["offset"]))
             for name, entry in content["datasets"].items()
         }
         header = Header(

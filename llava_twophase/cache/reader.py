@@ -104,6 +104,19 @@ class FeatureCache:
         return rows
 
     def read(self, keys: Sequence[str]) -> np.ndarray:
+        """Read features as float32 ``[B, L, D]``, without torch.
+
+        Args:
+            keys: Image keys in any order; repeats are allowed.
+
+        Raises:
+            UserError: A key is not in the cache, or a file is truncated.
+        """
+        buffer = self._buffer(len(keys))
+        self.read_raw_into(keys, buffer)
+        return self.codec.to_numpy(buffer)
+
+    def read_raw(self, keys: Sequence[str]) -> np.ndarray:
         """Read rows into a new array.
 
         Args:
@@ -116,12 +129,12 @@ class FeatureCache:
             UserError: A key is not in the cache, or a file is shorter than it says.
         """
         buffer = self._buffer(len(keys))
-        self.read_into(keys, buffer)
+        self.read_raw_into(keys, buffer)
         if self.dtype in QUANTISED:
             return buffer
         return buffer.view(STORAGE_DTYPES[self.dtype]).reshape(len(keys), *self.feature_shape)
 
-    def read_into(self, keys: Sequence[str], buffer: np.ndarray) -> None:
+    def read_raw_into(self, keys: Sequence[str], buffer: np.ndarray) -> None:
         """Read rows into the caller's memory, a pinned buffer for one.
 
         Args:
@@ -133,10 +146,10 @@ class FeatureCache:
             UserError: A key is not in the cache, or a file is shorter than it says.
             ValueError: The buffer has another size, or numpy would have to copy it.
         """
-        self.read_rows_into(self.rows(keys), buffer)
+        self.read_raw_rows_into(self.rows(keys), buffer)
 
-    def read_rows_into(self, rows: np.ndarray, buffer: np.ndarray) -> None:
-        """Read rows whose numbers ``rows`` or ``find`` gave; as ``read_into`` otherwise."""
+    def read_raw_rows_into(self, rows: np.ndarray, buffer: np.ndarray) -> None:
+        """Read rows whose numbers ``rows`` or ``find`` gave; as ``read_raw_into`` otherwise."""
         row_bytes = self.codec.row_bytes
         if not buffer.flags.c_contiguous or buffer.nbytes != len(rows) * row_bytes:
             raise ValueError(f"the buffer must be C-contiguous and hold {len(rows)} rows of {row_bytes} bytes")
@@ -150,19 +163,13 @@ class FeatureCache:
         for _, _, shard, offset, count in self._pieces(rows):
             self._files.will_need(shard, offset, count)
 
-    def tensor(self, keys: Sequence[str]) -> torch.Tensor:
+    def read_tensor(self, keys: Sequence[str]) -> torch.Tensor:
         """Read features as a new tensor ``[B, L, D]``: in the storage dtype where it is exact, else float32."""
         import torch
 
         rows = torch.empty(len(keys), self.codec.row_bytes, dtype=torch.uint8)
-        self.read_into(keys, rows.numpy())
-        return self.codec.decode(rows)
-
-    def values(self, keys: Sequence[str]) -> np.ndarray:
-        """Read features as float32 ``[B, L, D]``, without torch."""
-        buffer = self._buffer(len(keys))
-        self.read_into(keys, buffer)
-        return self.codec.to_numpy(buffer)
+        self.read_raw_into(keys, rows.numpy())
+        return self.codec.from_rows(rows)
 
     def column(self, name: str) -> np.ndarray:
         """Read one of the per-row datasets of all shards, such as ``source_sha256``, in row order."""

@@ -14,7 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llava_twophase.cache.format import MANIFEST, SHARDS, USER_BLOCK, Dataset, Header, decode_header, fingerprint_hash
+from llava_twophase.cache.format import (
+    MANIFEST,
+    SHARDS,
+    USER_BLOCK,
+    Header,
+    StoredDataset,
+    decode_header,
+    fingerprint_hash,
+)
 from llava_twophase.cache.manifest import ShardEntry
 from llava_twophase.errors import UserError
 
@@ -66,7 +74,7 @@ class ShardFiles:
         with suppress(OSError):
             os.posix_fadvise(file.descriptor, offset, count, os.POSIX_FADV_WILLNEED)
 
-    def read(self, shard: int, data: Dataset) -> bytes:
+    def read(self, shard: int, data: StoredDataset) -> bytes:
         """Read a dataset's bytes."""
         whole = os.pread(self._open(shard).descriptor, data.nbytes, data.offset)
         if len(whole) < data.nbytes:  # Linux reads 2 GB at most

@@ -23,8 +23,8 @@ from llava_twophase.cache.format import (
     ROW_PARTS,
     SCHEMA,
     USER_BLOCK,
-    Dataset,
     Header,
+    StoredDataset,
     canonical_json,
     fingerprint_hash,
     layout,
@@ -110,7 +110,7 @@ class ShardWriter:
         """Write the next rows.
 
         Args:
-            rows: Stored rows ``uint8 [B, row_bytes]``, as ``Codec.encode`` makes them; or, the same bytes, values
+            rows: Stored rows ``uint8 [B, row_bytes]``, as ``Codec.to_rows`` makes them; or, the same bytes, values
                 ``[B, L, D]`` of exact storage.
             sources: Size in bytes and SHA-256 of each image file.
 
@@ -152,7 +152,7 @@ class ShardWriter:
         header = Header(self._spec.storage_dtype, fingerprint_hash(self._spec.fingerprint), size, self._datasets, "")
         digest = hash_around(self._descriptor, header)
         header = replace(header, xxh3_128=digest)
-        pwrite_all(self._descriptor, np.frombuffer(header.encode(), np.uint8), 0)
+        pwrite_all(self._descriptor, np.frombuffer(header.to_bytes(), np.uint8), 0)
         os.fsync(self._descriptor)
         self._close()
         self._aside.replace(self.path)
@@ -243,7 +243,7 @@ def hdf5_type(name: str, dtype: str) -> h5py.h5t.TypeID:
     return bfloat16
 
 
-def _lay_out(path: Path, keys: Sequence[str], spec: ShardSpec) -> dict[str, Dataset]:
+def _lay_out(path: Path, keys: Sequence[str], spec: ShardSpec) -> dict[str, StoredDataset]:
     key_bytes = max(len(key.encode("utf-8")) for key in keys)
     datasets = {}
     with (
@@ -256,7 +256,7 @@ def _lay_out(path: Path, keys: Sequence[str], spec: ShardSpec) -> dict[str, Data
         file.attrs["fingerprint"] = canonical_json(spec.fingerprint)
         file.attrs["provenance"] = canonical_json(spec.provenance)
         for name, (dtype, shape) in layout(spec.storage_dtype, len(keys), spec.feature_shape, key_bytes).items():
-            datasets[name] = Dataset(dtype, shape, _create(file, name, shape, hdf5_type(name, dtype)))
+            datasets[name] = StoredDataset(dtype, shape, _create(file, name, shape, hdf5_type(name, dtype)))
         file["features"].attrs["encoding"] = ENCODINGS[spec.storage_dtype]
     return datasets
 

@@ -93,7 +93,7 @@ class Encoder:
                 self._halve(min(self._limit, len(pixels)))
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        rows = [self._codec.encode(self._tower.encode(part)) for part in pixels.split(self._limit)]
+        rows = [self._codec.to_rows(self._tower.encode(part)) for part in pixels.split(self._limit)]
         return rows[0] if len(rows) == 1 else torch.cat(rows)  # [B, row_bytes]
 
     def _halve(self, tried: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from llava_twophase.cache.shard_writer import ShardSpec
-from llava_twophase.errors import UserError, collected
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.extract.decode import CropDataset, Crops
 from llava_twophase.extract.encode import Encoder
 from llava_twophase.extract.plan import ShardWork
@@ -135,7 +135,7 @@ def _next(arriving: Iterator[Crops]) -> Crops:
 
 
 def _unusable(crops: Crops) -> UserError:
-    return collected(
+    return combined_error(
         [f"{bad.key}: {bad.reason}" for bad in crops.bad],
         "images that cannot be used; mend them, remove their records, or leave them out with --on_bad_image skip",
     )

@@ -22,7 +22,7 @@ from llava_twophase.cache.quarantine import Quarantined, merge_parts, read_parts
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_writer import ShardSpec
 from llava_twophase.distributed import Ranks
-from llava_twophase.errors import UserError, collected
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.extract.break_even import llm_config, measure_step, weigh
 from llava_twophase.extract.calibrate import measure_channels
 from llava_twophase.extract.decode import find_bad, still_bad
@@ -263,12 +263,12 @@ def _refuse_bad(job: Job, plan: Plan) -> None:
     missing = job.images.missing(plan.keys)
     where = f"--image_folder {job.args.image_folder}"
     if missing and len(missing) == len(job.keys):
-        raise collected(missing, f"none of the records' {len(missing)} images is in {where}; is it the right one?")
+        raise combined_error(missing, f"none of the records' {len(missing)} images is in {where}; is it the right one?")
     if job.options.skip_bad:
         return
     bad = [*plan.left_out, *_find_bad(job, plan.keys, missing)]
     if bad:
-        raise collected(
+        raise combined_error(
             [f"{entry.key}: {entry.reason}" for entry in bad],
             f"{len(bad)} of {len(job.keys)} images in {where} cannot be used ({len(missing)} are missing); mend them, "
             "remove their records, or leave them out with --on_bad_image skip",

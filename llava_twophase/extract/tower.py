@@ -23,7 +23,7 @@ from llava_twophase.cache.format import layout
 from llava_twophase.cache.manifest import Manifest
 from llava_twophase.cache.shard_writer import ShardSpec
 from llava_twophase.distributed import Ranks
-from llava_twophase.errors import UserError, collected
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
 
@@ -61,7 +61,7 @@ def require_same(cache: Path, manifest: Manifest, fingerprint: dict[str, Any]) -
     """
     different = differences(manifest.fingerprint, fingerprint)
     if different:
-        raise collected(different, f"{cache} was made otherwise; use its settings or another --feature_cache")
+        raise combined_error(different, f"{cache} was made otherwise; use its settings or another --feature_cache")
 
 
 def shard_spec(tower: VisionTower, manifest: Manifest) -> ShardSpec:

@@ -39,7 +39,7 @@ def run_export(args: argparse.Namespace) -> int:
 def _write_tensor(args: argparse.Namespace, rows: Rows, stored: np.ndarray, fingerprint: str) -> tuple[Any, str]:
     import torch
 
-    features = rows.cache.codec.decode(torch.from_numpy(stored)).contiguous()
+    features = rows.cache.codec.from_rows(torch.from_numpy(stored)).contiguous()
     if args.to == "pt":
         content = {"features": features, "keys": list(args.keys), "fingerprint": json.loads(fingerprint)}
         output.write_file(args.output, lambda file: torch.save(content, file))

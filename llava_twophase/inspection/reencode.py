@@ -15,7 +15,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from llava_twophase.cache.fingerprint import differences
-from llava_twophase.errors import UserError, collected
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.inspection import output
 from llava_twophase.inspection.compare import distance
 from llava_twophase.inspection.rows import Rows
@@ -107,7 +107,7 @@ def _tower(rows: Rows, name: str | None, device: str) -> VisionTower:
     tower = VisionTower(name, Preprocessor(name, settings[0]), settings[1], settings[2], dtype, device)
     different = differences(made, tower.fingerprint(), ("the cache", "this tower"))
     if different:
-        raise collected(different, f"{name} is not the tower that made {cache.path}; give it as --vision_tower")
+        raise combined_error(different, f"{name} is not the tower that made {cache.path}; give it as --vision_tower")
     return tower
 
 
@@ -117,7 +117,7 @@ def _measure(rows: Rows, part: np.ndarray, crops: list[np.ndarray], tower: Visio
     codec = rows.cache.codec
     stored = rows.stored(part)
     fresh = tower.encode(torch.from_numpy(np.stack(crops))).cpu()  # [B, L, D]
-    again = codec.encode(fresh).numpy()
+    again = codec.to_rows(fresh).numpy()
     measured = distance(codec.to_numpy(again), codec.to_numpy(stored))
     # What the codec itself rounds, of which two roundings of nearly equal values can differ by.
     rounding = distance(codec.to_numpy(again), fresh.float().numpy())["relative_error"]

@@ -92,7 +92,7 @@ class Rows:
         if self._checksums is None:
             self._checksums = self.cache.column("row_xxh3")
         buffer = np.empty((len(rows), self.cache.codec.row_bytes), np.uint8)
-        self.cache.read_rows_into(np.asarray(rows), buffer)
+        self.cache.read_raw_rows_into(np.asarray(rows), buffer)
         for row, stored in zip(rows, buffer, strict=True):
             if xxhash.xxh3_64_intdigest(stored) != int(self._checksums[row]):
                 (key,) = self.keys([row])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from llava_twophase.errors import UserError, collected
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.train.data.conversation import TEMPLATES
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         raise UserError(str(error)) from None
     problems = _refusals(model, data, training)
     if problems:
-        raise collected(problems, "flags that stage 1 cannot honour")
+        raise combined_error(problems, "flags that stage 1 cannot honour")
     return Arguments(model, data, training)
 
 

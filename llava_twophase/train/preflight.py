@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, Trainer
 from transformers.training_args import OptimizerNames
 
-from llava_twophase.errors import UserError, collected
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import require_free_space
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
@@ -90,7 +90,7 @@ def check_inputs(arguments: Arguments) -> Inputs:
         attempt(lambda: source.require(image_keys(train)))
         attempt(lambda: source.require(image_keys(held_out)))
     if problems or split is None or source is None or text is None:
-        raise collected(problems, "nothing was started") if len(problems) > 1 else UserError(problems[0])
+        raise combined_error(problems, "nothing was started") if len(problems) > 1 else UserError(problems[0])
     # Only now the tower, where there is one: it may be downloaded.
     config, tokenizer = text
     tokens, width = source.load()

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from packaging.specifiers import SpecifierSet
 
-from llava_twophase.errors import collected
+from llava_twophase.errors import combined_error
 
 SUPPORTED = {"transformers": ">=5.24,<6", "deepspeed": ">=0.19,<1", "torch": ">=2.6"}
 """As in pyproject.toml; what was tested exactly is in constraints.txt."""
@@ -25,4 +25,4 @@ def require_supported() -> None:
         if not SpecifierSet(SUPPORTED[name]).contains(release, prereleases=True)
     ]
     if outside:
-        raise collected(outside, "untested libraries; pip install -c constraints.txt llava-twophase")
+        raise combined_error(outside, "untested libraries; pip install -c constraints.txt llava-twophase")

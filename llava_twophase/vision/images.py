@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol
 
 from PIL import Image
 
-from llava_twophase.errors import UserError, collected
+from llava_twophase.errors import UserError, combined_error
 
 # From this many pictures of one folder on, listing it is cheaper than asking for each.
 _LIST_FROM = 16
@@ -159,7 +159,7 @@ def require(images: Images, keys: Iterable[str], where: str | Path) -> None:
     keys = list(keys)
     missing = images.missing(keys)
     if missing:
-        raise collected(missing, f"{len(missing)} of {len(keys)} images are missing in --image_folder {where}")
+        raise combined_error(missing, f"{len(missing)} of {len(keys)} images are missing in --image_folder {where}")
 
 
 def decode(data: bytes) -> Image.Image:

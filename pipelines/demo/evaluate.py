@@ -64,7 +64,7 @@ class _Trained:
                 input_ids, labels = self.template(caption)
                 samples.append({"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)})
             batch = collate(samples)
-            features = self.cache.tensor(keys[start : start + BATCH])
+            features = self.cache.read_tensor(keys[start : start + BATCH])
             tokens = int((batch["labels"] >= 0).sum())
             total += float(self.model(**batch, features=features)["loss"]) * tokens
             count += tokens
@@ -74,7 +74,7 @@ class _Trained:
         """Return a greedily generated caption for each image, up to its newline."""
         captions: list[str] = []
         for start in range(0, len(keys), BATCH):
-            written = self._generate(self.cache.tensor(keys[start : start + BATCH]))
+            written = self._generate(self.cache.read_tensor(keys[start : start + BATCH]))
             captions += (text.split("\n")[0] for text in self.tokenizer.batch_decode(written))
         return captions
 

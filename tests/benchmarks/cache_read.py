@@ -90,7 +90,7 @@ def limit(cache, folder):
 
 def ours(cache, folder):
     mine = FeatureCache(cache.path)
-    return mine.read_rows_into, mine.close
+    return mine.read_raw_rows_into, mine.close
 
 
 def ours_in_flight(cache, folder):
@@ -100,7 +100,7 @@ def ours_in_flight(cache, folder):
 
     def read(rows, batch):
         parts = np.array_split(np.arange(len(rows)), 4)
-        list(pool.map(lambda part: mine.read_rows_into(rows[part], batch[part[0] : part[-1] + 1]), parts))
+        list(pool.map(lambda part: mine.read_raw_rows_into(rows[part], batch[part[0] : part[-1] + 1]), parts))
 
     return read, pool.shutdown
 
@@ -210,7 +210,7 @@ def row_by_row(array):
 def all_rows(cache):
     """Row number and values of every row, a fresh array each."""
     for row, key in enumerate(cache.keys()):
-        yield row, cache.read([key])[0]
+        yield row, cache.read_raw([key])[0]
 
 
 class Items(Dataset):

@@ -47,7 +47,7 @@ def encode_again(exact, storage, folder):
     keys, fingerprint, channels = list(exact.keys()), {**exact.fingerprint, "storage_dtype": storage}, None
     if storage in QUANTISED:
         picked = np.random.default_rng(0).choice(len(keys), min(SAMPLE, len(keys)), replace=False)
-        channels = Channels.measure([exact.tensor([keys[row] for row in sorted(picked.tolist())])])
+        channels = Channels.measure([exact.read_tensor([keys[row] for row in sorted(picked.tolist())])])
         fingerprint["channels"] = {"sha256": channels.sha256(), "images": len(picked), "seed": 0}
     spec = ShardSpec(exact.feature_shape, storage, fingerprint, {"made": "codecs.py"}, channels)
     sizes, digests = exact.column("source_size").tolist(), exact.column("source_sha256")
@@ -57,7 +57,7 @@ def encode_again(exact, storage, folder):
         writer = ShardWriter(cache / SHARDS / shard_name(number), mine, spec)
         for start in range(0, len(mine), BATCH):
             part = slice(first + start, first + min(start + BATCH, len(mine)))
-            rows = spec.codec.encode(exact.tensor(keys[part])).numpy()
+            rows = spec.codec.to_rows(exact.read_tensor(keys[part])).numpy()
             writer.append(rows, list(zip(sizes[part], map(bytes, digests[part]), strict=True)))
         entries.append(writer.seal())
         first += header.rows
@@ -72,8 +72,8 @@ def error(exact, cache):
     difference = total = angle = 0.0
     keys = list(exact.keys())
     for start in range(0, len(keys), BATCH):
-        true = exact.tensor(keys[start : start + BATCH]).double()
-        stored = cache.tensor(keys[start : start + BATCH]).double()
+        true = exact.read_tensor(keys[start : start + BATCH]).double()
+        stored = cache.read_tensor(keys[start : start + BATCH]).double()
         difference, total = difference + float((stored - true).square().sum()), total + float(true.square().sum())
         angle += float((1 - torch.cosine_similarity(stored, true, dim=-1)).sum())
     return (difference / total) ** 0.5, angle / (len(keys) * exact.feature_shape[0])

@@ -59,7 +59,7 @@ class Original:
     def unchanged(self):
         """Whether the cache, as it is now, gives the keys and rows that it was made of."""
         cache = FeatureCache(self.path)
-        return list(cache.keys()) == self.keys and np.array_equal(cache.read(self.keys), self.rows)
+        return list(cache.keys()) == self.keys and np.array_equal(cache.read_raw(self.keys), self.rows)
 
 
 def mutate_bytes(path, chance, start=0):

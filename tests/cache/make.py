@@ -52,7 +52,7 @@ def bfloat16_bits(values):
 
 
 def rows(count, dtype="bfloat16", seed=0, shape=SHAPE):
-    """Rows as `FeatureCache.read` gives them: values [count, tokens, dim], or uint8 [count, row_bytes]."""
+    """Rows as `FeatureCache.read_raw` gives them: values [count, tokens, dim], or uint8 [count, row_bytes]."""
     random = np.random.default_rng(seed)
     if dtype in QUANTISED:
         tokens, width = shape
@@ -119,7 +119,7 @@ def reseal(cache, number, edit):
     for part in sorted(header.row_parts, key=lambda part: -part.offset):
         del around[part.offset : part.offset + part.nbytes]
     header = replace(header, file_bytes=len(data), xxh3_128=xxhash.xxh3_128_hexdigest(bytes(around[USER_BLOCK:])))
-    data[:USER_BLOCK] = header.encode()
+    data[:USER_BLOCK] = header.to_bytes()
     path.write_bytes(data)
     manifest = read_manifest(cache)
     manifest.shards = [

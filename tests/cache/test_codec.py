@@ -33,21 +33,21 @@ def codec(storage, shape=SHAPE):
 def relative_error(storage, shape=SHAPE):
     values = features(4, shape)
     chosen = codec(storage, shape)
-    return float((chosen.decode(chosen.encode(values)) - values).norm() / values.norm())
+    return float((chosen.from_rows(chosen.to_rows(values)) - values).norm() / values.norm())
 
 
 @pytest.mark.parametrize("storage", EXACT)
 def test_exact_dtypes_keep_every_bit(storage):
     values = features().to(getattr(torch, storage))
-    rows = codec(storage).encode(values)
+    rows = codec(storage).to_rows(values)
     assert rows.shape == (3, codec(storage).row_bytes) and rows.dtype == torch.uint8
-    assert torch.equal(codec(storage).decode(rows), values)
+    assert torch.equal(codec(storage).from_rows(rows), values)
     np.testing.assert_array_equal(codec(storage).to_numpy(rows.numpy()), values.float().numpy())
 
 
 def test_fp32_holds_narrower_values_exactly():
     values = features().bfloat16()
-    assert torch.equal(codec("float32").decode(codec("float32").encode(values)), values.float())
+    assert torch.equal(codec("float32").from_rows(codec("float32").to_rows(values)), values.float())
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_error_of_lossy_storage(storage, most):
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_a_row_does_not_depend_on_its_batch(storage):
     values = features(5)
-    whole = codec(storage).encode(values)
-    assert torch.equal(whole, torch.cat([codec(storage).encode(part) for part in values.split(2)]))
+    whole = codec(storage).to_rows(values)
+    assert torch.equal(whole, torch.cat([codec(storage).to_rows(part) for part in values.split(2)]))
 
 
 def test_int8_is_what_the_specification_says():
     chosen, values = codec("int8"), features()
-    raw = chosen.encode(values).numpy()
+    raw = chosen.to_rows(values).numpy()
     q = raw[:, : 9 * 64].view(np.int8).reshape(3, 9, 64).astype(np.float32)
     scale = raw[:, 9 * 64 :].copy().view(np.float16).reshape(3, 9, 1).astype(np.float32)
     expected = q * scale * chosen.channels.std + chosen.channels.mean
@@ -86,7 +86,7 @@ def test_int8_is_what_the_specification_says():
 
 def test_int4_is_what_the_specification_says():
     chosen, values = codec("int4"), features()
-    raw = chosen.encode(values).numpy()
+    raw = chosen.to_rows(values).numpy()
     packed = raw[:, : 9 * 32].reshape(3, 9, 32)
     scale = raw[:, 9 * 32 :].copy().view(np.float16).reshape(3, 9, 2).astype(np.float32)
     expected = np.empty((3, 9, 64), np.float32)
@@ -96,7 +96,7 @@ def test_int4_is_what_the_specification_says():
         expected[..., channel] = q * scale[..., channel // 32]
     expected = expected * chosen.channels.std + chosen.channels.mean
     np.testing.assert_array_equal(chosen.to_numpy(raw), expected)
-    np.testing.assert_allclose(chosen.decode(torch.from_numpy(raw)).numpy(), expected, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(chosen.from_rows(torch.from_numpy(raw)).numpy(), expected, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("storage", [*EXACT, "int8", "int4"])
@@ -105,7 +105,7 @@ def test_a_value_that_is_not_finite_is_found_in_its_row(storage, bad):
     values = features()
     values[1, 4, 63] = bad
     values = values if storage not in EXACT else values.to(getattr(torch, storage))
-    assert codec(storage).finite(codec(storage).encode(values).numpy()).tolist() == [True, False, True]
+    assert codec(storage).finite(codec(storage).to_rows(values).numpy()).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
@@ -114,9 +114,9 @@ def test_channels_without_variance_and_tokens_at_the_mean_come_back(storage):
     sample[..., 7] = 3.0
     chosen = Codec(storage, SHAPE, Channels.measure([sample]))
     values = torch.tensor(chosen.channels.mean).expand(1, *SHAPE).clone()
-    np.testing.assert_array_equal(chosen.decode(chosen.encode(values)), values)
+    np.testing.assert_array_equal(chosen.from_rows(chosen.to_rows(values)), values)
     values[0, 0, 7] = 3.5  # what the sample never saw
-    assert abs(float(chosen.decode(chosen.encode(values))[0, 0, 7]) - 3.5) < 0.1
+    assert abs(float(chosen.from_rows(chosen.to_rows(values))[0, 0, 7]) - 3.5) < 0.1
 
 
 def test_constant_features_do_not_divide_by_zero():

@@ -61,9 +61,9 @@ def test_todays_reader_reads_version_1(dtype):
     assert list(cache.keys()) == GOLDEN_KEYS
     assert (cache.feature_shape, cache.dtype) == (GOLDEN_SHAPE, dtype)
     assert cache.fingerprint["select_layer"] == -2
-    np.testing.assert_array_equal(cache.read(GOLDEN_KEYS), golden_rows(dtype))
+    np.testing.assert_array_equal(cache.read_raw(GOLDEN_KEYS), golden_rows(dtype))
     with h5py.File(GOLDEN / dtype / SHARD) as file:
-        np.testing.assert_array_equal(cache.values(GOLDEN_KEYS), plain_values(file, dtype))
+        np.testing.assert_array_equal(cache.read(GOLDEN_KEYS), plain_values(file, dtype))
     sizes_and_hashes = list(zip(cache.column("source_size"), map(bytes, cache.column("source_sha256")), strict=True))
     assert sizes_and_hashes == sources_of(GOLDEN_KEYS)
 
@@ -95,7 +95,7 @@ def test_plain_hdf5_holds_the_values_at_the_offsets_of_the_header(dtype, tmp_pat
     cache, keys, _ = make_cache(tmp_path / "cache", counts=(5,), dtype=dtype)
     header = read_header(cache / SHARD)
     with h5py.File(cache / SHARD) as file:
-        np.testing.assert_array_equal(plain_values(file, dtype), FeatureCache(cache).values(keys))
+        np.testing.assert_array_equal(plain_values(file, dtype), FeatureCache(cache).read(keys))
         assert [key.decode() for key in file["image_key"][:]] == keys
         assert {name: file[name].id.get_offset() for name in file} == {
             name: data.offset for name, data in header.datasets.items()
@@ -208,7 +208,7 @@ def test_readers_ignore_what_they_do_not_know(tmp_path):
     edit_header(cache / SHARD, later="more")
     content = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
     (cache / "manifest.json").write_text(json.dumps({**content, "later": "more"}), encoding="utf-8")
-    np.testing.assert_array_equal(FeatureCache(cache).read(keys), stored)
+    np.testing.assert_array_equal(FeatureCache(cache).read_raw(keys), stored)
 
 
 def test_a_command_that_was_no_utf8_survives_the_manifest(tmp_path):

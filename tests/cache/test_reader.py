@@ -29,7 +29,7 @@ def test_rows_come_back_bit_for_bit_in_any_order_and_repeated(dtype, tmp_path):
     random = np.random.default_rng(0)
     for size in (1, 2, 9, 30):
         picked = random.integers(0, 9, size)
-        np.testing.assert_array_equal(cache.read([keys[row] for row in picked]), stored[picked])
+        np.testing.assert_array_equal(cache.read_raw([keys[row] for row in picked]), stored[picked])
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
@@ -37,12 +37,12 @@ def test_tensors_hold_the_same_values_as_numpy(dtype, tmp_path):
     torch = pytest.importorskip("torch")
     path, keys, stored = make_cache(tmp_path / "cache", dtype=dtype)
     cache = FeatureCache(path)
-    tensor = cache.tensor(keys)
+    tensor = cache.read_tensor(keys)
     assert tensor.shape == (8, *SHAPE)
     assert tensor.dtype == (torch.float32 if dtype.startswith("int") else getattr(torch, dtype))
     # int8 and int4 take a multiplication and an addition, which a device may fuse.
     tolerance = 1e-6 if dtype.startswith("int") else 0
-    np.testing.assert_allclose(tensor.float().numpy(), cache.values(keys), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(tensor.float().numpy(), cache.read(keys), rtol=tolerance, atol=tolerance)
     if dtype == "bfloat16":
         np.testing.assert_array_equal(tensor.view(torch.uint16).numpy(), stored)
 
@@ -50,7 +50,7 @@ def test_tensors_hold_the_same_values_as_numpy(dtype, tmp_path):
 def test_rows_go_into_the_callers_memory(small):
     path, keys, stored = small
     buffer = np.zeros((2, *SHAPE), np.uint16)
-    FeatureCache(path).read_into([keys[6], keys[0]], buffer)
+    FeatureCache(path).read_raw_into([keys[6], keys[0]], buffer)
     np.testing.assert_array_equal(buffer, stored[[6, 0]])
 
 
@@ -68,12 +68,12 @@ def test_rows_go_into_the_callers_memory(small):
 def test_a_buffer_that_does_not_fit_is_refused(buffer, small):
     path, keys, _ = small
     with pytest.raises(ValueError, match="C-contiguous"):
-        FeatureCache(path).read_into(keys[:2], buffer)
+        FeatureCache(path).read_raw_into(keys[:2], buffer)
     assert not buffer.any()
 
 
 def test_no_keys_are_no_rows(small):
-    assert FeatureCache(small[0]).read([]).shape == (0, *SHAPE)
+    assert FeatureCache(small[0]).read_raw([]).shape == (0, *SHAPE)
 
 
 def test_membership(small):
@@ -86,7 +86,7 @@ def test_membership(small):
 def test_an_absent_key_is_named(small):
     path, keys, _ = small
     with pytest.raises(UserError, match=r"image key '00000/none\.jpg' is not in the feature cache"):
-        FeatureCache(path).read([keys[0], "00000/none.jpg"])
+        FeatureCache(path).read_raw([keys[0], "00000/none.jpg"])
 
 
 def test_keys_of_several_lengths_and_shards_are_told_apart(tmp_path):
@@ -99,7 +99,7 @@ def test_keys_of_several_lengths_and_shards_are_told_apart(tmp_path):
     ]
     write(cache, entries)
     np.testing.assert_array_equal(
-        FeatureCache(cache).read(["aaa", "é" * 40]), np.stack([rows(2, seed=1)[0], rows(3)[2]])
+        FeatureCache(cache).read_raw(["aaa", "é" * 40]), np.stack([rows(2, seed=1)[0], rows(3)[2]])
     )
 
 
@@ -108,18 +108,18 @@ import hashlib, os, sys
 from llava_twophase.cache.reader import FeatureCache
 cache = FeatureCache(sys.argv[1])
 keys = list(cache.keys())
-expected = hashlib.sha256(cache.read(keys).tobytes()).hexdigest()
+expected = hashlib.sha256(cache.read_raw(keys).tobytes()).hexdigest()
 children = []
 for turn in range(4):
     child = os.fork()
     if child == 0:
         order = keys[turn:] + keys[:turn]
-        cache.read(order)
-        os._exit(hashlib.sha256(cache.read(keys).tobytes()).hexdigest() != expected)
+        cache.read_raw(order)
+        os._exit(hashlib.sha256(cache.read_raw(keys).tobytes()).hexdigest() != expected)
     children.append(child)
-    assert hashlib.sha256(cache.read(keys).tobytes()).hexdigest() == expected
+    assert hashlib.sha256(cache.read_raw(keys).tobytes()).hexdigest() == expected
 codes = [os.waitpid(child, 0)[1] for child in children]
-assert hashlib.sha256(cache.read(keys).tobytes()).hexdigest() == expected
+assert hashlib.sha256(cache.read_raw(keys).tobytes()).hexdigest() == expected
 print(codes)
 """
 
@@ -132,10 +132,12 @@ def test_forked_children_and_their_parent_read_the_right_rows(small):
 def test_a_pickled_cache_reads_in_another_process(small, tmp_path):
     path, keys, stored = small
     cache = FeatureCache(path)
-    cache.read(keys)
+    cache.read_raw(keys)
     (tmp_path / "pickle").write_bytes(pickle.dumps(cache))
     code = (
-        "import pickle, sys; sys.stdout.write(pickle.load(open(sys.argv[1], 'rb')).read(sys.argv[2:]).tobytes().hex())"
+        "import pickle, sys\n"
+        "cache = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "sys.stdout.write(cache.read_raw(sys.argv[2:]).tobytes().hex())"
     )
     assert run(["python", "-c", code, tmp_path / "pickle", *keys]).stdout == stored.tobytes().hex()
 
@@ -147,9 +149,9 @@ def test_a_spawned_worker_reads_the_right_rows(small):
         "from llava_twophase.cache.reader import FeatureCache\n"
         "if __name__ == '__main__':\n"
         "    cache = FeatureCache(sys.argv[1])\n"
-        "    cache.read(sys.argv[2:3])\n"
+        "    cache.read_raw(sys.argv[2:3])\n"
         "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
-        "        print(pool.apply(cache.read, (sys.argv[2:],)).tobytes().hex())\n"
+        "        print(pool.apply(cache.read_raw, (sys.argv[2:],)).tobytes().hex())\n"
     )
     script = path.parent / "spawn.py"
     script.write_text(code, encoding="utf-8")
@@ -166,11 +168,11 @@ def test_few_files_are_open_however_many_shards(tmp_path):
     before = open_descriptors()
     cache = FeatureCache(path)
     for _ in range(2):
-        np.testing.assert_array_equal(cache.read(keys), stored)
+        np.testing.assert_array_equal(cache.read_raw(keys), stored)
     assert open_descriptors() - before <= 64
     cache.close()
     assert open_descriptors() == before
-    np.testing.assert_array_equal(cache.read(keys[:3]), stored[:3])
+    np.testing.assert_array_equal(cache.read_raw(keys[:3]), stored[:3])
 
 
 def test_threads_share_a_cache_of_more_shards_than_open_files(tmp_path):
@@ -181,7 +183,7 @@ def test_threads_share_a_cache_of_more_shards_than_open_files(tmp_path):
         random = np.random.default_rng(seed)
         for _ in range(60):
             picked = random.integers(0, len(keys), 40)
-            if not np.array_equal(cache.read([keys[row] for row in picked]), stored[picked]):
+            if not np.array_equal(cache.read_raw([keys[row] for row in picked]), stored[picked]):
                 wrong.append(seed)
 
     threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
@@ -199,7 +201,7 @@ def test_a_cache_on_a_read_only_medium_opens(small):
     (path / SHARDS).chmod(0o555)
     path.chmod(0o555)
     try:
-        np.testing.assert_array_equal(FeatureCache(path).read(keys), stored)
+        np.testing.assert_array_equal(FeatureCache(path).read_raw(keys), stored)
     finally:
         path.chmod(0o755)
         (path / SHARDS).chmod(0o755)
@@ -209,7 +211,7 @@ def test_an_incomplete_cache_is_refused_unless_asked_for(tmp_path):
     path, keys, stored = make_cache(tmp_path / "cache", complete=False)
     with pytest.raises(UserError, match="incomplete.*run the same extraction command again"):
         FeatureCache(path)
-    np.testing.assert_array_equal(FeatureCache(path, allow_incomplete=True).read(keys), stored)
+    np.testing.assert_array_equal(FeatureCache(path, allow_incomplete=True).read_raw(keys), stored)
 
 
 def test_what_is_no_cache_is_named(tmp_path):
@@ -237,7 +239,7 @@ def test_a_shard_cut_while_it_is_open_is_named(small):
     cache = FeatureCache(path)
     os.truncate(path / SHARDS / "shard-000001.h5", 70000)
     with pytest.raises(UserError, match=r"shard-000001\.h5 is truncated"):
-        cache.read(keys)
+        cache.read_raw(keys)
 
 
 def test_another_caches_shard_is_refused(small, tmp_path):

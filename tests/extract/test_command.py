@@ -57,7 +57,7 @@ def test_features_are_those_of_transformers(server, command, image_set, tiny_cli
             # Two at a time, as ours on a CPU: how a product rounds depends on its shape.
             parts = [model(p, output_hidden_states=True) for p in torch.cat(pixels).to(torch_dtype).split(2)]
             hidden = torch.cat([part.hidden_states[-3] for part in parts])
-        assert torch.equal(cache.tensor(batch), hidden[:, 1:] if feature == "patch" else hidden)
+        assert torch.equal(cache.read_tensor(batch), hidden[:, 1:] if feature == "patch" else hidden)
 
 
 @pytest.mark.parametrize("tower", ["tiny_siglip", "tiny_dinov2", "tiny_clip_full"])

@@ -49,7 +49,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error, caplog):
     with caplog.at_level(logging.WARNING):
         rows = encoder(pixels).numpy()
         encoder(pixels)
-    np.testing.assert_array_equal(rows, codec.encode(pixels[:, :2, :4, 0].float()).numpy())
+    np.testing.assert_array_equal(rows, codec.to_rows(pixels[:, :2, :4, 0].float()).numpy())
     assert tower.batches == [2] * 10
     assert [record.getMessage() for record in caplog.records] == [
         "out of memory with 10 images at once: going on with 5 (--batch_size 5 avoids the attempt)",

@@ -38,7 +38,7 @@ def test_values_keys_and_fingerprint_are_exported(suffix, dtype, tmp_path):
     path = tmp_path / f"features.{suffix}"
     result = run(["python", SCRIPT, "export", cache, *wanted, "-o", path])
     features, kind, names, fingerprint = read(path)
-    np.testing.assert_array_equal(features, FeatureCache(cache).values(wanted))
+    np.testing.assert_array_equal(features, FeatureCache(cache).read(wanted))
     assert (names, fingerprint) == (wanted, fingerprint_of(dtype))
     exact = "float32" if suffix == "npz" and dtype == "bfloat16" else dtype
     assert kind.removeprefix("torch.") == (exact if "float" in exact else "float32")
@@ -76,7 +76,7 @@ def test_an_unknown_key_names_one_that_is_there(tmp_path):
 
 def test_head_shows_numbers(tmp_path):
     cache, keys, _ = make_cache(tmp_path / "cache", dtype="float32")
-    values = FeatureCache(cache).values([keys[2]])[0]
+    values = FeatureCache(cache).read([keys[2]])[0]
     lines = run(["python", SCRIPT, "head", cache, keys[2]]).stdout.splitlines()
     assert lines[0] == keys[2] and "  row          2 of 8" in lines and "  features     9 tokens x 32, float32" in lines
     assert lines[-1].split() == ["5", *(f"{value:.4f}" for value in values[5, :8])]

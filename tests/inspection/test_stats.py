@@ -209,7 +209,7 @@ def test_int8_is_nearer_than_int4(tmp_path):
     exact = cache_of(tmp_path / "exact", values)
     errors = {}
     for dtype in ("int8", "int4"):
-        stored = Codec(dtype, (9, 32), channels_of(32)).encode(torch.from_numpy(values)).numpy()
+        stored = Codec(dtype, (9, 32), channels_of(32)).to_rows(torch.from_numpy(values)).numpy()
         (tmp_path / dtype / SHARDS).mkdir(parents=True)
         keys = [f"{row}.jpg" for row in range(20)]
         write(tmp_path / dtype, [make_shard(tmp_path / dtype / SHARDS / "shard-000000.h5", keys, stored, dtype)], dtype)

@@ -184,7 +184,7 @@ def test_odd_pictures_are_bit_equal(name, file, mode):
 def test_features_of_a_float32_tower_are_bit_equal(fp32_cache):
     expected = np.load(GOLDEN / "features_fp32.npz")
     keys = [RECORDS[index]["image"] for index in expected["square_idx"]]
-    assert np.array_equal(FeatureCache(fp32_cache).read(keys), expected["square"])
+    assert np.array_equal(FeatureCache(fp32_cache).read_raw(keys), expected["square"])
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_features_of_other_settings_are_bit_equal(flag, value, name, tmp_path):
     )
     expected = np.load(GOLDEN / "features_fp32.npz")
     keys = [RECORDS[index]["image"] for index in expected[f"{name}_idx"]]
-    assert np.array_equal(FeatureCache(tmp_path / "cache").read(keys), expected[name])
+    assert np.array_equal(FeatureCache(tmp_path / "cache").read_raw(keys), expected[name])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any
 
 import h5py
 
-from llava_twophase.cache.format import ENCODINGS, SCHEMA, USER_BLOCK, Dataset, Header, fingerprint_hash
+from llava_twophase.cache.format import ENCODINGS, SCHEMA, USER_BLOCK, Header, StoredDataset, fingerprint_hash
 from llava_twophase.cache.reader import read_header
 from llava_twophase.cache.shard_writer import hdf5_type
 
@@ -110,7 +110,7 @@ def _attributes(path: Path, header: Header) -> dict[str, Any] | None:
         return None
 
 
-def _same(dataset: Any, name: str, data: Dataset) -> bool:
+def _same(dataset: Any, name: str, data: StoredDataset) -> bool:
     made = dataset.get_create_plist()
     plain = made.get_layout() == h5py.h5d.CONTIGUOUS and not made.get_external_count() and not made.get_nfilters()
     same = (dataset.shape, dataset.get_offset()) == (data.shape, data.offset)

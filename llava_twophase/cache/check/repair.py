@@ -25,8 +25,8 @@ from llava_twophase.cache.format import (
     QUANTISED,
     SCHEMA,
     SHARDS,
-    Dataset,
     Header,
+    StoredDataset,
     fingerprint_hash,
     shard_name,
 )
@@ -164,7 +164,7 @@ def _channels(path: Path, header: Header) -> dict[str, str]:
     return Channels(*(_column(path, header.datasets[f"channel_{name}"]) for name in ("mean", "std"))).to_json()
 
 
-def _column(path: Path, data: Dataset) -> np.ndarray:
+def _column(path: Path, data: StoredDataset) -> np.ndarray:
     return np.fromfile(path, data.numpy_dtype, int(np.prod(data.shape)), offset=data.offset)
 
 

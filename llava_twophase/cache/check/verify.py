@@ -28,8 +28,8 @@ from llava_twophase.cache.format import (
     ROW_PARTS,
     SHARDS,
     USER_BLOCK,
-    Dataset,
     Header,
+    StoredDataset,
     decode_header,
     fingerprint_hash,
 )
@@ -220,7 +220,7 @@ class _Verifier:
 
     def _header(self, entry: ShardEntry, header: Header, block: bytes) -> Iterator[str]:
         try:
-            canonical = header.encode()
+            canonical = header.to_bytes()
         except ValueError:
             canonical = b""
         if canonical != block:
@@ -255,7 +255,7 @@ def _rows(descriptor: int, header: Header, codec: Codec, names: np.ndarray, bar:
         bar.update(rows.nbytes)
 
 
-def _read_column(descriptor: int, data: Dataset) -> np.ndarray:
+def _read_column(descriptor: int, data: StoredDataset) -> np.ndarray:
     raw = np.empty(data.nbytes, np.uint8)
     _read_into(descriptor, raw, data.offset)
     return raw.view(data.numpy_dtype).reshape(data.shape)

@@ -85,7 +85,7 @@ class PendingBatch:
             stream = torch.cuda.current_stream(read.rows.device)
             stream.wait_event(read.copied)
             read.rows.record_stream(stream)  # the memory belongs to the copy stream
-        return {**batch, "features": self._codec.decode(read.rows.to(device))}
+        return {**batch, "features": self._codec.from_rows(read.rows.to(device))}
 
     def release(self) -> None:
         """Wait until nothing writes to the rows or copies from them."""
@@ -160,7 +160,7 @@ class PrefetchDataset(Dataset[PendingBatch]):
         rows = self._rows[np.asarray(indices)[batch.pop(_POSITION).numpy()]]
         bounds = np.linspace(0, len(rows), min(_THREADS, len(rows)) + 1, dtype=int).tolist()
         parts = [slice(first, last) for first, last in pairwise(bounds)]
-        reads = [self._readers.submit(self._cache.read_rows_into, rows[part], buffer[part]) for part in parts]
+        reads = [self._readers.submit(self._cache.read_raw_rows_into, rows[part], buffer[part]) for part in parts]
         started = time.perf_counter()
         for read in reads:
             read.result()

@@ -17,7 +17,7 @@ import torch
 from llava_twophase.cache.fingerprint import differences
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.errors import collected
+from llava_twophase.errors import combined_error
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.prefetch import Batch, PrefetchDataset
@@ -185,7 +185,7 @@ class CachedFeatures:
             if quarantined
             else "extract them first"
         )
-        raise collected(missing, f"{len(missing)} of {len(keys)} images have no features in {path}; {hint}")
+        raise combined_error(missing, f"{len(missing)} of {len(keys)} images have no features in {path}; {hint}")
 
     def load(self) -> tuple[int, int]:
         """Return the feature shape: tokens and width of one image."""
@@ -193,11 +193,11 @@ class CachedFeatures:
 
     def sample(self, key: str) -> dict[str, torch.Tensor]:
         """Return ``features [L, D]`` of one image, in the storage dtype where it is exact, else float32."""
-        return {"features": self._cache.tensor([key])[0]}
+        return {"features": self._cache.read_tensor([key])[0]}
 
     def read(self, keys: Sequence[str], device: torch.device) -> torch.Tensor:
         """Return the features of some images, ``[B, L, D]`` on the device."""
-        return self._cache.tensor(keys).to(device)
+        return self._cache.read_tensor(keys).to(device)
 
     def prefetch(
         self,
@@ -232,7 +232,7 @@ def _check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
     if made_by is not None and made_by != settings.vision_tower:
         different.append(f"vision_tower: the cache has {made_by!r}, this run {settings.vision_tower!r}")
     if different:
-        raise collected(
+        raise combined_error(
             different, f"{cache.path} was made with different settings; use those, or extract another cache"
         )
     unchecked = [name for name in given if name not in found]

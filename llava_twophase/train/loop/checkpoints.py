@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_twophase.cache.fingerprint import differences, normalize
-from llava_twophase.errors import UserError, collected
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import explain_os_errors
 from llava_twophase.train.loop.artefacts import write_json
 from llava_twophase.train.model.frozen_llm import FrozenLLM
@@ -125,7 +125,7 @@ def checkpoint_to_resume(output_dir: Path, asked: str | None, identity: dict[str
     saved = json.loads((found / MARKER).read_text(encoding="utf-8"))
     different = differences(saved, normalize(identity), names=("the checkpoint", "this run"))
     if different:
-        raise collected(
+        raise combined_error(
             different, f"{found} cannot be continued with other settings; use its own, or another --output_dir"
         )
     logger.info("resuming from %s", found)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.integrations import apply_liger_kernel, is_deepspeed_zero3_enabled
 
-from llava_twophase.errors import UserError, collected
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.train.arguments import Arguments
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ def load_llm(arguments: Arguments) -> Any:
     llm, found = loaded
     if found["missing_keys"]:
         # transformers only warns of it, and the projector would learn to serve a layer of noise.
-        raise collected(sorted(found["missing_keys"]), f"--model_name_or_path {name} is not whole, it lacks weights")
+        raise combined_error(
+            sorted(found["missing_keys"]), f"--model_name_or_path {name} is not whole, it lacks weights"
+        )
     llm.requires_grad_(False)
     # Beams, penalties and temperatures are for who chats with it; captions are sampled greedily.
     llm.generation_config = GenerationConfig()

@@ -38,7 +38,7 @@ def test_a_lost_manifest_comes_back(dtype, tmp_path):
     assert after == done.manifest and done.lost == {} and done.aside == [] and after.complete
     assert (after.fingerprint, after.shards, after.channels) == (before.fingerprint, before.shards, before.channels)
     assert verify(cache) == []
-    np.testing.assert_array_equal(FeatureCache(cache).read(keys), stored)
+    np.testing.assert_array_equal(FeatureCache(cache).read_raw(keys), stored)
 
 
 def test_a_good_cache_is_left_alone(tmp_path):
@@ -58,7 +58,7 @@ def test_a_damaged_shard_is_moved_aside(place, tmp_path):
     assert len(aside) == len(whole) and aside != whole
     opened = FeatureCache(cache, allow_incomplete=True)
     assert list(opened.keys()) == keys[:5] + keys[8:]
-    np.testing.assert_array_equal(opened.read(keys[8:]), stored[8:])
+    np.testing.assert_array_equal(opened.read_raw(keys[8:]), stored[8:])
     # The shard comes back, is damaged again, and the first one is still kept.
     (cache / SHARDS / "shard-000001.h5").write_bytes(whole)
     flip(cache / SHARDS / "shard-000001.h5", place)

@@ -86,7 +86,7 @@ def test_a_resumed_epoch_reads_nothing_of_what_it_skips(cached, monkeypatch):
     dataset, loader = feed(path)
     read = []
     monkeypatch.setattr(
-        dataset._cache, "read_rows_into", lambda rows, buffer: (read.extend(rows.tolist()), buffer.fill(0))
+        dataset._cache, "read_raw_rows_into", lambda rows, buffer: (read.extend(rows.tolist()), buffer.fill(0))
     )
     assert len(list(skip_first_batches(loader, 5))) == 2
     assert sorted(read) == sorted(ORDER[15:])
@@ -96,7 +96,7 @@ def test_a_resumed_epoch_reads_nothing_of_what_it_skips(cached, monkeypatch):
 def test_lossy_rows_are_decoded_after_the_move(storage, tmp_path):
     path, keys, _ = make_cache(tmp_path / "cache", counts=(12, 8), dtype=storage)
     _, loader = feed(path)
-    expected = FeatureCache(path).tensor(keys)
+    expected = FeatureCache(path).read_tensor(keys)
     for batch in loader:
         assert torch.equal(batch["features"], expected[batch["input_ids"][:, 0]])
 

@@ -30,8 +30,8 @@ def test_cached_features_reads_what_the_cache_reads(source_of):
     cache = source._cache
     keys = list(cache.keys())[:3]
     assert source.load() == cache.feature_shape
-    assert torch.equal(source.read(keys, CPU), cache.tensor(keys))
-    assert torch.equal(source.sample(keys[1])["features"], cache.tensor(keys)[1])
+    assert torch.equal(source.read(keys, CPU), cache.read_tensor(keys))
+    assert torch.equal(source.sample(keys[1])["features"], cache.read_tensor(keys)[1])
     assert source.encode is None and source.identity == source.fingerprint == FINGERPRINT
 
 
