@@ -12,9 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import cached_file
-
+from llava_twophase.compat import find_file, tokenizer_settings
 from llava_twophase.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_twophase.errors import UserError
 from llava_twophase.train.data.sentencepiece_ids import SentencePieceIds
@@ -104,15 +102,9 @@ def text_encoder(name: str, tokenizer: Any, cache_dir: str | None = None) -> Cal
     Returns:
         Text to ids, with no BOS or EOS.
     """
-    model_file = cached_file(
-        name,
-        "tokenizer.model",
-        cache_dir=cache_dir,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    model_file = find_file(name, "tokenizer.model", cache_dir)
     if model_file is not None:
         # Absent or null means legacy, as in transformers 4.37; transformers 5's tokenizer no longer knows the setting.
-        legacy = get_tokenizer_config(name, cache_dir=cache_dir).get("legacy") is not False
+        legacy = tokenizer_settings(name, cache_dir).get("legacy") is not False
         return SentencePieceIds(Path(model_file), tokenizer.get_added_vocab(), legacy, tokenizer.unk_token)
     return lambda text: tokenizer(text, add_special_tokens=False).input_ids

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_twophase.compat import parameter_shape
+
 
 @dataclass(frozen=True)
 class StepFlops:
@@ -37,8 +39,7 @@ class StepFlops:
         """Count an LLM's weights."""
         head = llm.get_output_embeddings().weight
         embedding = llm.get_input_embeddings().weight
-        # Under ZeRO-3 a parameter at rest is empty and remembers its shape.
-        shapes = {id(p): getattr(p, "ds_shape", p.shape) for p in llm.parameters()}
+        shapes = {id(parameter): parameter_shape(parameter) for parameter in llm.parameters()}
         head_weights = prod(shapes[id(head)])
         matrices = {key: prod(shape) for key, shape in shapes.items() if len(shape) == 2}
         for table in (head, embedding):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
-from transformers.integrations import apply_liger_kernel, is_deepspeed_zero3_enabled
 
+from llava_twophase.compat import apply_liger, deepspeed_config, is_zero3_enabled
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.train.arguments import Arguments
 
@@ -38,7 +38,7 @@ def load_llm(arguments: Arguments) -> Any:
         "dtype": arguments.dtype,
         "attn_implementation": model.attn_implementation,
     }
-    zero3 = is_deepspeed_zero3_enabled()
+    zero3 = is_zero3_enabled()
     if zero3:
         _join_ranks()
     else:
@@ -63,14 +63,14 @@ def load_llm(arguments: Arguments) -> Any:
     # Beams, penalties and temperatures are for who chats with it; captions are sampled greedily.
     llm.generation_config = GenerationConfig()
     if training.use_liger_kernel:
-        apply_liger_kernel(llm, training.liger_kernel_config)
+        apply_liger(llm, training.liger_kernel_config)
         training.use_liger_kernel = False  # done; Trainer would look for something to patch in the projector
     return _partitioned(llm, arguments) if zero3 else llm
 
 
 def gathered(module: nn.Module) -> AbstractContextManager[Any]:
     """Hold a module's parameters whole on every rank, which under ZeRO-3 they are not; all ranks must enter."""
-    if not is_deepspeed_zero3_enabled():
+    if not is_zero3_enabled():
         return nullcontext()
     import deepspeed
 
@@ -90,7 +90,7 @@ def require_bits(arguments: Arguments) -> None:
         raise UserError(f"--bits {bits} needs bitsandbytes: pip install bitsandbytes, or leave --bits out")
     if not torch.cuda.is_available():
         raise UserError(f"--bits {bits} needs a CUDA device; leave --bits out")
-    if is_deepspeed_zero3_enabled():
+    if is_zero3_enabled():
         raise UserError(f"--bits {bits} and ZeRO-3 exclude each other; use pipelines/zero2.json")
 
 
@@ -165,7 +165,9 @@ def _partitioned(llm: Any, arguments: Arguments) -> Any:
     zero = {name: value for name, value in content["zero_optimization"].items() if value != "auto"}
     zero.pop("offload_optimizer", None)
     # Parameters in host memory are the LLM's matter: the projector stays on the device.
-    training.deepspeed_plugin.deepspeed_config["zero_optimization"].pop("offload_param", None)
+    trainers = deepspeed_config(training)
+    assert trainers is not None, "ZeRO-3 is enabled"
+    trainers["zero_optimization"].pop("offload_param", None)
     config = {
         "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
         "zero_optimization": zero,

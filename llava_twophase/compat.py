@@ -1,0 +1,76 @@
+"""Every use of undocumented API of torch, transformers, accelerate and DeepSpeed: what an upgrade of them can break.
+
+Libraries are imported inside the functions: importing this module loads none of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_zero3_enabled() -> bool:
+    """Return whether a DeepSpeed configuration with ZeRO stage 3 is active.
+
+    ``transformers.integrations`` exports this function without documenting it.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled  # type: ignore[attr-defined]
+
+    return bool(is_deepspeed_zero3_enabled())  # type: ignore[no-untyped-call]
+
+
+def apply_liger(llm: Any, options: dict[str, Any] | None) -> None:
+    """Patch an LLM with Liger's kernels, as ``Trainer`` does for the model that it trains.
+
+    Args:
+        llm: A transformers model.
+        options: ``--liger_kernel_config``; None for Liger's defaults.
+    """
+    from transformers.integrations import apply_liger_kernel  # type: ignore[attr-defined]
+
+    apply_liger_kernel(llm, options)  # type: ignore[no-untyped-call]
+
+
+def parameter_shape(parameter: torch.Tensor) -> torch.Size:
+    """Return a parameter's shape; ZeRO-3 empties parameters at rest and keeps their shape in ``ds_shape``."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def deepspeed_config(training: Any) -> dict[str, Any] | None:
+    """Return the DeepSpeed configuration of ``TrainingArguments`` as accelerate keeps it; None without DeepSpeed.
+
+    The dictionary is accelerate's own, so a change takes effect when Trainer builds the engine.
+    """
+    plugin = getattr(training, "deepspeed_plugin", None)
+    return None if plugin is None else plugin.deepspeed_config
+
+
+def tokenizer_settings(name: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """Return the content of ``tokenizer_config.json``; an empty dictionary if there is no such file."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    settings: dict[str, Any] = get_tokenizer_config(name, cache_dir=cache_dir)
+    return settings
+
+
+def find_file(name: str, file: str, cache_dir: str | None = None) -> str | None:
+    """Return the path of one file of a model, downloaded if necessary; None if the model has no such file.
+
+    Args:
+        name: Hub id or local folder.
+        file: File name inside it.
+        cache_dir: Where hub downloads are kept.
+    """
+    from transformers.utils import cached_file  # type: ignore[attr-defined]
+
+    path: str | None = cached_file(
+        name,
+        file,
+        cache_dir=cache_dir,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path

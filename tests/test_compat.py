@@ -1,0 +1,99 @@
+"""Each undocumented API that `compat.py` relies on still exists and does what the package expects of it."""
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llava_twophase import compat
+from llava_twophase.train.arguments import parse_arguments
+
+
+def parse(tmp_path, **flags):
+    """Phase two's parsed command line; the paths in it need not exist."""
+    known = {
+        "model_name_or_path": "llm",
+        "vision_tower": "tower",
+        "data_path": "records.json",
+        "feature_cache": "cache",
+        "tune_mm_mlp_adapter": True,
+        "output_dir": tmp_path / "out",
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    return parse_arguments([part for name, value in (known | flags).items() for part in (f"--{name}", str(value))])
+
+
+@pytest.fixture
+def zero3(tmp_path, monkeypatch):
+    """The training arguments of a run with a ZeRO-3 configuration of its own."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # TrainingArguments sets it; restored after the test
+    config = {
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}},
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    yield parse(tmp_path, deepspeed=path).training
+    unset_hf_deepspeed_config()
+
+
+def test_is_zero3_enabled_without_deepspeed():
+    assert not compat.is_zero3_enabled()
+
+
+def test_is_zero3_enabled_with_a_stage_3_configuration(zero3):
+    assert compat.is_zero3_enabled()
+
+
+def test_deepspeed_config_is_accelerates_own_dictionary(zero3):
+    config = compat.deepspeed_config(zero3)
+    assert config["zero_optimization"]["stage"] == 3
+    config["zero_optimization"].pop("offload_param")
+    assert "offload_param" not in zero3.deepspeed_plugin.deepspeed_config["zero_optimization"]
+
+
+def test_deepspeed_config_without_deepspeed(tmp_path):
+    assert compat.deepspeed_config(parse(tmp_path).training) is None
+
+
+def test_apply_liger_patches_the_given_instance(monkeypatch):
+    """With a stand-in for liger-kernel, which needs Triton and a GPU."""
+    calls = []
+    kernels = ModuleType("liger_kernel.transformers")
+    kernels._apply_liger_kernel_to_instance = lambda model, **options: calls.append((model, options))
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", kernels)
+    monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
+    llm = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    compat.apply_liger(llm, {"rope": False})
+    compat.apply_liger(llm, None)
+    assert calls == [(llm, {"rope": False}), (llm, {})]
+
+
+def test_parameter_shape_of_a_plain_and_of_a_partitioned_parameter():
+    parameter = torch.nn.Parameter(torch.zeros(3, 4))
+    assert compat.parameter_shape(parameter) == (3, 4)
+    parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert compat.parameter_shape(parameter) == (3, 4)
+
+
+def test_tokenizer_settings_reads_the_file(tmp_path):
+    assert compat.tokenizer_settings(str(tmp_path)) == {}
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}', encoding="utf-8")
+    assert compat.tokenizer_settings(str(tmp_path)) == {"legacy": False}
+
+
+def test_find_file_returns_none_for_a_missing_file(tmp_path):
+    assert compat.find_file(str(tmp_path), "tokenizer.model") is None
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    assert compat.find_file(str(tmp_path), "tokenizer.model") == str(tmp_path / "tokenizer.model")
+
+
+def test_find_file_returns_none_for_an_unreachable_hub():
+    assert compat.find_file("some/model", "tokenizer.model") is None  # the tests run offline
