@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from llava_twophase.cache.format import (
     MANIFEST,
     SHARDS,
@@ -162,6 +164,22 @@ def read_header(path: Path) -> Header:
         UserError: The shard is missing, truncated, damaged, or of another schema.
     """
     return _File(str(path)).header()
+
+
+def checksum_around(descriptor: int, header: Header) -> str:
+    """Return the XXH3-128 (hex) of all bytes after the user block, except those of ``/features`` and ``/scale``."""
+    digest = xxhash.xxh3_128()
+    position = USER_BLOCK
+    for part in sorted(header.row_parts, key=lambda data: data.offset):
+        _hash_range(digest, descriptor, position, part.offset)
+        position = part.offset + part.nbytes
+    _hash_range(digest, descriptor, position, header.file_bytes)
+    return digest.hexdigest()
+
+
+def _hash_range(digest: xxhash.xxh3_128, descriptor: int, start: int, stop: int) -> None:
+    for position in range(start, stop, 1 << 20):
+        digest.update(os.pread(descriptor, min(1 << 20, stop - position), position))
 
 
 def _agreeing(header: Header, entry: ShardEntry, fingerprint: str, cache: Path) -> Header:

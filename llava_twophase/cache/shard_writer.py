@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import xxhash
 
 from llava_twophase.cache.codec import Channels, Codec
-from llava_twophase.cache.format import (
-    ALIGNMENT,
-    ENCODINGS,
-    ROW_PARTS,
-    SCHEMA,
-    USER_BLOCK,
-    Header,
-    StoredDataset,
-    canonical_json,
-    fingerprint_hash,
-    layout,
-)
+from llava_twophase.cache.format import ROW_PARTS, Header, fingerprint_hash, layout
+from llava_twophase.cache.hdf5 import create_shard_file
 from llava_twophase.cache.manifest import ShardEntry
+from llava_twophase.cache.shard_files import checksum_around
 from llava_twophase.errors import UserError
 from llava_twophase.files import sync_folder
 
@@ -150,7 +138,7 @@ class ShardWriter:
             pwrite_all(self._descriptor, values, self._datasets[name].offset)
         size = os.fstat(self._descriptor).st_size
         header = Header(self._spec.storage_dtype, fingerprint_hash(self._spec.fingerprint), size, self._datasets, "")
-        digest = hash_around(self._descriptor, header)
+        digest = checksum_around(self._descriptor, header)
         header = replace(header, xxh3_128=digest)
         pwrite_all(self._descriptor, np.frombuffer(header.to_bytes(), np.uint8), 0)
         os.fsync(self._descriptor)
@@ -172,7 +160,12 @@ class ShardWriter:
     def _lay_out(self) -> None:
         # A name of its own: a rank of an earlier run that still lives must not write into this one's file.
         self._aside = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.tmp")
-        self._datasets = _lay_out(self._aside, self._keys, self._spec)
+        spec = self._spec
+        key_bytes = max(len(key.encode("utf-8")) for key in self._keys)
+        shapes = layout(spec.storage_dtype, len(self._keys), spec.feature_shape, key_bytes)
+        self._datasets = create_shard_file(
+            self._aside, spec.storage_dtype, shapes, fingerprint=spec.fingerprint, provenance=spec.provenance
+        )
         self._descriptor = os.open(self._aside, os.O_RDWR)
 
     def _shrink(self) -> None:
@@ -198,22 +191,6 @@ class ShardWriter:
         return columns
 
 
-def hash_around(descriptor: int, header: Header) -> str:
-    """Return the XXH3-128 (hex) of a shard's bytes behind the user block but those of its rows' features."""
-    digest = xxhash.xxh3_128()
-    position = USER_BLOCK
-    for part in sorted(header.row_parts, key=lambda data: data.offset):
-        _hash_range(digest, descriptor, position, part.offset)
-        position = part.offset + part.nbytes
-    _hash_range(digest, descriptor, position, header.file_bytes)
-    return digest.hexdigest()
-
-
-def _hash_range(digest: Any, descriptor: int, start: int, stop: int) -> None:
-    for position in range(start, stop, 1 << 20):
-        digest.update(os.pread(descriptor, min(1 << 20, stop - position), position))
-
-
 def sha256(data: bytes) -> bytes:
     """Return the SHA-256 of an image file's bytes, as ``source_sha256`` holds it."""
     return hashlib.sha256(data).digest()
@@ -225,58 +202,3 @@ def pwrite_all(descriptor: int, values: np.ndarray, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-def hdf5_type(name: str, dtype: str) -> h5py.h5t.TypeID:
-    """Return the HDF5 datatype of a dataset, by its name and its dtype in the header.
-
-    h5py has no bfloat16; the custom float made here equals HDF5 2.0's ``H5T_FLOAT_BFLOAT16LE``, and older tools read
-    it as any float.
-    """
-    if name == "image_key":
-        return h5py.h5t.py_create(h5py.string_dtype("utf-8", np.dtype(dtype).itemsize), logical=True)
-    if dtype != "bfloat16":
-        return h5py.h5t.py_create(np.dtype(dtype))
-    bfloat16 = h5py.h5t.IEEE_F16LE.copy()
-    bfloat16.set_fields(15, 7, 8, 0, 7)
-    bfloat16.set_ebias(127)
-    return bfloat16
-
-
-def _lay_out(path: Path, keys: Sequence[str], spec: ShardSpec) -> dict[str, StoredDataset]:
-    key_bytes = max(len(key.encode("utf-8")) for key in keys)
-    datasets = {}
-    with (
-        _errno_kept(path),
-        h5py.File(
-            path, "w", libver="earliest", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=ALIGNMENT
-        ) as file,
-    ):
-        file.attrs["schema"] = SCHEMA
-        file.attrs["fingerprint"] = canonical_json(spec.fingerprint)
-        file.attrs["provenance"] = canonical_json(spec.provenance)
-        for name, (dtype, shape) in layout(spec.storage_dtype, len(keys), spec.feature_shape, key_bytes).items():
-            datasets[name] = StoredDataset(dtype, shape, _create(file, name, shape, hdf5_type(name, dtype)))
-        file["features"].attrs["encoding"] = ENCODINGS[spec.storage_dtype]
-    return datasets
-
-
-@contextmanager
-def _errno_kept(path: Path) -> Iterator[None]:
-    # What fails while HDF5 flushes, as on a full disk, is a RuntimeError that has the errno in its text only.
-    try:
-        yield
-    except RuntimeError as error:
-        if number := re.search(r"errno = (\d+)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        raise
-
-
-def _create(file: h5py.File, name: str, shape: tuple[int, ...], hdf5: h5py.h5t.TypeID) -> int:
-    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    properties.set_layout(h5py.h5d.CONTIGUOUS)
-    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    properties.set_obj_track_times(False)
-    space = h5py.h5s.create_simple(shape)
-    return int(h5py.h5d.create(file.id, name.encode(), hdf5, space, properties).get_offset())

@@ -11,15 +11,12 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import h5py
-
-from llava_twophase.cache.format import ENCODINGS, SCHEMA, USER_BLOCK, Header, StoredDataset, fingerprint_hash
-from llava_twophase.cache.reader import read_header
-from llava_twophase.cache.shard_writer import hdf5_type
+from llava_twophase.cache.format import Header
+from llava_twophase.cache.hdf5 import metadata_problems, read_attributes
+from llava_twophase.cache.shard_files import read_header
 
 SECONDS = 30.0
 """How long opening one shard may take; it reads a few kilobytes."""
@@ -77,46 +74,6 @@ class Hdf5Checker:
             self._process = None
 
 
-def disagreements(path: Path, header: Header) -> Iterator[str]:
-    """Open a shard with HDF5 in this process and hold it against its header; no link is followed out of the file."""
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            links = {name: type(file.get(name, getlink=True)) for name in file}
-            if links != dict.fromkeys(header.datasets, h5py.HardLink):
-                yield f"it holds other HDF5 links than its datasets: {sorted(map(str, links))}"
-                return
-            if file.userblock_size != USER_BLOCK or file.id.get_create_plist().get_version()[0] != 0:
-                yield "its user block or HDF5 superblock is not of this format"
-            for name, data in header.datasets.items():
-                if not _same(file[name].id, name, data):
-                    yield f"its HDF5 metadata of {name} disagree with its header"
-            if file.attrs["schema"] != SCHEMA or not isinstance(json.loads(file.attrs["provenance"]), dict):
-                yield "its attributes schema or provenance are not of this format"
-            if fingerprint_hash(json.loads(file.attrs["fingerprint"])) != header.fingerprint:
-                yield "its attribute fingerprint disagrees with its header"
-            if file["features"].attrs["encoding"] != ENCODINGS[header.storage]:
-                yield "its attribute encoding of /features is not of this format"
-    except Exception as error:  # h5py raises nearly anything on crafted files
-        yield f"HDF5 cannot read it: {error!r}"
-
-
-def _attributes(path: Path, header: Header) -> dict[str, Any] | None:
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            found = {name: json.loads(file.attrs[name]) for name in ("fingerprint", "provenance")}
-        whole = all(isinstance(value, dict) for value in found.values())
-        return found if whole and fingerprint_hash(found["fingerprint"]) == header.fingerprint else None
-    except Exception:  # as above
-        return None
-
-
-def _same(dataset: Any, name: str, data: StoredDataset) -> bool:
-    made = dataset.get_create_plist()
-    plain = made.get_layout() == h5py.h5d.CONTIGUOUS and not made.get_external_count() and not made.get_nfilters()
-    same = (dataset.shape, dataset.get_offset()) == (data.shape, data.offset)
-    return bool(plain and same and dataset.get_type().equal(hdf5_type(name, data.dtype)))
-
-
 def _start() -> subprocess.Popen[str]:
     root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -131,12 +88,16 @@ def _start() -> subprocess.Popen[str]:
     )
 
 
+def _all_problems(path: Path, header: Header) -> list[str]:
+    return list(metadata_problems(path, header))
+
+
 def _answer() -> None:
     for line in sys.stdin:
         question, path = json.loads(line)
         header = read_header(Path(path))
-        found = list(disagreements(Path(path), header)) if question == "check" else _attributes(Path(path), header)
-        print(json.dumps(found), flush=True)
+        look = read_attributes if question == "attributes" else _all_problems
+        print(json.dumps(look(Path(path), header)), flush=True)
 
 
 if __name__ == "__main__":

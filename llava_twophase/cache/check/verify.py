@@ -35,7 +35,7 @@ from llava_twophase.cache.format import (
 )
 from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest
 from llava_twophase.cache.quarantine import read_quarantine
-from llava_twophase.cache.shard_writer import hash_around
+from llava_twophase.cache.shard_files import checksum_around
 from llava_twophase.errors import UserError
 from llava_twophase.records import normalize_key
 
@@ -198,7 +198,7 @@ class _Verifier:
         if max(row_bytes, *columns) > _LIMIT:
             yield f"it claims absurd sizes: {header.rows} rows of {row_bytes} bytes"
             return
-        if hash_around(descriptor, header) != header.xxh3_128:
+        if checksum_around(descriptor, header) != header.xxh3_128:
             yield "its bytes around the features do not match their checksum: metadata, keys or row checksums changed"
             return
         bar.update(header.file_bytes - header.rows * row_bytes)

@@ -270,7 +270,7 @@ def test_hdf5_metadata_that_say_something_else(cache, checker):
         data[place : place + 8] = (offset - 4096).to_bytes(8, "little")
 
     reseal(cache, 0, edit)
-    assert only_problem(cache, checker).what == "its HDF5 metadata of features disagree with its header"
+    assert only_problem(cache, checker).what == "the HDF5 metadata of features differ from the header"
 
 
 def test_links_in_the_shard(cache, checker):
