@@ -62,7 +62,8 @@ def _read(folder, file):
 
 def _arguments(folder):
     # Those of the model, the data and the training, in one.
-    return {key: value for part in _read(folder, "arguments.json").values() for key, value in part.items()}
+    parts = _read(folder, "arguments.json")
+    return {key: value for part in ("model", "data", "training") for key, value in parts[part].items()}
 
 
 def _history(folder):

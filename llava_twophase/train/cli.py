@@ -1,4 +1,4 @@
-"""Command 2, phase two: a feature cache to a trained projector; flags in ``arguments.py``, the run in ``run.py``."""
+"""The command of phase two: train a projector from a feature cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``sys.argv`` by default.
 
     Returns:
-        0 done, 1 a problem was found, 2 wrong usage (raised by argparse), 130 interrupted.
+        0 done, 1 a problem was found, 2 wrong usage, 130 interrupted.
     """
     level = logging.INFO if ranks_from_environment().is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
@@ -27,13 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse_and_run(argv: Sequence[str] | None) -> int:
     from llava_twophase.train.versions import require_supported
 
-    # At once, since other releases may fail at the import of what follows.
+    # First, since importing the modules below may fail with other releases.
     require_supported()
-    from llava_twophase.train.arguments import parse_arguments
+    from llava_twophase.train.command_line import UsageError, parse_command
 
-    arguments = parse_arguments(argv)
+    parsed = parse_command(argv)
+    if parsed.error() is not None:
+        from llava_twophase.train.preflight import find_input_problems
 
-    # Trainer, accelerate and DeepSpeed are imported only now, so that --help and a typo answer sooner.
+        error = parsed.error(find_input_problems(parsed.arguments, parsed.faulty))
+        assert error is not None
+        if not isinstance(error, UsageError):
+            raise error
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # HF Trainer, accelerate and DeepSpeed are imported only now, so that --help answers sooner.
     from llava_twophase.train.run import run
 
-    return run(arguments)
+    return run(parsed.arguments)

@@ -6,11 +6,12 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, Trainer
@@ -26,8 +27,6 @@ from llava_twophase.train.model.load_llm import require_bits, require_generation
 from llava_twophase.train.model.projector import build_projector, load_projector
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # AdamW in float32 keeps weight, two moments and, under DeepSpeed, a master copy; see the README on checkpoints.
 _CHECKPOINT_BYTES_PER_WEIGHT = 20
@@ -59,47 +58,72 @@ class Inputs:
 
 
 def check_inputs(arguments: Arguments) -> Inputs:
-    """Load and check everything but the LLM's weights.
+    """Load and check everything except the LLM's weights.
 
     Raises:
-        UserError: All that was found wrong, in one error.
+        UserError: All problems that were found, in one error.
     """
-    problems: list[str] = []
-
-    def attempt(check: Callable[[], T]) -> T | None:
-        try:
-            return check()
-        except UserError as error:
-            problems.append(str(error))
-            return None
-
-    attempt(lambda: _require_packages(arguments))
-    attempt(lambda: _require_launcher(arguments))
-    attempt(lambda: _require_optimizer(arguments))
-    attempt(lambda: _require_compiler(arguments))
-    attempt(lambda: require_bits(arguments))
-    attempt(lambda: require_liger(arguments))
-    attempt(lambda: _require_output(arguments))
-    split = attempt(lambda: _load_records(arguments))
-    source = attempt(lambda: open_source(arguments))
-    text = attempt(lambda: _load_text(arguments))
-    attempt(lambda: require_generation_config(arguments))
-    if split is not None and source is not None:
-        train, held_out = (source.usable(records) for records in split)
-        split = train, held_out
-        attempt(lambda: source.require(image_keys(train)))
-        attempt(lambda: source.require(image_keys(held_out)))
-    if problems or split is None or source is None or text is None:
-        raise combined_error(problems, "nothing was started") if len(problems) > 1 else UserError(problems[0])
-    # Only now the tower, where there is one: it may be downloaded.
-    config, tokenizer = text
+    checked, problems = _check(arguments)
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise combined_error(problems, f"{len(problems)} problems were found; nothing was started")
+    records, eval_records = checked["records"]
+    source = checked["source"]
+    config, tokenizer = checked["text"]
+    # The tower of an on-the-fly run is loaded last: it may be downloaded.
     tokens, width = source.load()
     template = _template(arguments, tokenizer, tokens)
     projector = build_projector(arguments.model.mm_projector_type, width, config.get_text_config().hidden_size)
     if arguments.model.pretrain_mm_mlp_adapter is not None:
         load_projector(arguments.model.pretrain_mm_mlp_adapter, projector)
     _require_space(arguments, sum(parameter.numel() for parameter in projector.parameters()))
-    return Inputs(split[0], split[1], source, config, tokenizer, template, projector, width)
+    return Inputs(records, eval_records, source, config, tokenizer, template, projector, width)
+
+
+def find_input_problems(arguments: Arguments, skip: Collection[str] = ()) -> list[str]:
+    """Return what is wrong with the inputs of a command line that has other problems too.
+
+    Args:
+        arguments: The parsed command line.
+        skip: Names of flags whose value is not known; checks that need one of them are skipped.
+    """
+    return _check(arguments, skip)[1]
+
+
+def _check(arguments: Arguments, skip: Collection[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """Run all checks; return the results by name, and the problems."""
+    checks: list[tuple[str, Callable[[Arguments], Any], tuple[str, ...]]] = [
+        ("packages", _require_packages, ("report_to",)),
+        ("launcher", _require_launcher, ("deepspeed",)),
+        ("optimizer", _require_optimizer, ("optim",)),
+        ("compiler", _require_compiler, ("torch_compile_backend",)),
+        ("bits", require_bits, ("bits",)),
+        ("liger", require_liger, ("use_liger_kernel",)),
+        ("output", _require_output, ("output_dir",)),
+        ("records", _load_records, ("data_path", "eval_data_path", "eval_fraction")),
+        ("source", open_source, ("feature_cache", "image_folder", "vision_tower", "mm_vision_select_layer")),
+        ("text", _load_text, ("model_name_or_path",)),
+        ("generation_config", require_generation_config, ("model_name_or_path",)),
+    ]
+    results: dict[str, Any] = {}
+    problems: list[str] = []
+
+    def attempt(name: str, check: Callable[[], Any]) -> None:
+        try:
+            results[name] = check()
+        except UserError as error:
+            problems.append(str(error))
+
+    for name, check, flags in checks:
+        if not set(flags) & set(skip):
+            attempt(name, partial(check, arguments))
+    if "records" in results and "source" in results:
+        source = results["source"]
+        results["records"] = [source.usable(part) for part in results["records"]]
+        for part in results["records"]:
+            attempt("covered", partial(source.require, image_keys(part)))
+    return results, problems
 
 
 def run_identity(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:

@@ -91,9 +91,7 @@ def _trainer(
     arguments: Arguments, inputs: Inputs, model: LlavaProjectorModel, identity: dict[str, Any]
 ) -> ProjectorTrainer:
     training, template, source = arguments.training, inputs.template, inputs.source
-    # Ours to remove, once the new checkpoint is whole on every rank.
     keeper = CheckpointKeeper(identity, training.save_total_limit, model.frozen)
-    training.save_total_limit = None
     cut = sum(template.is_cut(record.caption) for record in inputs.records)
     if cut:
         logger.warning("%d captions are cut at --model_max_length %d", cut, training.model_max_length)
@@ -101,7 +99,7 @@ def _trainer(
     logger.info("%d records, %d held out, %d trainable weights", len(inputs.records), len(inputs.eval_records), weights)
     return ProjectorTrainer(
         model,
-        training,
+        arguments.for_trainer(),
         data_collator=collate,
         train_dataset=CaptionDataset(inputs.records, template, source),
         eval_dataset=CaptionDataset(inputs.eval_records, template, source) if inputs.eval_records else None,

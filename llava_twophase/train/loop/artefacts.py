@@ -71,14 +71,14 @@ def write_artefacts(
         folder: The output folder.
         projector: The trained projector.
         config: As ``llava_config`` makes it.
-        arguments: The run's arguments, written with all defaults resolved as ``arguments.json``.
+        arguments: The run's arguments, as typed and with all defaults, written as ``arguments.json``.
         features: Fingerprint of the feature cache, written as ``feature_cache.json``; None for on-the-fly runs.
 
     Returns:
         The projector's file, written last: where it is, the rest is.
     """
     write_json(folder / "config.json", config)
-    write_json(folder / "arguments.json", arguments.resolved())
+    write_json(folder / "arguments.json", arguments.to_dict())
     if features is not None:
         write_json(folder / "feature_cache.json", {"path": arguments.data.feature_cache, "fingerprint": features})
     draw_losses(folder / "trainer_state.json", folder / "loss.png")

@@ -64,7 +64,6 @@ def load_llm(arguments: Arguments) -> Any:
     llm.generation_config = GenerationConfig()
     if training.use_liger_kernel:
         apply_liger(llm, training.liger_kernel_config)
-        training.use_liger_kernel = False  # done; Trainer would look for something to patch in the projector
     return _partitioned(llm, arguments) if zero3 else llm
 
 

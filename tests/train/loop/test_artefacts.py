@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import LlamaConfig
 
-from llava_twophase.train.arguments import parse_arguments
+from llava_twophase.train.command_line import parse_arguments
 from llava_twophase.train.loop.artefacts import llava_config, write_json
 
 # The fields that LLaVA v1.2.2.post1 (transformers 4.37.2) wrote for a tiny LLaMA and its stage-1 recipe, paths aside.

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llava_twophase.errors import UserError
-from llava_twophase.train.arguments import parse_arguments
+from llava_twophase.train.command_line import parse_arguments
 from llava_twophase.train.model.load_llm import load_llm
 from llava_twophase.train.preflight import check_inputs
 from train.commands import command

@@ -1,0 +1,209 @@
+"""Flags that stage 1 cannot honour, each with the reason and the replacement."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from llava_twophase.train.arguments import Arguments, DataArguments, ModelArguments, ProjectorTrainingArguments
+from llava_twophase.train.data.conversation import TEMPLATES
+
+# A flag that the check concerns, whether its value is refused, and the message.
+Check = tuple[str, bool, str]
+
+
+def flag_problems(arguments: Arguments, skip: Collection[str] = ()) -> list[str]:
+    """Return a line for each flag that cannot be honoured.
+
+    Args:
+        arguments: The parsed command line.
+        skip: Names of flags that are not checked.
+    """
+    model, data, training = arguments.model, arguments.data, arguments.training
+    checks = [
+        *_stage_one(model, training),
+        *_data(data, training),
+        *_without_effect(training),
+        *_numbers(training),
+        *_deepspeed(training),
+        *_micro_batches(training),
+    ]
+    return [message for flag, refused, message in checks if refused and flag not in skip]
+
+
+def _stage_one(model: ModelArguments, training: ProjectorTrainingArguments) -> list[Check]:
+    alone = "stage 1 trains the projector alone"
+    special = "LLaVA cannot train it with a tuned adapter either: its embeddings would stay random"
+    parts = model.mm_tunable_parts
+    dtypes = (None, "bf16", "fp16", "fp32")
+    return [
+        (
+            "tune_mm_mlp_adapter",
+            not model.tune_mm_mlp_adapter and parts is None,
+            f"--tune_mm_mlp_adapter must be True: {alone}",
+        ),
+        (
+            "mm_tunable_parts",
+            parts not in (None, "mm_mlp_adapter"),
+            f"--mm_tunable_parts {parts}: {alone}; use --mm_tunable_parts mm_mlp_adapter",
+        ),
+        (
+            "freeze_mm_mlp_adapter",
+            training.freeze_mm_mlp_adapter,
+            "--freeze_mm_mlp_adapter True would leave nothing to train; remove it",
+        ),
+        ("lora_enable", training.lora_enable, f"--lora_enable True: {alone}; remove it"),
+        ("bits", training.bits not in (4, 8, 16), f"--bits {training.bits}: expected 4, 8 or 16"),
+        ("mm_use_im_start_end", model.mm_use_im_start_end, f"--mm_use_im_start_end True: {special}; use False"),
+        ("mm_use_im_patch_token", model.mm_use_im_patch_token, f"--mm_use_im_patch_token True: {special}; use False"),
+        (
+            "mm_patch_merge_type",
+            model.mm_patch_merge_type != "flat",
+            f"--mm_patch_merge_type {model.mm_patch_merge_type}: use flat",
+        ),
+        (
+            "version",
+            model.version not in TEMPLATES,
+            f"--version {model.version}: the templates of stage 1 are: {', '.join(TEMPLATES)}",
+        ),
+        (
+            "compute_dtype",
+            model.compute_dtype not in dtypes,
+            f"--compute_dtype {model.compute_dtype}: expected bf16, fp16 or fp32",
+        ),
+    ]
+
+
+def _data(data: DataArguments, training: ProjectorTrainingArguments) -> list[Check]:
+    return [
+        (
+            "feature_cache",
+            data.feature_cache is None and data.image_folder is None,
+            "give --feature_cache, or --image_folder to run the tower in every step",
+        ),
+        (
+            "eval_fraction",
+            not 0 <= data.eval_fraction < 1,
+            f"--eval_fraction {data.eval_fraction}: expected a fraction of the records, at least 0 and below 1",
+        ),
+        (
+            "eval_strategy",
+            training.do_eval and data.eval_data_path is None and not data.eval_fraction,
+            "--eval_strategy needs records to evaluate on: give --eval_data_path or --eval_fraction",
+        ),
+        (
+            "sample_captions",
+            bool(data.sample_captions) and not training.do_eval,
+            "--sample_captions writes captions at each evaluation: give --eval_strategy steps or epoch too",
+        ),
+    ]
+
+
+def _without_effect(training: ProjectorTrainingArguments) -> list[Check]:
+    """Check HF Trainer flags that have no effect here, or a different one."""
+    order = "the sample order is LLaVA's; for batches of similar length use --group_by_modality_length True"
+    return [
+        (
+            "train_sampling_strategy",
+            training.train_sampling_strategy != "random",
+            f"--train_sampling_strategy: {order}",
+        ),
+        (
+            "label_smoothing_factor",
+            training.label_smoothing_factor != 0,
+            "--label_smoothing_factor: LLaVA's loss has none; remove it",
+        ),
+        (
+            "neftune_noise_alpha",
+            training.neftune_noise_alpha is not None,
+            "--neftune_noise_alpha: the embeddings are frozen; remove it",
+        ),
+        (
+            "fsdp",
+            bool(training.fsdp),
+            "--fsdp: to spread the LLM over devices, use --deepspeed pipelines/zero3.json",
+        ),
+        (
+            "save_only_model",
+            training.save_only_model,
+            "--save_only_model True: runs cannot resume from such checkpoints; remove it, complete ones are small",
+        ),
+        (
+            "push_to_hub",
+            training.push_to_hub,
+            "--push_to_hub True: remove it, and upload --output_dir after the run: hf upload",
+        ),
+        (
+            "output_dir",
+            training.n_gpu > 1,
+            f"{training.n_gpu} GPUs are visible, but one process was started: use torchrun --nproc_per_node "
+            f"{training.n_gpu} pipelines/train_projector.py ..., or CUDA_VISIBLE_DEVICES=0 for one GPU",
+        ),
+    ]
+
+
+def _numbers(training: ProjectorTrainingArguments) -> list[Check]:
+    batch = training.per_device_train_batch_size
+    accumulation = training.gradient_accumulation_steps
+    epochs = training.num_train_epochs
+    return [
+        ("per_device_train_batch_size", batch < 1, f"--per_device_train_batch_size {batch}: expected at least 1"),
+        (
+            "gradient_accumulation_steps",
+            accumulation < 1,
+            f"--gradient_accumulation_steps {accumulation}: expected at least 1",
+        ),
+        (
+            "learning_rate",
+            training.learning_rate < 0,
+            f"--learning_rate {training.learning_rate}: expected at least 0",
+        ),
+        (
+            "warmup_ratio",
+            not 0 <= training.warmup_ratio < 1,
+            f"--warmup_ratio {training.warmup_ratio}: expected a fraction of all steps, at least 0 and below 1",
+        ),
+        (
+            "num_train_epochs",
+            epochs <= 0 and training.max_steps <= 0,
+            f"--num_train_epochs {epochs:g}: expected more than 0, or --max_steps; nothing would be trained",
+        ),
+    ]
+
+
+def _deepspeed(training: ProjectorTrainingArguments) -> list[Check]:
+    plugin = training.deepspeed_plugin
+    if plugin is None:
+        return []
+    config, mismatches = f"--deepspeed {training.deepspeed}", plugin.hf_ds_config.mismatches
+    return [
+        (
+            "deepspeed",
+            plugin.zero_stage not in (1, 2, 3),
+            f"{config}: only ZeRO stages 1 to 3 accumulate gradients in float32; use pipelines/zero2.json, or "
+            "torchrun without --deepspeed",
+        ),
+        (
+            "deepspeed",
+            bool(mismatches),
+            f'{config}: it differs from the flags; set these to "auto": {" ".join(mismatches)}',
+        ),
+    ]
+
+
+def _micro_batches(training: ProjectorTrainingArguments) -> list[Check]:
+    return [
+        (
+            "micro_batch_size",
+            not _auto_or_at_least(1, training.micro_batch_size),
+            f"--micro_batch_size {training.micro_batch_size}: expected auto, or a number from 1",
+        ),
+        (
+            "recompute",
+            not _auto_or_at_least(0, training.recompute),
+            f"--recompute {training.recompute}: expected auto, 0 for no layer, or k for every k-th layer",
+        ),
+    ]
+
+
+def _auto_or_at_least(smallest: int, text: str) -> bool:
+    return text == "auto" or (text.isdecimal() and int(text) >= smallest)
