@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_twophase import compat
-from llava_twophase.train.arguments import parse_arguments
+from llava_twophase.train.command_line import parse_arguments
 
 
 def parse(tmp_path, **flags):
