@@ -1,6 +1,6 @@
-"""What the worker processes of phase one do: image keys to crops; knows nothing of towers or shards.
+"""The work of phase one's worker processes: image keys to crops.
 
-Shapes: B images of a batch that can be used, S the crop's side.
+Shapes: B usable images of a batch, S side of the crop in pixels.
 """
 
 from __future__ import annotations
@@ -15,89 +15,95 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_twophase.cache.quarantine import Quarantined
 from llava_twophase.cache.shard_writer import sha256
-from llava_twophase.vision.images import BadImage, Images, check_header, decode_noting_depth
+from llava_twophase.vision.images import BadImage, Images, check_header, decode_image
 from llava_twophase.vision.preprocess import Preprocessor
 
-_CHECKED_AT_ONCE = 256
+_HEADERS_PER_BATCH = 256
 
 
 @dataclass
-class Crops:
-    """What a worker makes of one batch of image keys.
+class DecodedBatch:
+    """The result of decoding one batch of image keys.
 
     Attributes:
-        keys: The image keys that can be used, B of them.
-        pixels: ``uint8 [B, S, S, 3]``.
+        keys: Keys of the usable images, B of them.
+        crops: ``uint8 [B, S, S, 3]``.
         sources: Size in bytes and SHA-256 of each image file.
         bad: The images that cannot be used.
-        deep: How many pictures had more than 8 bits a channel, which clip.
+        high_bit_depth: Number of images with more than 8 bits per channel, whose values were clipped.
         read_seconds: Time spent reading files.
         decode_seconds: Time spent decoding, resizing and cropping.
     """
 
     keys: list[str] = field(default_factory=list)
-    pixels: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    crops: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     sources: list[tuple[int, bytes]] = field(default_factory=list)
     bad: list[Quarantined] = field(default_factory=list)
-    deep: int = 0
+    high_bit_depth: int = 0
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    def pin_memory(self) -> Crops:
-        """Move the pixels to memory that the device can fetch from by itself; the loader calls this."""
-        self.pixels = self.pixels.pin_memory()
+    def pin_memory(self) -> DecodedBatch:
+        """Move the crops to page-locked memory; called by the data loader."""
+        self.crops = self.crops.pin_memory()
         return self
 
 
-class CropDataset(Dataset[Crops]):
-    """Batches of image keys to crops, in worker processes.
+class DecodeDataset(Dataset[DecodedBatch]):
+    """Decodes batches of image keys, in worker processes.
 
     Args:
-        images: Where the pictures are.
+        images: The source of image files.
         preprocessor: Makes the crops.
         batches: The image keys of each batch.
     """
 
     def __init__(self, images: Images, preprocessor: Preprocessor, batches: Sequence[Sequence[str]]) -> None:
-        self._images, self._preprocessor, self._batches = images, preprocessor, batches
+        self._images = images
+        self._preprocessor = preprocessor
+        self._batches = batches
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return len(self._batches)
 
-    def __getitem__(self, index: int) -> Crops:
-        """Read, decode and crop one batch; a bad picture is reported, never replaced."""
-        crops, pixels = Crops(), []
-        for key in self._batches[index]:
-            data, started = None, time.perf_counter()
-            try:
-                data = self._images.read(key)
-                read = time.perf_counter()
-                crops.read_seconds += read - started
-                picture, deep = decode_noting_depth(data)
-                pixels.append(self._preprocessor.crop(picture))
-                crops.decode_seconds += time.perf_counter() - read
-            except BadImage as error:
-                crops.bad.append(quarantined(key, str(error), data))
-                continue
-            crops.deep += deep
-            crops.keys.append(key)
-            crops.sources.append((len(data), sha256(data)))
-        if pixels:
-            crops.pixels = torch.from_numpy(np.stack(pixels))  # [B, S, S, 3]
-        return crops
+    def __getitem__(self, index: int) -> DecodedBatch:
+        """Read, decode and crop one batch. A bad image is reported, never replaced by another one."""
+        batch = DecodedBatch()
+        crops = [crop for key in self._batches[index] if (crop := self._decode(key, batch)) is not None]
+        if crops:
+            batch.crops = torch.from_numpy(np.stack(crops))  # [B, S, S, 3]
+        return batch
+
+    def _decode(self, key: str, batch: DecodedBatch) -> np.ndarray | None:
+        data, started = None, time.perf_counter()
+        try:
+            data = self._images.read(key)
+            read = time.perf_counter()
+            batch.read_seconds += read - started
+            image, high_bit_depth = decode_image(data)
+            crop = self._preprocessor.crop(image)
+            batch.decode_seconds += time.perf_counter() - read
+        except BadImage as error:
+            batch.bad.append(quarantined(key, str(error), data))
+            return None
+        batch.high_bit_depth += high_bit_depth
+        batch.keys.append(key)
+        batch.sources.append((len(data), sha256(data)))
+        return crop
 
 
 class _HeaderDataset(Dataset[list[Quarantined]]):
     def __init__(self, images: Images, keys: Sequence[str]) -> None:
-        self._images, self._keys = images, keys
+        self._images = images
+        self._keys = keys
 
     def __len__(self) -> int:
-        return -(-len(self._keys) // _CHECKED_AT_ONCE)
+        return -(-len(self._keys) // _HEADERS_PER_BATCH)
 
     def __getitem__(self, index: int) -> list[Quarantined]:
         bad = []
-        for key in self._keys[index * _CHECKED_AT_ONCE : (index + 1) * _CHECKED_AT_ONCE]:
+        for key in self._keys[index * _HEADERS_PER_BATCH : (index + 1) * _HEADERS_PER_BATCH]:
             try:
                 with self._images.open(key) as file:
                     check_header(file)
@@ -107,25 +113,25 @@ class _HeaderDataset(Dataset[list[Quarantined]]):
 
 
 def find_bad(images: Images, keys: Sequence[str], num_workers: int) -> list[Quarantined]:
-    """Find the images that cannot be used, as far as a look at the beginning of each file tells.
+    """Find the images that cannot be used, from the first bytes of each file.
 
     Args:
-        images: Where the pictures are.
+        images: The source of image files.
         keys: Image keys.
-        num_workers: Worker processes; 0 looks in this one.
+        num_workers: Worker processes; 0 uses this process.
 
     Returns:
-        Missing, empty and foreign files, and pictures too large to decode, in the order of ``keys``. A file that is
-        cut short or damaged further on is found only when it is decoded.
+        Missing and empty files, files that are not images, and images too large to decode, in the order of ``keys``.
+        A file that is truncated or damaged further on is found only when it is decoded.
     """
-    workers = min(num_workers, len(keys) // (4 * _CHECKED_AT_ONCE))  # a few are looked at before workers have started
+    workers = min(num_workers, len(keys) // (4 * _HEADERS_PER_BATCH))  # few files are checked before workers start
     loader = DataLoader(_HeaderDataset(images, keys), batch_size=None, num_workers=workers)
     return [bad for batch in loader for bad in batch]
 
 
 def still_bad(images: Images, entries: Sequence[Quarantined]) -> set[str]:
-    """Tell which quarantined images have the same file as then, byte for byte, or still none."""
-    same = set()
+    """Return the keys of quarantined images whose files have not changed since, or are still missing."""
+    unchanged = set()
     for entry in entries:
         try:
             data = images.read(entry.key)
@@ -133,12 +139,12 @@ def still_bad(images: Images, entries: Sequence[Quarantined]) -> set[str]:
             data = None
         now = quarantined(entry.key, "", data)
         if (now.source_size, now.source_sha256) == (entry.source_size, entry.source_sha256):
-            same.add(entry.key)
-    return same
+            unchanged.add(entry.key)
+    return unchanged
 
 
 def quarantined(key: str, reason: str, data: bytes | None) -> Quarantined:
-    """Make the quarantine's entry of an image, from its file's bytes where they could be read."""
+    """Make the quarantine entry of an image; ``data`` holds the file's bytes if they could be read."""
     if data is None:
         return Quarantined(key, reason)
     return Quarantined(key, reason, len(data), sha256(data).hex())

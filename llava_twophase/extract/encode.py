@@ -1,6 +1,6 @@
-"""Crops to stored rows on the device, without waiting for it; knows nothing of shards or images' names.
+"""Crops to stored rows: the tower and the codec, run asynchronously on the device.
 
-Shapes: B images of a batch, S the crop's side.
+Shapes: B images of a batch, S side of the crop in pixels.
 """
 
 from __future__ import annotations
@@ -19,81 +19,95 @@ from llava_twophase.vision.tower import VisionTower
 logger = logging.getLogger(__name__)
 
 
-class Rows:
-    """Stored rows on their way to the host.
+class EncodedBatch:
+    """Stored rows that are being computed or copied to the host.
+
+    Args:
+        encode: Computes the rows ``[B, row_bytes]``.
+        device: Where ``encode`` runs.
 
     Attributes:
-        encode_seconds: Time in the tower and the codec, once the rows have arrived.
-        copy_seconds: Time of the copy.
+        encode_seconds: Time in the tower and the codec; known after ``numpy``.
+        copy_seconds: Time of the copy to the host; known after ``numpy``.
     """
 
     def __init__(self, encode: Callable[[], torch.Tensor], device: torch.device) -> None:
-        self.encode_seconds = self.copy_seconds = 0.0
+        self.encode_seconds = 0.0
+        self.copy_seconds = 0.0
         self._events: list[torch.cuda.Event] = []
-        started = time.perf_counter()
-        if device.type != "cuda":
-            rows = encode()  # [B, row_bytes]
-            encoded = time.perf_counter()
-            self._host = rows.cpu()
-            self.encode_seconds, self.copy_seconds = encoded - started, time.perf_counter() - encoded
-            return
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        self._events[0].record()
-        rows = encode()  # only queued: the device works on it while this process goes on
-        self._events[1].record()
-        self._host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
-        self._events[2].record()
+        self._rows = self._start(encode) if device.type == "cuda" else self._run(encode)
 
     def __len__(self) -> int:
         """Return B."""
-        return len(self._host)
+        return len(self._rows)
 
     def numpy(self) -> np.ndarray:
-        """Wait until the rows have arrived; ``uint8 [B, row_bytes]``."""
+        """Wait for the rows and return them: ``uint8 [B, row_bytes]``."""
         if self._events:
             start, encoded, copied = self._events
             copied.synchronize()
             self.encode_seconds = start.elapsed_time(encoded) / 1000
             self.copy_seconds = encoded.elapsed_time(copied) / 1000
             self._events = []
-        return self._host.numpy()
+        return self._rows.numpy()
+
+    def _start(self, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
+        # Everything is only queued: the device works while this process prepares the next batch.
+        self._events = [_timing_event() for _ in range(3)]
+        self._events[0].record()
+        rows = encode()
+        self._events[1].record()
+        host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+        self._events[2].record()
+        return host
+
+    def _run(self, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
+        started = time.perf_counter()
+        rows = encode()
+        encoded = time.perf_counter()
+        host = rows.cpu()
+        self.encode_seconds = encoded - started
+        self.copy_seconds = time.perf_counter() - encoded
+        return host
 
 
-class Encoder:
-    """Runs the tower and the codec; halves the batch where the device's memory does not hold it.
+class TowerRunner:
+    """Runs the tower and the codec. Halves the batch when the device runs out of memory.
 
     Args:
         tower: The frozen vision tower.
-        codec: Makes stored rows of features.
+        codec: Makes stored rows from features.
     """
 
     def __init__(self, tower: VisionTower, codec: Codec) -> None:
-        self._tower, self._codec = tower, codec
-        self._limit = 0
+        self._tower = tower
+        self._codec = codec
+        self._limit = 0  # images of one forward pass; 0 before the first batch
 
-    def __call__(self, pixels: torch.Tensor) -> Rows:
+    def __call__(self, crops: torch.Tensor) -> EncodedBatch:
         """Encode one batch.
 
         Args:
-            pixels: ``uint8 [B, S, S, 3]``.
+            crops: ``uint8 [B, S, S, 3]``.
 
         Returns:
-            Its stored rows, maybe still on their way.
+            Its stored rows; on an accelerator they may still be computed.
 
         Raises:
-            UserError: The device's memory does not even hold one image.
+            UserError: The device's memory does not hold a single image.
         """
-        self._limit = self._limit or len(pixels)
+        self._limit = self._limit or len(crops)
         while True:
             try:
-                return Rows(lambda: self._encode(pixels), self._tower.device)
+                return EncodedBatch(lambda: self._encode(crops), self._tower.device)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
-                self._halve(min(self._limit, len(pixels)))
+                self._halve(min(self._limit, len(crops)))
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        rows = [self._codec.to_rows(self._tower.encode(part)) for part in pixels.split(self._limit)]
+    def _encode(self, crops: torch.Tensor) -> torch.Tensor:
+        parts = torch.split(crops, self._limit)
+        rows = [self._codec.to_rows(self._tower.encode(part)) for part in parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows)  # [B, row_bytes]
 
     def _halve(self, tried: int) -> None:
@@ -101,14 +115,18 @@ class Encoder:
             torch.cuda.empty_cache()
         if tried == 1:
             raise UserError(
-                f"out of memory on {self._tower.device} with a single image; end what else uses it, "
-                "or try --compute_dtype bf16, or another --device"
+                f"out of memory on {self._tower.device} with a single image; stop other programs that use its memory, "
+                "or try --compute_dtype bf16 or another --device"
             )
         self._limit = tried // 2
         logger.warning(
-            "out of memory with %d images at once: going on with %d (--batch_size %d avoids the attempt)",
+            "out of memory with a batch of %d images: continuing with %d (--batch_size %d avoids the attempt)",
             tried, self._limit, self._limit,
         )  # fmt: skip
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -1,4 +1,4 @@
-"""How far all ranks together are: a bar on a terminal, now and then a line elsewhere; knows nothing of the work."""
+"""Progress of all ranks together: a bar on a terminal, otherwise a log line every half minute."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINE_SECONDS = 30.0
 
 
 class Progress:
-    """Shows images, images/s, time left, bytes and images left out.
+    """Shows images, images/s, remaining time, bytes and quarantined images.
 
     Args:
         total: Images to encode, on all ranks.
@@ -34,10 +34,10 @@ class Progress:
         self._bar.close()
 
     def show(self, done: Counter[str]) -> None:
-        """Show where all ranks are.
+        """Show the progress of all ranks.
 
         Args:
-            done: ``images`` handled and how many of them were ``quarantined``.
+            done: Number of processed ``images``, and of ``quarantined`` ones among them.
         """
         images, quarantined = done["images"], done["quarantined"]
         stored = (images - quarantined) * self._row_bytes / 1e9

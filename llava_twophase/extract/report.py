@@ -1,10 +1,8 @@
-"""What an extraction says before and after its work, as text or JSON; knows nothing of how it works."""
+"""Reports of an extraction as text or JSON: its plan, and duplicate images."""
 
 from __future__ import annotations
 
 import json
-import logging
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,44 +12,36 @@ from typing import Any
 
 import numpy as np
 
-from llava_twophase.cache.codec import Codec
 from llava_twophase.cache.quarantine import Quarantined
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.extract.break_even import Pays
-from llava_twophase.extract.decode import CropDataset
-from llava_twophase.extract.encode import Encoder
+from llava_twophase.extract.break_even import BreakEven
 from llava_twophase.extract.plan import Plan
 from llava_twophase.files import free_bytes
-from llava_twophase.vision.images import Images
-from llava_twophase.vision.tower import VisionTower
 
-logger = logging.getLogger(__name__)
-
-_CALIBRATION_SECONDS = 5.0
-_SHOWN = 20
+_EXAMPLES = 20
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What ``--plan`` prints.
+    """The report that ``--plan`` prints.
 
     Attributes:
         records: Records of the data file.
-        images: Images that they name.
-        repeated: Images that more than one record names; each is encoded once.
+        images: Distinct images of the records.
+        repeated: Images with more than one record; each is encoded once.
         cached: Images that are in the cache.
-        quarantined: Images left out by an earlier run, whose files have not changed.
+        quarantined: Images skipped by an earlier run whose files have not changed.
         missing: Images to encode without a file.
-        unusable: Images to encode that are empty, foreign or too large, by the beginning of their files.
+        unusable: Images to encode whose files are empty, not images, or too large, judged by their first bytes.
         to_encode: Images to encode.
         shards: Shards to write.
-        bytes: Stored bytes to come.
-        free_bytes: Free bytes of the cache's disk.
-        fits: Whether they fit.
-        images_per_second: Of a short calibration of one rank; None without work.
-        seconds: The estimate; None without work.
-        examples: Some of the missing and unusable ones.
-        pays: With ``--llm``: training runs with the cache and without.
+        bytes: Bytes to write.
+        free_bytes: Free bytes on the cache's disk.
+        fits: Whether the features fit on the disk.
+        images_per_second: Measured rate of one rank; None without work.
+        seconds: Estimated time; None without work.
+        examples: Some of the missing and unusable images.
+        break_even: With ``--llm``: training runs with the cache and without.
     """
 
     records: int
@@ -69,24 +59,24 @@ class PlanReport:
     images_per_second: float | None = None
     seconds: float | None = None
     examples: list[str] = field(default_factory=list)
-    pays: Pays | None = None
+    break_even: BreakEven | None = None
 
     def text(self) -> str:
         """Return the report in lines."""
         lines = [
-            f"records     {self.records}, naming {self.images} images ({self.repeated} of them more than once)",
+            f"records     {self.records}, with {self.images} images ({self.repeated} of them in several records)",
             f"cached      {self.cached}",
             f"quarantined {self.quarantined}",
-            f"to encode   {self.to_encode}, of which {self.missing} are missing and {self.unusable} unusable",
+            f"to encode   {self.to_encode}, of which {self.missing} are missing and {self.unusable} cannot be used",
             f"shards      {self.shards}",
             f"disk        {self.bytes / 1e9:.3f} GB of {self.free_bytes / 1e9:.3f} GB free"
             + ("" if self.fits else ": they do not fit"),
         ]
         if self.seconds is not None and self.images_per_second is not None:
-            left = timedelta(seconds=round(self.seconds))
-            lines.append(f"time        {left}, at {self.images_per_second:.2f} images/s")
-        if self.pays is not None:
-            lines.append(self.pays.text())
+            estimate = timedelta(seconds=round(self.seconds))
+            lines.append(f"time        {estimate}, at {self.images_per_second:.2f} images/s")
+        if self.break_even is not None:
+            lines.append(self.break_even.text())
         return "\n".join([*lines, *(f"  {example}" for example in self.examples)])
 
     def json(self) -> str:
@@ -102,22 +92,19 @@ def report_plan(
     row_bytes: int,
     cache: Path,
     rate: float | None,
-    pays: Pays | None = None,
+    break_even: BreakEven | None = None,
 ) -> PlanReport:
-    """Gather what ``--plan`` prints.
+    """Make the report that ``--plan`` prints.
 
     Args:
         records: The image key of each record.
         plan: The plan.
-        bad: Images to encode that cannot be used, the missing ones included.
-        missing: How many of them are missing.
+        bad: Images to encode that cannot be used, missing ones included.
+        missing: Number of missing images.
         row_bytes: Stored bytes of one image.
         cache: The cache's directory.
-        rate: Images/s, where they were measured.
-        pays: Training runs with the cache and without, where they were weighed.
-
-    Returns:
-        The report.
+        rate: Measured images per second, if any.
+        break_even: Training runs with the cache and without, if computed.
     """
     counts = Counter(records)
     images = len(plan.keys)
@@ -137,37 +124,9 @@ def report_plan(
         fits=needed <= free,
         images_per_second=rate,
         seconds=images / rate if rate and images else None,
-        pays=pays,
-        examples=[f"{entry.key}: {entry.reason}" for entry in bad[:_SHOWN]],
+        break_even=break_even,
+        examples=[f"{entry.key}: {entry.reason}" for entry in bad[:_EXAMPLES]],
     )
-
-
-def calibrate(
-    images: Images, tower: VisionTower, codec: Codec, keys: Sequence[str], batch_size: int, num_workers: int
-) -> tuple[float, float] | None:
-    """Measure how many images/s one rank makes, on the first images that can be used; takes some seconds.
-
-    Returns:
-        Images/s of the tower, and of decoding by all workers; the slower one is the extraction's. None where no image
-        can be used.
-    """
-    dataset = CropDataset(images, tower.preprocessor, [keys[: max(1, batch_size)]])
-    started = time.perf_counter()
-    crops = dataset[0]
-    decode = (time.perf_counter() - started) / max(1, len(crops.keys))
-    if not crops.keys:
-        return None
-    encoder = Encoder(tower, codec)
-    count, spent, rate = 1, 0.0, 0.0
-    # Ever larger batches, up to a full one that has been run before: the first of a size pays for what is set up once.
-    while spent < _CALIBRATION_SECONDS:
-        started = time.perf_counter()
-        encoder(crops.pixels[:count]).numpy()
-        seconds = time.perf_counter() - started
-        spent += seconds
-        rate = max(rate, count / seconds)
-        count = min(4 * count, len(crops.keys), max(1, int(rate * (_CALIBRATION_SECONDS - spent))))
-    return rate, max(1, num_workers) / decode
 
 
 def report_twins(cache: FeatureCache) -> str | None:

@@ -23,16 +23,16 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_writer import ShardSpec
 from llava_twophase.distributed import Ranks
 from llava_twophase.errors import UserError, combined_error
-from llava_twophase.extract.break_even import llm_config, measure_step, weigh
-from llava_twophase.extract.calibrate import measure_channels
+from llava_twophase.extract.break_even import compute_break_even, llm_config, measure_step
+from llava_twophase.extract.calibrate import measure_channels, measure_rates
 from llava_twophase.extract.decode import find_bad, still_bad
 from llava_twophase.extract.pipeline import Options, extract
 from llava_twophase.extract.plan import Plan, make_plan, sealed_shards, shard_path
 from llava_twophase.extract.progress import Progress
 from llava_twophase.extract.ranks import Peers
-from llava_twophase.extract.report import calibrate, report_plan, report_twins
-from llava_twophase.extract.stage_times import StageTimes
+from llava_twophase.extract.report import report_plan, report_twins
 from llava_twophase.extract.target import existing_manifest, explain_disk_errors, locked, remove_work_files
+from llava_twophase.extract.timings import Timings
 from llava_twophase.extract.tower import fingerprint_of, load_tower, plain_codec, provenance, require_same, shard_spec
 from llava_twophase.files import require_free_space, require_writable
 from llava_twophase.records import Record
@@ -105,17 +105,24 @@ def _show_plan(job: Job) -> int:
     if manifest is not None:
         require_same(job.cache, manifest, fingerprint_of(tower, args))
     codec = plain_codec(tower, args.storage)
-    # Of what is to encode; where that is nothing, an LLM is weighed against any of the images.
+    # Measured on images to encode; without any, the break-even is measured on the images of the records.
     tried = plan.keys if plan.work else job.keys if llm else []
-    rates = calibrate(job.images, tower, codec, tried, args.batch_size, args.num_workers) if tried else None
-    pays = None
+    rates = measure_rates(job.images, tower, codec, tried, args.batch_size, args.num_workers) if tried else None
+    break_even = None
     if llm is not None and rates is not None:
-        step = measure_step(llm, tower.feature_shape[0], tower.device)
-        pays = weigh(args.llm, args.runs or 3, len(job.records), len(plan.keys), step, rates, codec.row_bytes)
+        break_even = compute_break_even(
+            llm=args.llm,
+            runs=args.runs or 3,
+            samples=len(job.records),
+            to_encode=len(plan.keys),
+            step_seconds=measure_step(llm, tower.feature_shape[0], tower.device),
+            rates=rates,
+            row_bytes=codec.row_bytes,
+        )
     elif llm is not None:
         logger.warning("--llm: none of the first %d images can be used, so nothing was measured", args.batch_size)
-    rate = min(rates) if rates else None
-    report = report_plan(job.records, plan, bad, len(missing), codec.row_bytes, job.cache, rate, pays)
+    rate = rates.extraction if rates else None
+    report = report_plan(job.records, plan, bad, len(missing), codec.row_bytes, job.cache, rate, break_even)
     print(report.json() if args.json else report.text())
     return 0 if report.fits and (args.on_bad_image == "skip" or not bad) else 1
 
@@ -179,8 +186,8 @@ def _follow(job: Job) -> int:
     position = {number: position for position, number in enumerate(told["numbers"])}
     mine = [shard for shard in plan.work if job.peers.ranks.owns(position.get(shard.number, -1))]
     done: Counter[str] = Counter()
-    for step in extract(cache, mine, job.images, tower, shard_spec(tower, manifest), job.options, StageTimes()):
-        done.update(images=step.images, quarantined=step.bad, deep=step.deep)
+    for step in extract(cache, mine, job.images, tower, shard_spec(tower, manifest), job.options, Timings()):
+        done.update(images=step.images, quarantined=step.bad, high_bit_depth=step.high_bit_depth)
         job.peers.publish(done.copy())
         job.peers.check()
     job.peers.tell(f"done/{job.peers.ranks.rank}", done)
@@ -189,13 +196,13 @@ def _follow(job: Job) -> int:
 
 
 def _work(job: Job, manifest: Manifest, plan: Plan, tower: VisionTower, spec: ShardSpec) -> None:
-    cache, peers, times = job.cache, job.peers, StageTimes()
+    cache, peers, timings = job.cache, job.peers, Timings()
     mine = [shard for position, shard in enumerate(plan.work) if peers.ranks.owns(position)]
     done: Counter[str] = Counter()
     started = time.perf_counter()
     with Progress(len(plan.keys), spec.row_bytes) as progress:
-        for step in extract(cache, mine, job.images, tower, spec, job.options, times):
-            done.update(images=step.images, quarantined=step.bad, deep=step.deep)
+        for step in extract(cache, mine, job.images, tower, spec, job.options, timings):
+            done.update(images=step.images, quarantined=step.bad, high_bit_depth=step.high_bit_depth)
             peers.publish(done.copy())
             peers.check()
             progress.show(peers.total())
@@ -212,9 +219,11 @@ def _work(job: Job, manifest: Manifest, plan: Plan, tower: VisionTower, spec: Sh
     logger.info(
         "%s: complete, %d images in %d shards (%.1f images/s)", cache, manifest.rows, len(manifest.shards), rate
     )
-    logger.info("%s%s", "" if peers.ranks.world_size == 1 else "rank 0: ", times.describe())
-    if done["deep"]:
-        logger.warning("%d images have more than 8 bits a channel; they are clipped, as LLaVA does", done["deep"])
+    logger.info("%s%s", "" if peers.ranks.world_size == 1 else "rank 0: ", timings.describe())
+    if done["high_bit_depth"]:
+        logger.warning(
+            "%d images have more than 8 bits per channel; their values are clipped, as in LLaVA", done["high_bit_depth"]
+        )
     _log_left_out(list(read_quarantine(cache).values()))
     twins = report_twins(FeatureCache(cache))
     if twins is not None:

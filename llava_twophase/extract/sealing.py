@@ -15,9 +15,9 @@ import numpy as np
 from llava_twophase.cache.manifest import ShardEntry
 from llava_twophase.cache.quarantine import Quarantined, write_part
 from llava_twophase.cache.shard_writer import NotFinite, ShardSpec, ShardWriter
-from llava_twophase.extract.encode import Rows
+from llava_twophase.extract.encode import EncodedBatch
 from llava_twophase.extract.plan import ShardWork, shard_path
-from llava_twophase.extract.stage_times import StageTimes
+from llava_twophase.extract.timings import Timings
 
 # Batches that wait for the disk; more would only fill the memory.
 _PENDING = 3
@@ -47,11 +47,11 @@ class ShardQueue:
         cache: The cache's directory.
         spec: What all shards share.
         skip_bad: Whether features that are not finite are left out; else they are an error.
-        times: Where the time goes is added up here.
+        timings: The time of each step is added to it.
     """
 
-    def __init__(self, cache: Path, spec: ShardSpec, skip_bad: bool, times: StageTimes) -> None:
-        self._cache, self._spec, self._skip_bad, self._times = cache, spec, skip_bad, times
+    def __init__(self, cache: Path, spec: ShardSpec, skip_bad: bool, timings: Timings) -> None:
+        self._cache, self._spec, self._skip_bad, self._timings = cache, spec, skip_bad, timings
         self._writers: dict[int, ShardWriter] = {}
         self._bad: dict[int, list[Quarantined]] = defaultdict(list)
         self._write_thread, self._seal_thread = ThreadPoolExecutor(1, "writer"), ThreadPoolExecutor(1, "sealer")
@@ -68,7 +68,7 @@ class ShardQueue:
         for writer in self._writers.values():
             writer.discard()
 
-    def append(self, shard: ShardWork, keys: Sequence[str], sources: list[Any], rows: Rows | None) -> None:
+    def append(self, shard: ShardWork, keys: Sequence[str], sources: list[Any], rows: EncodedBatch | None) -> None:
         """Write the next rows of a shard; waits only while too many are waiting already.
 
         Args:
@@ -85,7 +85,7 @@ class ShardQueue:
         started = time.perf_counter()
         while len(self._writes) > _PENDING:
             self._writes.pop(0).result()
-        self._times.stalled += time.perf_counter() - started
+        self._timings.waiting_for_disk += time.perf_counter() - started
 
     def leave_out(self, shard: ShardWork, bad: Sequence[Quarantined]) -> None:
         """Say which images of a shard get no row; before the rows behind them are appended."""
@@ -111,15 +111,15 @@ class ShardQueue:
             self._writes.pop(0).result()
         while self._seals and (wait or self._seals[0].done()):
             done.append(self._seals.pop(0).result())
-        self._times.stalled += time.perf_counter() - started
+        self._timings.waiting_for_disk += time.perf_counter() - started
         return done
 
-    def _append(self, shard: ShardWork, keys: Sequence[str], sources: list[Any], rows: Rows | None) -> None:
+    def _append(self, shard: ShardWork, keys: Sequence[str], sources: list[Any], rows: EncodedBatch | None) -> None:
         if rows is None:
             return
         values = rows.numpy()  # uint8 [B, row_bytes]
-        self._times.encode += rows.encode_seconds
-        self._times.copy += rows.copy_seconds
+        self._timings.encode += rows.encode_seconds
+        self._timings.copy += rows.copy_seconds
         started = time.perf_counter()
         writer = self._writer(shard)
         try:
@@ -136,7 +136,7 @@ class ShardQueue:
             self._leave_out(shard, bad)
             kept = [row for row in range(len(keys)) if row not in lost]
             writer.append(values[np.array(kept, int)], [sources[row] for row in kept])
-        self._times.write += time.perf_counter() - started
+        self._timings.write += time.perf_counter() - started
 
     def _leave_out(self, shard: ShardWork, bad: Sequence[Quarantined]) -> None:
         writer = self._writer(shard)
@@ -159,7 +159,7 @@ class ShardQueue:
         if entry is None:
             writer.discard()
         del self._writers[shard.number]
-        self._times.seal += time.perf_counter() - started
+        self._timings.seal += time.perf_counter() - started
         return Sealed(shard.number, entry, bad)
 
     def _writer(self, shard: ShardWork) -> ShardWriter:

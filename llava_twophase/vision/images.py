@@ -19,7 +19,7 @@ from llava_twophase.errors import UserError, combined_error
 # From this many pictures of one folder on, listing it is cheaper than asking for each.
 _LIST_FROM = 16
 # Modes of more than 8 bits a channel, which convert("RGB") clips.
-_DEEP_MODES = ("I", "F")
+_HIGH_BIT_DEPTH_MODES = ("I", "F")
 
 
 class BadImage(Exception):
@@ -176,18 +176,18 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         BadImage: It is no picture, truncated, or beyond Pillow's decompression-bomb limit.
     """
-    return decode_noting_depth(data)[0]
+    return decode_image(data)[0]
 
 
-def decode_noting_depth(data: bytes) -> tuple[Image.Image, bool]:
+def decode_image(data: bytes) -> tuple[Image.Image, bool]:
     """Decode like ``decode``, and tell whether the picture had more than 8 bits a channel, which were clipped."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of palettes with transparency and of large pictures, once an image: noise at 558K images.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
-                deep = image.mode.split(";")[0] in _DEEP_MODES
-                return image.convert("RGB"), deep
+                high_bit_depth = image.mode.split(";")[0] in _HIGH_BIT_DEPTH_MODES
+                return image.convert("RGB"), high_bit_depth
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged files, MemoryError included
         raise BadImage(_reason(error)) from None
 

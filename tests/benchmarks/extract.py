@@ -1,16 +1,16 @@
-"""How much of the tower's own speed phase one keeps, and how it compares with LLaVA's way, side by side.
+"""Speed of phase one compared with the tower alone and with LLaVA's way.
 
     python tests/benchmarks/extract.py                  # full-size CLIP-L/14-336 in bf16; half an hour on two CPU cores
     python tests/benchmarks/extract.py --layers 3       # the same with a shorter tower, in minutes
 
-Every repetition runs, in turn and on the same weights, dtype, pictures and threads:
+Every repetition runs in turn, with the same weights, dtype, images and threads:
 
 (tower)     our tower alone, on crops that are ready
-(pipeline)  phase one whole: JPEG files to sealed, synced shards, worker processes and their start included
-(llava)     LLaVA's way: its processor for each picture, the whole tower with output_hidden_states, in one loop
+(pipeline)  complete phase one: JPEG files to sealed, synced shards, including the start of worker processes
+(llava)     LLaVA's way: its processor for each image, the complete tower with output_hidden_states, in one loop
 (matmul)    the machine's rate for a bf16 product of two 2048 x 2048 matrices
 
-Ratios are medians of the repetitions' own ratios, so that other load on the machine disturbs both sides. Weights are
+Ratios are medians of the repetitions' own ratios, so that other load on the machine affects both sides. Weights are
 random: speed does not depend on them. The last line is one JSON object.
 """
 
@@ -34,7 +34,7 @@ from transformers import AutoImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from llava_twophase.cache.shard_writer import ShardSpec
 from llava_twophase.extract.pipeline import Options, extract
 from llava_twophase.extract.plan import ShardWork
-from llava_twophase.extract.stage_times import StageTimes
+from llava_twophase.extract.timings import Timings
 from llava_twophase.vision.images import ImageFolder
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
@@ -73,7 +73,7 @@ def write_tower(folder, layers):
 
 
 def write_pictures(folder, count):
-    """JPEGs of LLaVA-Pretrain's kind: some 60 KB, 500 by 375 pixels, detail on every scale."""
+    """JPEGs like those of LLaVA-Pretrain: about 60 KB, 500 by 375 pixels, detail on every scale."""
     rng = np.random.default_rng(0)
     keys = []
     for number in range(count):
@@ -93,7 +93,7 @@ def flops(layers):
 
 
 class Ways:
-    """The four ways to spend a repetition; each returns a rate: images/s, or FLOP/s for the product."""
+    """The four parts of a repetition; each returns a rate: images/s, or FLOP/s for the product."""
 
     def __init__(self, args, folder):
         self.args, self.folder = args, folder
@@ -107,7 +107,7 @@ class Ways:
         pictures = [Image.open(folder / "images" / key).convert("RGB") for key in self.keys]
         self.crops = torch.from_numpy(np.stack([self.preprocessor.crop(picture) for picture in pictures]))
         self.matrix = torch.randn(2048, 2048, dtype=torch.bfloat16)
-        self.rss, self.runs, self.times = [], 0, StageTimes()
+        self.rss, self.runs, self.timings = [], 0, Timings()
 
     def tower(self):
         started = time.perf_counter()
@@ -123,9 +123,9 @@ class Ways:
         size = self.args.images_per_shard
         work = [ShardWork(i, self.keys[start : start + size]) for i, start in enumerate(range(0, len(self.keys), size))]
         options = Options(self.args.batch_size, self.args.num_workers)
-        self.times, rss = StageTimes(), []
+        self.timings, rss = Timings(), []
         started = time.perf_counter()
-        for _ in extract(cache, work, self.images, self.ours, spec, options, self.times):
+        for _ in extract(cache, work, self.images, self.ours, spec, options, self.timings):
             rss.append(resident_bytes())
         seconds = time.perf_counter() - started
         self.rss.append(rss)
@@ -161,10 +161,10 @@ def resident_bytes():
 
 
 def measure(ways, repetitions):
-    """Rates by way, one list each; the order turns from one repetition to the next."""
+    """Rates of each part, one list each; the order rotates from one repetition to the next."""
     names = ("tower", "pipeline", "llava", "matmul")
     rates = {name: [] for name in names}
-    ways.ours.encode(ways.crops[: ways.args.batch_size])  # what is set up once
+    ways.ours.encode(ways.crops[: ways.args.batch_size])  # one-time set-up
     for repetition in range(repetitions):
         for place in range(len(names)):
             name = names[(place + repetition) % len(names)]
@@ -191,7 +191,7 @@ def summary(ways, rates, args):
         "llava_images_per_second": round(statistics.median(rates["llava"]), 4),
         "matmul_tflops": round(statistics.median(rates["matmul"]) / 1e12, 4),
         "rss_growth_mb_second_half": round(growth / 1e6, 1),
-        "bound_by": ways.times.bound_by(),
+        "bound_by": ways.timings.bound_by(),
         **{name: getattr(args, name) for name in ("layers", "images", "batch_size", "num_workers", "repetitions")},
         "threads": torch.get_num_threads(),
         "cpu": platform.processor() or platform.machine(),

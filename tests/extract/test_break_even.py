@@ -1,4 +1,4 @@
-"""When a cache pays: the arithmetic, a measured step, and what `--plan --llm` says of it."""
+"""Break-even of a cache: the arithmetic, a measured step, and the output of `--plan --llm`."""
 
 import json
 
@@ -7,42 +7,43 @@ import torch
 
 import drawn
 from llava_twophase.errors import UserError
-from llava_twophase.extract.break_even import SIZES, llm_config, measure_step, weigh
+from llava_twophase.extract.break_even import SIZES, compute_break_even, llm_config, measure_step
+from llava_twophase.extract.calibrate import Rates
 
 
-def weighed(**changes):
+def computed(**changes):
     """558,128 records, as many images, an LLM that takes nine times what the tower takes."""
-    known = {"samples": 558_128, "to_encode": 558_128, "step_seconds": 0.09, "rates": (100.0, 1000.0)}
-    return weigh("13B", **{"runs": 4, "row_bytes": 1_179_648, **known, **changes})
+    known = {"samples": 558_128, "to_encode": 558_128, "step_seconds": 0.09, "rates": Rates(100.0, 1000.0)}
+    return compute_break_even("13B", **{"runs": 4, "row_bytes": 1_179_648, **known, **changes})
 
 
-def test_every_run_but_the_first_saves_the_extraction():
-    pays = weighed()
-    assert pays.extraction_seconds == pytest.approx(5581.28)
-    assert pays.run_seconds_on_the_fly - pays.run_seconds == pytest.approx(pays.extraction_seconds)
-    assert pays.seconds_on_the_fly - pays.seconds == pytest.approx(3 * pays.extraction_seconds)
-    assert pays.saved == pytest.approx(0.1 * 3 / 4)
-    assert pays.pays_from == 2
-    assert pays.read_mb_per_second == pytest.approx(1.179648 / 0.09)
-    assert "pays from run 2 on;" in pays.text() and "7.5 % saved" in pays.text()
+def test_every_run_except_the_first_saves_the_extraction():
+    break_even = computed()
+    assert break_even.extraction_seconds == pytest.approx(5581.28)
+    assert break_even.run_seconds_on_the_fly - break_even.run_seconds == pytest.approx(break_even.extraction_seconds)
+    assert break_even.seconds_on_the_fly - break_even.seconds == pytest.approx(3 * break_even.extraction_seconds)
+    assert break_even.saved == pytest.approx(0.1 * 3 / 4)
+    assert break_even.first_faster_run == 2
+    assert break_even.read_mb_per_second == pytest.approx(1.179648 / 0.09)
+    assert "breaks even at run 2;" in break_even.text() and "7.5 % saved" in break_even.text()
 
 
-def test_one_run_never_pays():
-    pays = weighed(runs=1)
-    assert pays.saved == pytest.approx(0) and "does not pay within 1 run;" in pays.text()
+def test_one_run_does_not_break_even():
+    break_even = computed(runs=1)
+    assert break_even.saved == pytest.approx(0) and "does not break even within 1 run;" in break_even.text()
 
 
-def test_where_it_hardly_pays_is_said():
-    assert "from run 2 on, but hardly" in weighed(step_seconds=1.0).text()
+def test_text_reports_small_savings():
+    assert "breaks even at run 2 but saves less than 5%" in computed(step_seconds=1.0).text()
 
 
 @pytest.mark.parametrize(("to_encode", "first"), [(0, 1), (100, 1), (558_128, 2), (3 * 558_128, 4)])
-def test_what_is_cached_is_paid(to_encode, first):
-    pays = weighed(to_encode=to_encode)
-    assert pays.pays_from == first
+def test_cached_images_need_no_extraction(to_encode, first):
+    break_even = computed(to_encode=to_encode)
+    assert break_even.first_faster_run == first
     for runs, faster in ((first, True), (first - 1, False)):
         if runs:
-            again = weighed(to_encode=to_encode, runs=runs)
+            again = computed(to_encode=to_encode, runs=runs)
             assert (again.seconds < again.seconds_on_the_fly - 1e-6) is faster
 
 
@@ -50,22 +51,22 @@ def test_what_is_cached_is_paid(to_encode, first):
     ("decode", "extraction", "gain", "first"),
     [
         (0.01, 0.01, 0.01, 2),  # as fast as the tower
-        (0.045, 0.045, 0.01, 5),  # hidden behind the step on the fly, not in an extraction
+        (0.045, 0.045, 0.01, 5),  # overlaps with the step on the fly, not in an extraction
         (0.095, 0.095, 0.01, 10),  # nearly as slow as tower and step together
         (0.19, 0.19, 0.10, 2),  # every run on the fly waits for it
     ],
 )
-def test_decoding_is_hidden_on_the_fly_before_it_is_in_an_extraction(decode, extraction, gain, first):
-    pays = weighed(rates=(100.0, 1 / decode))
-    assert pays.extraction_seconds == pytest.approx(558_128 * extraction)
-    assert pays.run_seconds_on_the_fly - pays.run_seconds == pytest.approx(558_128 * gain)
-    assert pays.pays_from == first
-    once_more = weighed(rates=(100.0, 1 / decode), runs=first + 1)
+def test_decoding_overlaps_with_tower_and_step(decode, extraction, gain, first):
+    break_even = computed(rates=Rates(100.0, 1 / decode))
+    assert break_even.extraction_seconds == pytest.approx(558_128 * extraction)
+    assert break_even.run_seconds_on_the_fly - break_even.run_seconds == pytest.approx(558_128 * gain)
+    assert break_even.first_faster_run == first
+    once_more = computed(rates=Rates(100.0, 1 / decode), runs=first + 1)
     assert once_more.seconds < once_more.seconds_on_the_fly
 
 
-def test_a_step_takes_time_for_every_layer(tiny_llama, monkeypatch):
-    monkeypatch.setattr("llava_twophase.extract.break_even._SECONDS", 0.1)
+def test_measure_step_grows_with_the_number_of_layers(tiny_llama, monkeypatch):
+    monkeypatch.setattr("llava_twophase.extract.break_even._MEASURED_SECONDS", 0.1)
     few, many = llm_config("135M"), llm_config("135M")
     few.num_hidden_layers, many.num_hidden_layers = 1, 1000
     cpu = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_a_step_takes_time_for_every_layer(tiny_llama, monkeypatch):
     assert measure_step(llm_config(str(tiny_llama)), 16, cpu) > 0
 
 
-def test_sizes_are_what_they_are_called():
+def test_sizes_match_their_names():
     for name, (hidden, inner, layers, heads, kv_heads) in SIZES.items():
         attention = 2 * hidden * hidden * (1 + kv_heads / heads)
         billions = layers * (attention + 3 * hidden * inner) / 1e9
@@ -81,31 +82,35 @@ def test_sizes_are_what_they_are_called():
         assert 0.65 * stated < billions < 1.05 * stated, name  # without embeddings
 
 
-def test_an_llm_that_is_none_is_named(tmp_path):
+def test_llm_config_refuses_a_missing_folder(tmp_path):
     with pytest.raises(UserError, match=r"--llm .*nowhere: expected one of 135M, 0.5B"):
         llm_config(str(tmp_path / "nowhere"))
 
 
-def test_an_llm_is_no_tower(tiny_clip):
+def test_llm_config_refuses_a_tower(tiny_clip):
     with pytest.raises(UserError, match="is a clip_vision_model; expected one of 135M"):
         llm_config(str(tiny_clip))
 
 
-def test_sizes_are_known_in_either_case():
+def test_llm_config_ignores_the_case_of_sizes():
     assert llm_config("7b").hidden_size == llm_config("7B").hidden_size == 4096
 
 
-def test_nothing_usable_is_said(server, command, image_set, tmp_path):
+def test_plan_without_usable_images_measures_nothing(server, command, image_set, tmp_path):
     records = drawn.write_records([drawn.make_record("x", "gone.jpg", "x")], tmp_path / "records.json")
     log = server.run([*command(data_path=records, on_bad_image="skip"), "--plan", "--llm", "135M"])
     assert "none of the first 3 images can be used, so nothing was measured" in log and "a run " not in log
 
 
-def test_the_plan_says_when_the_cache_pays(server, command, tiny_llama):
+def test_plan_prints_the_break_even(server, command, tiny_llama):
     log = server.run([*command(), "--plan", "--llm", "135M", "--runs", "5"])
-    assert "with 135M on this device alone" in log and "5 runs" in log and "from run" in log
+    assert "with 135M on this device alone" in log and "5 runs" in log and "the cache   " in log
     server.run(command())
     log = server.run([*command(), "--plan", "--json", "--llm", str(tiny_llama)])
-    pays = json.loads(log[log.index("{\n") :])["pays"]
-    assert pays["runs"] == 3 and pays["extraction_seconds"] == 0 and pays["pays_from"] == 1
-    assert pays["samples"] == 30 and pays["step_seconds"] > 0 and pays["seconds"] < pays["seconds_on_the_fly"]
+    break_even = json.loads(log[log.index("{\n") :])["break_even"]
+    assert break_even["runs"] == 3 and break_even["extraction_seconds"] == 0 and break_even["first_faster_run"] == 1
+    assert (
+        break_even["samples"] == 30
+        and break_even["step_seconds"] > 0
+        and break_even["seconds"] < break_even["seconds_on_the_fly"]
+    )

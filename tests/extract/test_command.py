@@ -192,7 +192,7 @@ def test_features_that_are_not_finite_end_the_run(server, command, tiny_clip, tm
 
 def test_plan_writes_nothing_and_says_all(server, command, image_set, tmp_path):
     log = server.run([*command(), "--plan"])
-    assert "30, naming 29 images (1 of them more than once)" in log
+    assert "30, with 29 images (1 of them in several records)" in log
     assert not (tmp_path / "cache").exists()
     server.run(command(data_path=subset(image_set, 12, tmp_path / "some.json")))
     before = files(tmp_path / "cache")

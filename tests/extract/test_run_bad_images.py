@@ -1,4 +1,4 @@
-"""Images that cannot be used: named before the tower loads, or left out and remembered; never replaced."""
+"""Images that cannot be used: reported before the tower loads, or skipped and quarantined; never replaced."""
 
 import json
 import shutil
@@ -10,12 +10,8 @@ from PIL import Image
 import drawn
 from extract.server import files
 from llava_twophase.cache.check.verify import verify
-from llava_twophase.cache.quarantine import Quarantined, read_parts, read_quarantine
+from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.shard_writer import NotFinite, ShardSpec
-from llava_twophase.extract.plan import ShardWork
-from llava_twophase.extract.sealing import ShardQueue
-from llava_twophase.extract.stage_times import StageTimes
 
 HTML = b"<!DOCTYPE html><html><body>404 not found</body></html>"
 BAD = ("00000/000000002.jpg", "00001/000000001.jpg", "odd/gray.jpg", "odd/tall.jpg", "other/same_name.png")
@@ -23,7 +19,7 @@ BAD = ("00000/000000002.jpg", "00001/000000001.jpg", "odd/gray.jpg", "odd/tall.j
 
 @pytest.fixture
 def broken(image_set, tmp_path):
-    """A copy of the image folder with a missing, an empty, a foreign, a cut and a too large picture: BAD."""
+    """A copy of the image folder with a missing, an empty, a foreign, a truncated and a too large image: BAD."""
     folder = shutil.copytree(image_set.folder, tmp_path / "images")
     (folder / BAD[0]).write_bytes(HTML)
     (folder / BAD[1]).write_bytes((folder / BAD[1]).read_bytes()[:-300])
@@ -33,7 +29,7 @@ def broken(image_set, tmp_path):
     return folder
 
 
-def test_all_that_can_be_known_is_named_before_the_tower_loads(server, command, broken, tmp_path):
+def test_extract_reports_bad_images_before_the_tower_loads(server, command, broken, tmp_path):
     log = server.run(command(image_folder=broken, vision_tower="nowhere/to-be-loaded-from"), expect=1)
     assert "4 of 29 images" in log and "(1 are missing)" in log and "--on_bad_image skip" in log
     for key, reason in (
@@ -46,7 +42,7 @@ def test_all_that_can_be_known_is_named_before_the_tower_loads(server, command, 
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cut_picture_ends_the_run_where_it_is_met(server, command, image_set, tmp_path):
+def test_extract_stops_at_a_truncated_image(server, command, image_set, tmp_path):
     folder = shutil.copytree(image_set.folder, tmp_path / "images")
     key = image_set.keys[10]
     content = (folder / key).read_bytes()
@@ -59,12 +55,12 @@ def test_a_cut_picture_ends_the_run_where_it_is_met(server, command, image_set, 
     assert "8 images cached, 21 to encode" in log
 
 
-def test_no_bad_image_means_skip_changes_nothing(server, command, whole, tmp_path):
+def test_extract_with_skip_and_no_bad_image_gives_the_same_cache(server, command, whole, tmp_path):
     server.run(command(on_bad_image="skip"))
     assert files(tmp_path / "cache") == whole
 
 
-def test_skipping_leaves_out_and_remembers(server, command, broken, image_set, tmp_path):
+def test_extract_with_skip_quarantines_bad_images(server, command, broken, image_set, tmp_path):
     cache = tmp_path / "cache"
     log = server.run(command(image_folder=broken, on_bad_image="skip"))
     assert "complete, 24 images in 4 shards" in log and "5 images are quarantined" in log
@@ -80,8 +76,8 @@ def test_skipping_leaves_out_and_remembers(server, command, broken, image_set, t
     assert sorted(path.name for path in (cache / "shards").iterdir()) == [f"shard-00000{n}.h5" for n in range(4)]
 
 
-def test_rows_do_not_depend_on_what_is_left_out_before_them(server, command, broken, image_set, whole, tmp_path):
-    """A batch that lost an image is not filled up from the next one, so all other batches stay what they were."""
+def test_rows_do_not_depend_on_skipped_images(server, command, broken, image_set, whole, tmp_path):
+    """A batch that lost an image is not filled up from the next one, so all other batches are unchanged."""
     server.run(command(feature_cache=tmp_path / "all"))
     server.run(command(image_folder=broken, on_bad_image="skip"))
     left, every = FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "all")
@@ -94,7 +90,7 @@ def test_rows_do_not_depend_on_what_is_left_out_before_them(server, command, bro
             np.testing.assert_allclose(left.read_raw(kept), every.read_raw(kept), rtol=1e-4, atol=1e-5)
 
 
-def test_a_second_run_tries_only_what_changed(server, command, broken, image_set, tmp_path):
+def test_second_run_tries_only_changed_images(server, command, broken, image_set, tmp_path):
     cache = tmp_path / "cache"
     skipping = command(image_folder=broken, on_bad_image="skip")
     server.run(skipping)
@@ -102,9 +98,9 @@ def test_a_second_run_tries_only_what_changed(server, command, broken, image_set
     log = server.run(skipping)
     assert "nothing to do" in log and "5 images are quarantined" in log
     assert files(cache) == before
-    for key in (BAD[0], BAD[3]):  # one mended, one that turned up
+    for key in (BAD[0], BAD[3]):  # one fixed, one added
         shutil.copy(image_set.folder / key, broken / key)
-    (broken / BAD[2]).write_bytes(HTML)  # one that is bad in another way now
+    (broken / BAD[2]).write_bytes(HTML)  # one bad for another reason
     log = server.run(skipping)
     assert "24 images cached, 3 to encode into 1 shards" in log and "complete, 26 images" in log
     assert sorted(read_quarantine(cache)) == sorted([BAD[1], BAD[2], BAD[4]])
@@ -114,7 +110,7 @@ def test_a_second_run_tries_only_what_changed(server, command, broken, image_set
     assert "nothing to do" in server.run(skipping)
 
 
-def test_fail_names_what_was_quarantined(server, command, broken, tmp_path):
+def test_extract_with_fail_reports_quarantined_images(server, command, broken, tmp_path):
     server.run(command(image_folder=broken, on_bad_image="skip"))
     before = files(tmp_path / "cache")
     log = server.run(command(image_folder=broken), expect=1)
@@ -122,7 +118,7 @@ def test_fail_names_what_was_quarantined(server, command, broken, tmp_path):
     assert files(tmp_path / "cache") == before
 
 
-def test_every_image_of_a_shard_may_be_bad(server, command, image_set, tmp_path):
+def test_extract_with_skip_allows_a_shard_without_usable_images(server, command, image_set, tmp_path):
     folder = shutil.copytree(image_set.folder, tmp_path / "images")
     for key in image_set.keys[8:16]:
         (folder / key).write_bytes(HTML)
@@ -133,7 +129,7 @@ def test_every_image_of_a_shard_may_be_bad(server, command, image_set, tmp_path)
     assert "nothing to do" in server.run(flags)
 
 
-def test_nothing_usable_is_an_error(server, command, image_set, tmp_path):
+def test_extract_refuses_data_without_usable_images(server, command, image_set, tmp_path):
     folder = shutil.copytree(image_set.folder, tmp_path / "images")
     for key in image_set.keys:
         (folder / key).write_bytes(HTML)
@@ -146,66 +142,21 @@ def test_nothing_usable_is_an_error(server, command, image_set, tmp_path):
     assert not (tmp_path / "cache" / "quarantine.jsonl").exists()
 
 
-def test_a_wrong_folder_is_not_skipped_whole(server, command, tmp_path):
+def test_extract_refuses_a_folder_without_any_of_the_images(server, command, tmp_path):
     (tmp_path / "empty").mkdir()
     log = server.run(command(image_folder=tmp_path / "empty", on_bad_image="skip"), expect=1)
     assert "none of the records' 29 images" in log
     assert not (tmp_path / "cache").exists()
 
 
-class Rows:
-    """Stands for rows that the device made: float32 [B, 2, 4]."""
-
-    def __init__(self, values):
-        self.values = values
-        self.encode_seconds = self.copy_seconds = 0.0
-
-    def numpy(self):
-        return self.values
-
-
-@pytest.fixture
-def overflow(tmp_path):
-    """Two batches of three rows, of which the second and the fourth are not finite, put into a queue."""
-    (tmp_path / "shards").mkdir()
-    spec = ShardSpec((2, 4), "float32", {"a": 1}, {"b": 2})
-    values = np.ones((6, 2, 4), np.float32)
-    values[1, 1, 3], values[3, 0, 0] = np.inf, np.nan
-    shard = ShardWork(0, [f"{row}.jpg" for row in range(6)])
-    sources = [(row, bytes([row] * 32)) for row in range(6)]
-
-    def put(skip):
-        with ShardQueue(tmp_path, spec, skip, StageTimes()) as queue:
-            for part in (slice(0, 3), slice(3, 6)):
-                queue.append(shard, shard.keys[part], sources[part], Rows(values[part]))
-            queue.finish(shard)
-            return queue.sealed(wait=True)
-
-    return put
-
-
-def test_features_that_are_not_finite_are_left_out(overflow, tmp_path):
-    (done,) = overflow(skip=True)
-    assert done.entry.rows == 4
-    reason = "the tower's features are not finite"
-    assert done.bad == [Quarantined(f"{row}.jpg", reason, row, bytes([row] * 32).hex()) for row in (1, 3)]
-    assert list(read_parts(tmp_path)["shard-000000.h5"].values()) == done.bad
-
-
-def test_features_that_are_not_finite_end_the_run_under_fail(overflow, tmp_path):
-    with pytest.raises(NotFinite, match="1.jpg"):
-        overflow(skip=False)
-    assert list((tmp_path / "shards").iterdir()) == []
-
-
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_an_archive_gives_the_same_cache(server, command, image_set, whole, tmp_path, kind):
+def test_extract_from_an_archive_gives_the_same_cache(server, command, image_set, whole, tmp_path, kind):
     archive = shutil.make_archive(str(tmp_path / "images"), kind, image_set.folder)
     server.run(command(image_folder=archive, num_workers=2))
     assert files(tmp_path / "cache") == whole
 
 
-def test_records_that_name_one_picture_twice_make_one_row(server, command, image_set, tmp_path):
+def test_extract_makes_one_row_for_an_image_of_several_records(server, command, image_set, tmp_path):
     records = [drawn.make_record(str(i), image_set.keys[i % 3], f"caption {i}") for i in range(9)]
     log = server.run(command(data_path=drawn.write_records(records, tmp_path / "r.json")))
     assert "complete, 3 images in 1 shards" in log

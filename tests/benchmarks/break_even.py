@@ -1,7 +1,7 @@
-"""When a cache pays, by the size of the LLM: measured on this machine, and on paper for another.
+"""Break-even of a cache by the size of the LLM: measured on this machine, or computed for another device.
 
-    python tests/benchmarks/pays.py                       # CLIP-L/14-336 with random weights, some minutes on two cores
-    python tests/benchmarks/pays.py --paper 400           # no measuring: a device that makes 400 TFLOP/s of everything
+    python tests/benchmarks/break_even.py                 # CLIP-L/14-336 with random weights, some minutes on two cores
+    python tests/benchmarks/break_even.py --paper 400     # computed: a device that reaches 400 TFLOP/s
 
 The same code as `extract_features.py --plan --llm`, for the 558,128 images and as many records of LLaVA-Pretrain and a
 bf16 cache. The last line is one JSON object.
@@ -9,7 +9,6 @@ bf16 cache. The last line is one JSON object.
 
 import argparse
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -23,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from extract import TOKENS, flops, write_pictures, write_tower
-from llava_twophase.extract.break_even import SIZES, llm_config, measure_step, weigh
-from llava_twophase.extract.report import calibrate
+from llava_twophase.cpu import available_cpus
+from llava_twophase.extract.break_even import SIZES, compute_break_even, llm_config, measure_step
+from llava_twophase.extract.calibrate import Rates, measure_rates
 from llava_twophase.extract.tower import plain_codec
 from llava_twophase.train.loop.metrics import StepFlops
 from llava_twophase.vision.images import ImageFolder
@@ -35,24 +35,24 @@ IMAGES, ROW_BYTES, LAYERS = 558_128, 1_179_648, 23
 
 
 def on_paper(teraflops):
-    """Images/s of the tower and of decoding, which keeps up; seconds a sample of each LLM. By counting FLOPs."""
+    """Rates of the tower and of decoding, which never limits; seconds per sample of each LLM. From FLOP counts."""
     steps = {}
     for name, (hidden, inner, layers, heads, kv_heads) in SIZES.items():
         weights = layers * (2 * hidden * hidden * (1 + kv_heads / heads) + 3 * hidden * inner)
         counts = StepFlops(int(weights), 0, layers * hidden)
         steps[name] = counts.count(1, TOKENS - 1 + 15, 0) / teraflops / 1e12
-    return (teraflops * 1e12 / flops(LAYERS), float("inf")), steps
+    return Rates(teraflops * 1e12 / flops(LAYERS), float("inf")), steps
 
 
 def measured(device):
-    """The same, by running them."""
+    """The same, measured."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tower(folder, LAYERS + 1)
         keys = write_pictures(folder, 8)
         tower = VisionTower(name, Preprocessor(name), dtype=torch.bfloat16, device=device)
         codec = plain_codec(tower, "bfloat16")
-        rates = calibrate(ImageFolder(folder), tower, codec, keys, len(keys), os.cpu_count() or 1)
+        rates = measure_rates(ImageFolder(folder), tower, codec, keys, len(keys), available_cpus())
         assert rates is not None
     return rates, {name: measure_step(llm_config(name), TOKENS - 1, device) for name in SIZES}
 
@@ -67,19 +67,35 @@ def main():
     name = (
         f"on paper, {args.paper:g} TFLOP/s"
         if args.paper
-        else f"{platform.platform()}, {device}, {os.cpu_count()} cores"
+        else f"{platform.platform()}, {device}, {available_cpus()} CPUs"
     )
     table = Table("LLM", "extraction", "a run, cached", "on the fly", f"{args.runs} runs save", "reads", box=None)
-    line = {"images_per_second": round(min(rates), 3)}
+    line = {"images_per_second": round(rates.extraction, 3)}
     for llm, step in steps.items():
-        pays = weigh(llm, args.runs, IMAGES, IMAGES, step, rates, ROW_BYTES)
-        hours = [seconds / 3600 for seconds in (pays.extraction_seconds, pays.run_seconds, pays.run_seconds_on_the_fly)]
-        table.add_row(
-            llm, *(f"{hour:.1f} h" for hour in hours), f"{pays.saved:.1%}", f"{pays.read_mb_per_second:,.0f} MB/s"
+        found = compute_break_even(
+            llm=llm,
+            runs=args.runs,
+            samples=IMAGES,
+            to_encode=IMAGES,
+            step_seconds=step,
+            rates=rates,
+            row_bytes=ROW_BYTES,
         )
-        line[llm] = {"step_seconds": round(step, 5), "saved": round(pays.saved, 4), "pays_from": pays.pays_from}
+        hours = [
+            seconds / 3600 for seconds in (found.extraction_seconds, found.run_seconds, found.run_seconds_on_the_fly)
+        ]
+        table.add_row(
+            llm, *(f"{hour:.1f} h" for hour in hours), f"{found.saved:.1%}", f"{found.read_mb_per_second:,.0f} MB/s"
+        )
+        line[llm] = {
+            "step_seconds": round(step, 5),
+            "saved": round(found.saved, 4),
+            "first_faster_run": found.first_faster_run,
+        }
     console = Console(width=110)
-    console.print(f"{name}; {IMAGES} images, {IMAGES * ROW_BYTES / 1e9:.0f} GB in bf16, {min(rates):.2f} images/s")
+    console.print(
+        f"{name}; {IMAGES} images, {IMAGES * ROW_BYTES / 1e9:.0f} GB in bf16, {rates.extraction:.2f} images/s"
+    )
     console.print(table)
     print(json.dumps(line))
 

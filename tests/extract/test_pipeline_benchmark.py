@@ -1,11 +1,11 @@
-"""The benchmark runs and its last line is what the README quotes; how fast things are is no matter of tests."""
+"""The extraction benchmark runs and prints the figures that the documentation quotes."""
 
 import json
 
 from helpers import run
 
 
-def test_the_extraction_benchmark(tmp_path):
+def test_benchmark_prints_its_ratios(tmp_path):
     small = ["--layers", "2", "--images", "4", "--batch_size", "2", "--images_per_shard", "2", "--repetitions", "1"]
     done = run(["python", "tests/benchmarks/extract.py", *small, "--folder", tmp_path], timeout=500)
     figures = json.loads(done.stdout.splitlines()[-1])
