@@ -1,6 +1,30 @@
 """LLaVA-1.5 stage 1 in two phases: extract patch features once, then train the projector from the feature cache.
 
-Importing this package loads no torch; each command imports what it needs once its arguments are known to be right.
+``CacheWriter``, ``FeatureCache`` and ``load_records`` are imported when they are first used, so importing this package
+loads neither numpy nor torch.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava_twophase.cache.reader import FeatureCache
+    from llava_twophase.cache.writer import CacheWriter
+    from llava_twophase.records import load_records
+
+__all__ = ["CacheWriter", "FeatureCache", "load_records"]
 __version__ = "0.1.0"
+
+_MODULES = {"CacheWriter": "cache.writer", "FeatureCache": "cache.reader", "load_records": "records"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -127,6 +127,29 @@ class Codec:
         values = (features.float() - mean) / std  # [B, L, D]
         return _encode_int8(values) if self.storage == "int8" else _encode_int4(values)
 
+    def numpy_to_rows(self, values: np.ndarray) -> np.ndarray:
+        """Turn features into stored rows without torch, bit for bit as ``to_rows`` does on a CPU.
+
+        Args:
+            values: float32 ``[B, L, D]``, finite; exact storage rounds to the nearest even value.
+
+        Returns:
+            ``uint8 [B, row_bytes]``. ``finite`` tells which rows hold a value that became infinite.
+        """
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            if self.channels is not None:
+                normalised = (values - self.channels.mean) / self.channels.std
+                encode = _numpy_int8 if self.storage == "int8" else _numpy_int4
+                stored, scale = encode(normalised)
+                parts = [part.reshape(len(values), -1).view(np.uint8) for part in (stored, scale)]
+                return np.concatenate(parts, axis=1)
+            if self.storage == "bfloat16":
+                bits = values.view(np.uint32)
+                stored = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+            else:
+                stored = values.astype(STORAGE_DTYPES[self.storage])
+        return stored.reshape(len(values), -1).view(np.uint8)
+
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Turn stored rows into features, on their device.
 
@@ -212,3 +235,22 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.where(scale == 0, 0.0, scale.float().reciprocal())
+
+
+def _numpy_int8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scale = (np.abs(values).max(axis=-1, keepdims=True) / np.float32(127)).astype(np.float16)  # [B, L, 1]
+    quantised = np.rint(values * _numpy_inverse(scale)).clip(-127, 127)
+    return quantised.astype(np.int8), scale
+
+
+def _numpy_int4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    blocks = values.reshape(*values.shape[:-1], -1, BLOCK)  # [B, L, K, 32]
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)  # [B, L, K, 1]
+    scale = (largest / np.float32(-8)).astype(np.float16)
+    quantised = (np.rint(blocks * _numpy_inverse(scale)).clip(-8, 7) + 8).astype(np.uint8)
+    pairs = quantised.reshape(*values.shape[:-1], -1, 2)  # [B, L, D / 2, 2]
+    return pairs[..., 0] | (pairs[..., 1] << 4), scale
+
+
+def _numpy_inverse(scale: np.ndarray) -> np.ndarray:
+    return np.where(scale == 0, np.float32(0), np.float32(1) / scale.astype(np.float32))

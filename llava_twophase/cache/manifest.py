@@ -42,7 +42,8 @@ class Manifest:
         images_per_shard: Rows of a full shard.
         complete: Whether the last extraction came to its end.
         channels: For int8 and int4, what ``codec.Channels.to_json`` gives; the same for every rank and after a resume.
-        plan: While incomplete, which work the shards from ``first_shard`` on belong to: see ``extract/plan.py``.
+        plan: The last extraction's plan: ``first_shard`` and ``digest``, see ``extract/plan.py``. ``software`` is what
+            the plan's shards record as theirs; without it, they record that of ``provenance``.
         shards: The sealed shards.
     """
 
@@ -58,6 +59,11 @@ class Manifest:
     def rows(self) -> int:
         """Images in the cache."""
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def software(self) -> dict[str, Any]:
+        """What the shards of the last plan record as their software."""
+        return dict(self.plan.get("software") or self.provenance.get("software") or {})
 
 
 def read_manifest(cache: Path) -> Manifest:

@@ -147,3 +147,25 @@ def test_what_cannot_be_stored_is_refused():
         Codec("int8", SHAPE)
     with pytest.raises(UserError, match="int8 needs the mean and std of 64 channels"):
         Codec("int8", SHAPE, Channels(np.zeros(32, "f4"), np.ones(32, "f4")))
+
+
+@pytest.mark.parametrize("storage", [*EXACT, "int8", "int4"])
+def test_numpy_to_rows_equals_to_rows_bit_for_bit(storage):
+    values = features(64)
+    values[0, 0] = 0.0
+    values[0, 1] = -0.0
+    values[1] *= 1e-6
+    values[2] *= 1e-42
+    values[3, :, :32] = 3.0
+    chosen = codec(storage)
+    if chosen.channels is not None:
+        values[4] = torch.from_numpy(chosen.channels.mean)
+    expected = chosen.to_rows(values).numpy()
+    np.testing.assert_array_equal(chosen.numpy_to_rows(values.numpy()), expected)
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8", "int4"])
+def test_numpy_to_rows_lets_finite_find_rows_that_overflow(storage):
+    values = features().numpy()
+    values[1, 0, 0] = 3.4e38
+    assert codec(storage).finite(codec(storage).numpy_to_rows(values)).tolist() == [True, False, True]
