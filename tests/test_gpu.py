@@ -18,10 +18,9 @@ from helpers import free_port, run
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.prefetch import PrefetchDataset
-from llava_twophase.train.model.frozen_llm import FrozenLLM
-from llava_twophase.train.model.micro_batches import Cut
+from llava_twophase.train.model.micro_batches import MicroBatching
 from test_end_to_end import extract_flags, train_flags
-from train.model.test_frozen_llm import build_batch, build_llm
+from train.model.llms import build_batch, build_llm, freeze, step
 
 pytestmark = pytest.mark.gpu
 
@@ -32,56 +31,48 @@ def on_gpu(batch, dtype=torch.float32):
     return features.to("cuda", dtype), ids.cuda(), labels.cuda(), lengths
 
 
-def step(frozen, batch):
-    """Loss and gradient of one step."""
-    leaf = batch[0].clone().requires_grad_()
-    loss = frozen.loss(leaf, *batch[1:])
-    loss.backward()
-    return loss.detach(), leaf.grad
-
-
 def test_a_step_equals_the_cpus():
     batch = build_batch()
-    expected = step(FrozenLLM(build_llm(), 1, 4), batch)
-    found = step(FrozenLLM(build_llm().cuda(), 1, 4), on_gpu(batch))
+    expected = step(freeze(build_llm(), 1, 4), *batch)
+    found = step(freeze(build_llm().cuda(), 1, 4), *on_gpu(batch))
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_flash_attention_takes_the_step():
     """It refuses a mask, so there is none."""
-    frozen = FrozenLLM(build_llm(dtype=torch.bfloat16).cuda(), 1, 4)
+    frozen = freeze(build_llm(dtype=torch.bfloat16).cuda(), 1, 4)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        loss, gradient = step(frozen, on_gpu(build_batch(), torch.bfloat16))
+        loss, gradient = step(frozen, *on_gpu(build_batch(), torch.bfloat16))
     assert torch.isfinite(loss) and gradient.abs().sum() > 0
 
 
 def test_a_step_never_waits_for_the_device():
-    frozen, batch = FrozenLLM(build_llm(dtype=torch.bfloat16).cuda(), 1, 4, 0), on_gpu(build_batch(), torch.bfloat16)
-    step(frozen, batch)
+    frozen, batch = freeze(build_llm(dtype=torch.bfloat16).cuda(), 1, 4, 0), on_gpu(build_batch(), torch.bfloat16)
+    step(frozen, *batch)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, gradient = step(frozen, batch)  # raises where it waits
+        loss, gradient = step(frozen, *batch)  # raises where it waits
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(loss) and gradient.abs().sum() > 0
 
 
 def test_a_real_out_of_memory_cuts_smaller():
-    frozen, batch = FrozenLLM(build_llm().cuda(), 1, 64, 0), on_gpu(build_batch((200,) * 64))
-    step(FrozenLLM(frozen.llm, 1, 1, 0), batch)
+    frozen, batch = freeze(build_llm().cuda(), 1, 64, 0), on_gpu(build_batch((200,) * 64))
+    step(freeze(frozen.llm, 1, 1, 0), *batch)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    expected = step(FrozenLLM(frozen.llm, 1, 8, 0), batch)
+    expected = step(freeze(frozen.llm, 1, 8, 0), *batch)
     _, total = torch.cuda.mem_get_info()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.2 * torch.cuda.max_memory_allocated() / total)
     try:
-        found = step(frozen, batch)
+        found = step(frozen, *batch)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert frozen.cut is not None and frozen.cut != Cut(64)
+    assert frozen.micro_batching is not None and frozen.micro_batching != MicroBatching(64)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 

@@ -161,11 +161,11 @@ class Arguments:
         return names[self.model.compute_dtype]
 
     @property
-    def cut(self) -> tuple[int | None, int | None]:
+    def micro_batching(self) -> tuple[int | None, int | None]:
         """``--micro_batch_size`` and ``--recompute``; None where the choice depends on free memory."""
-        rows = self.training.micro_batch_size
+        samples = self.training.micro_batch_size
         recompute = self.training.recompute
-        return None if rows == "auto" else int(rows), None if recompute == "auto" else int(recompute)
+        return None if samples == "auto" else int(samples), None if recompute == "auto" else int(recompute)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the flags as typed and all values with defaults, ready for JSON."""

@@ -15,9 +15,15 @@ from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.loop.artefacts import llava_config, write_artefacts
-from llava_twophase.train.loop.checkpoints import CheckpointKeeper, checkpoint_to_resume, explain_disk_errors, saved_cut
+from llava_twophase.train.loop.checkpoints import (
+    CheckpointKeeper,
+    checkpoint_to_resume,
+    explain_disk_errors,
+    saved_micro_batching,
+)
 from llava_twophase.train.loop.generated_captions import CaptionSamples
 from llava_twophase.train.loop.trainer import ProjectorTrainer
+from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel
 from llava_twophase.train.model.load_llm import gathered, load_llm
 from llava_twophase.train.preflight import Inputs, check_inputs, run_identity
@@ -74,16 +80,15 @@ def _train(arguments: Arguments) -> None:
 
 def _model(arguments: Arguments, inputs: Inputs, checkpoint: Path | None) -> LlavaProjectorModel:
     training, template = arguments.training, inputs.template
-    llm = load_llm(arguments)
-    model = LlavaProjectorModel(
-        llm, inputs.projector, template.image_at, template.image_tokens, inputs.source.encode, *arguments.cut
-    )
+    given = arguments.micro_batching
+    saved = saved_micro_batching(checkpoint) if checkpoint is not None and given == (None, None) else None
+    frozen = FrozenLLM(load_llm(arguments), template.image_at, *given)
+    if saved is not None:
+        frozen.micro_batching = saved
+    model = LlavaProjectorModel(frozen, inputs.projector, template.image_tokens, inputs.source.encode)
     model.accepts_loss_kwargs = training.average_tokens_across_devices
     if training.torch_compile:
-        model.frozen.compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
-    before = saved_cut(checkpoint) if checkpoint is not None and arguments.cut == (None, None) else None
-    if before is not None:
-        model.frozen.cut = before
+        frozen.compile(backend=training.torch_compile_backend, mode=training.torch_compile_mode)
     return model
 
 

@@ -16,7 +16,9 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.records import Record, load_records
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
+from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel
+from llava_twophase.train.model.load_llm import LoadedLLM
 from llava_twophase.train.model.projector import FILE, build_projector, load_projector
 
 BATCH = 32
@@ -53,7 +55,7 @@ class _Trained:
         module = build_projector(kind, width, model.config.hidden_size)
         load_projector(projector, module)
         self.template = PlainTemplate(self.tokenizer, text_encoder(llm, self.tokenizer), 2048, tokens)
-        self.model = LlavaProjectorModel(model, module, self.template.image_at).eval()
+        self.model = LlavaProjectorModel(FrozenLLM(LoadedLLM(model), self.template.image_at), module).eval()
 
     def loss(self, captions: Sequence[str], keys: Sequence[str]) -> float:
         """Return the mean loss over all caption tokens, caption i with the image of key i."""

@@ -39,8 +39,10 @@ sys.path.insert(0, str(ROOT))
 from llava_twophase.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from llava_twophase.train.data.collator import collate  # noqa: E402
 from llava_twophase.train.loop.metrics import StepFlops  # noqa: E402
+from llava_twophase.train.model.frozen_llm import FrozenLLM  # noqa: E402
 from llava_twophase.train.model.llava import LlavaProjectorModel  # noqa: E402
-from llava_twophase.train.model.micro_batches import Cut, paper_row  # noqa: E402
+from llava_twophase.train.model.load_llm import LoadedLLM  # noqa: E402
+from llava_twophase.train.model.micro_batches import MicroBatching, analytic_estimate  # noqa: E402
 from llava_twophase.train.model.projector import build_projector  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -203,7 +205,7 @@ def build_model(shape: Shape, way: Way, compiled: bool, ours: bool) -> nn.Module
         projector = build_projector("mlp2x_gelu", WIDTH, shape.hidden).to(torch.bfloat16)
     if not ours:
         return LlavaStep(llm, projector, build_tower() if way.tower else None, way)
-    model = LlavaProjectorModel(llm, projector, image_tokens=PATCHES)
+    model = LlavaProjectorModel(FrozenLLM(LoadedLLM(llm)), projector, image_tokens=PATCHES)
     if compiled:
         model.frozen.compile()
     return model
@@ -290,7 +292,7 @@ def run_way(shape: Shape, key: str, folder: Path, steps: int) -> dict[str, Any]:
         "matmul_tflops": rate / 1e12,
         "losses": clock.losses,
         "gradient_norms": clock.norms,
-        "cut": str(model.frozen.cut) if ours else "",
+        "micro_batches": str(model.frozen.micro_batching) if ours else "",
     }
 
 
@@ -328,8 +330,8 @@ def show(shape: Shape, results: dict[str, dict[str, Any]]) -> None:
         )
     Console(width=140).print(table)
     for run in results.values():
-        if run.get("cut"):
-            print(run["cut"])
+        if run.get("micro_batches"):
+            print(run["micro_batches"])
 
 
 def show_paper() -> None:
@@ -340,7 +342,8 @@ def show_paper() -> None:
     sample = {"input_ids": torch.zeros(16)}
     with torch.device("meta"):
         models = {
-            key: LlavaProjectorModel(LlamaForCausalLM(shape.config()), nn.Identity()) for key, shape in SHAPES.items()
+            key: LlavaProjectorModel(FrozenLLM(LoadedLLM(LlamaForCausalLM(shape.config()))), nn.Identity())
+            for key, shape in SHAPES.items()
         }
     line: dict[str, Any] = {}
     for key, way in WAYS.items():
@@ -351,8 +354,10 @@ def show_paper() -> None:
     for key, values in line.items():
         cells = (f"{value:.2f} {value / ours:.2f}" for value, ours in zip(values, line["ours"], strict=True))
         table.add_row(WAYS[key].name, *cells)
-    rows = [paper_row(shape.config(), PATCHES + 15, 14, 2) for shape in SHAPES.values()]
-    table.add_row("activations kept, GB a sample", *(f"{row.needed(Cut(1)) / 1e9:.2f}" for row in rows))
+    estimates = [analytic_estimate(shape.config(), PATCHES + 15, 14, 2) for shape in SHAPES.values()]
+    table.add_row(
+        "activations kept, GB a sample", *(f"{memory.needed(MicroBatching(1)) / 1e9:.2f}" for memory in estimates)
+    )
     Console(width=140).print(table)
     print(json.dumps(line))
 

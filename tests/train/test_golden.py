@@ -18,7 +18,9 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
+from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel
+from llava_twophase.train.model.load_llm import LoadedLLM
 from llava_twophase.train.model.projector import build_projector, load_projector
 from llava_twophase.vision.images import decode
 from llava_twophase.vision.preprocess import Preprocessor
@@ -253,7 +255,8 @@ def test_batches_splice_and_learn_as_llavas(llm, init, name):
     assert [len(sample["input_ids"]) - 1 + PATCHES for sample in samples] == batch["merged_lengths"]
     projector = build_projector("mlp2x_gelu", 64, 64)
     load_projector(init / "mlp2x_gelu.bin", projector)
-    model = LlavaProjectorModel(AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32), projector)
+    loaded = LoadedLLM(AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32))
+    model = LlavaProjectorModel(FrozenLLM(loaded), projector)
     collated = collate(samples)
     if f"{name}/inputs_embeds" in arrays:
         # LLaVA pads spliced embeddings with zeros; what stands there is never read.

@@ -25,12 +25,13 @@ from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import explain_os_errors
 from llava_twophase.train.loop.artefacts import write_json
 from llava_twophase.train.model.frozen_llm import FrozenLLM
-from llava_twophase.train.model.micro_batches import Cut
+from llava_twophase.train.model.micro_batches import MicroBatching
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-_CUT = "cut.json"
+_MICRO_BATCHING = "micro_batching.json"
+_MICRO_BATCHING_UNTIL_0_4 = "cut.json"
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -39,7 +40,7 @@ class CheckpointKeeper(TrainerCallback):
     Args:
         identity: What a run that goes on from them must have in common with this one.
         keep: How many to keep, None for all.
-        frozen: The LLM, whose cut of the batches is kept: another one would round otherwise after a resume.
+        frozen: The LLM, whose micro-batching is saved: another one would round differently after a resume.
     """
 
     def __init__(self, identity: dict[str, Any], keep: int | None, frozen: FrozenLLM | None = None) -> None:
@@ -73,8 +74,8 @@ class CheckpointKeeper(TrainerCallback):
             return
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"
-        if self._frozen is not None and self._frozen.cut is not None:
-            write_json(checkpoint / _CUT, asdict(self._frozen.cut))
+        if self._frozen is not None and self._frozen.micro_batching is not None:
+            write_json(checkpoint / _MICRO_BATCHING, asdict(self._frozen.micro_batching))
         for path in checkpoint.rglob("*"):
             if path.is_file():
                 _sync(path)
@@ -132,10 +133,19 @@ def checkpoint_to_resume(output_dir: Path, asked: str | None, identity: dict[str
     return found
 
 
-def saved_cut(checkpoint: Path) -> Cut | None:
-    """Return how batches were cut when a checkpoint was written."""
-    path = checkpoint / _CUT
-    return Cut(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+def saved_micro_batching(checkpoint: Path) -> MicroBatching | None:
+    """Return how batches were split when a checkpoint was written; None if no batch had been trained on.
+
+    Raises:
+        UserError: An earlier version of this program wrote the checkpoint.
+    """
+    if (checkpoint / _MICRO_BATCHING_UNTIL_0_4).is_file():
+        raise UserError(
+            f"{checkpoint} was written by an earlier version, whose micro-batches were chosen differently; resume it "
+            "with that version, or use another --output_dir"
+        )
+    path = checkpoint / _MICRO_BATCHING
+    return MicroBatching(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def explain_disk_errors(output_dir: Path) -> AbstractContextManager[None]:

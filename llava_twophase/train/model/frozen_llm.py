@@ -1,8 +1,8 @@
-"""The frozen LLM as one function, projected features -> loss; knows nothing of projectors, optimizers or files.
+"""The frozen LLM as one differentiable function, projected features -> loss.
 
-Nothing in the LLM is trained, so to autograd it can be a single node: its forward pass takes the batch through the LLM
-in micro-batches and differentiates each at once, its backward pass hands on the gradient found then. Activations exist
-for one micro-batch only, and whatever trains the projector (DDP, ZeRO, accumulation) sees an ordinary small model.
+Nothing in the LLM is trained, so autograd can treat it as a single node. The forward pass splits the batch into
+micro-batches and differentiates each one at once; the backward pass returns the gradient that was found. Activations
+exist for one micro-batch only, and DDP, ZeRO and gradient accumulation see an ordinary small model.
 
 Shapes: B samples, b of a micro-batch, T ids, L patch tokens, H width, V vocabulary; N = T - 1 + L spliced positions.
 """
@@ -10,75 +10,100 @@ Shapes: B samples, b of a micro-batch, T ids, L patch tokens, H width, V vocabul
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 from llava_twophase.constants import IGNORE_INDEX
 from llava_twophase.errors import UserError
+from llava_twophase.train.model.last_layer import LastLayer, decoder_layers
+from llava_twophase.train.model.load_llm import LoadedLLM
 from llava_twophase.train.model.micro_batches import (
-    Cut,
-    agreed,
-    choose_cut,
-    enough_rows,
-    free_bytes,
-    paper_row,
+    MicroBatching,
+    analytic_estimate,
+    choose_micro_batching,
+    free_memory,
+    saturating_samples,
     saved_bytes,
+    smallest_of_all_ranks,
 )
 
 logger = logging.getLogger(__name__)
 
 
-class FrozenLLM:
-    """A causal LM whose weights stay as they are.
-
-    Args:
-        llm: The LM, already on its device; its parameters stop requiring gradients.
-        image_at: Position of the image token in ``input_ids``: 1 behind a BOS, else 0.
-        micro_batch_size: Samples that go through the LLM at once; None chooses by memory.
-        recompute: 0 for nothing, k for every k-th layer; None chooses by memory.
+@dataclass(frozen=True)
+class _Batch:
+    """Part of a batch, or all of it.
 
     Attributes:
-        cut: The choice, made at the first batch; whoever resumes a run may set it to what that run had, because
-            another cut rounds otherwise.
+        features: ``[b, L, H]`` in the LLM's dtype.
+        input_ids: int64 ``[b, T]``.
+        labels: int64 ``[b, T]``.
+    """
+
+    features: torch.Tensor
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+    def select(self, index: torch.Tensor, length: int) -> _Batch:
+        """Return some samples, and of their ids the first `length`."""
+        return _Batch(self.features[index], self.input_ids[index, :length], self.labels[index, :length])
+
+
+class FrozenLLM:
+    """A causal LM whose weights do not change.
+
+    Args:
+        loaded: The LLM, already on its device; its parameters stop requiring gradients.
+        image_at: Position of the image token in ``input_ids``: 1 after a BOS, else 0.
+        micro_batch_size: Samples per micro-batch; None chooses by memory.
+        checkpoint_every: Activation checkpointing of every k-th layer, 0 for none; None chooses by memory.
+
+    Attributes:
+        micro_batching: How batches are split; None until the first batch with gradients has chosen it. A resumed run
+            must set it to the value of the interrupted run, because another value rounds differently.
     """
 
     def __init__(
-        self, llm: Any, image_at: int = 1, micro_batch_size: int | None = None, recompute: int | None = None
+        self,
+        loaded: LoadedLLM,
+        image_at: int = 1,
+        micro_batch_size: int | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
-        self.llm = llm.requires_grad_(False)
+        self.llm = loaded.model.requires_grad_(False)
         self.image_at = image_at
-        self._wanted = micro_batch_size, recompute
-        self._cut: Cut | None = None
-        self._last_layer = _LastLayer(llm)
-        # float16 gradients of a mean over a whole batch would vanish; a tensor, so that nothing waits for the device.
-        self._scale = torch.tensor(2.0**16 if llm.dtype == torch.float16 else 1.0, device=llm.device)
+        self._is_partitioned = loaded.is_partitioned
+        self._samples, self._checkpoint_every = micro_batch_size, checkpoint_every
+        self._micro_batching: MicroBatching | None = None
+        self._last_layer = LastLayer(self.llm)
+        # Gradients of a mean over a batch would underflow in float16. A tensor, so that nothing waits for the device.
+        self._scale = torch.tensor(2.0**16 if self.llm.dtype == torch.float16 else 1.0, device=self.llm.device)
 
     @property
-    def cut(self) -> Cut | None:
-        """How batches are cut; None before the first one."""
-        return self._cut
+    def micro_batching(self) -> MicroBatching | None:
+        """How batches are split into micro-batches; None before the first batch."""
+        return self._micro_batching
 
-    @cut.setter
-    def cut(self, cut: Cut) -> None:
-        self._cut = cut
-        if cut.recompute:
-            self.llm.activation_checkpointing_enable(every_n_layers=cut.recompute)
-            self.llm.disable_input_require_grads()  # that serves finetuning; here image positions alone need any
+    @micro_batching.setter
+    def micro_batching(self, choice: MicroBatching) -> None:
+        self._micro_batching = choice
+        if choice.checkpoint_every:
+            self.llm.activation_checkpointing_enable(every_n_layers=choice.checkpoint_every)
+            self.llm.disable_input_require_grads()  # for fine-tuning; here only image positions need gradients
         elif self.llm.is_activation_checkpointing:
             self.llm.activation_checkpointing_disable()
 
     def compile(self, **options: Any) -> None:
-        """Compile the decoder layers, which share one compilation; options are ``torch.compile``'s.
+        """Compile the decoder layers, which share one compilation, except the last, which has hooks.
 
-        The last one stays as it is: it shares the others' code, but not what is left out of it.
+        Args:
+            options: Options of ``torch.compile``.
         """
-        for layer in _layers(self.llm)[:-1]:
+        for layer in decoder_layers(self.llm)[:-1]:
             layer.compile(**options)
 
     def loss(
@@ -88,211 +113,178 @@ class FrozenLLM:
         labels: torch.Tensor,
         lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Return the mean loss over a batch's caption tokens, however the batch is cut.
+        """Return the mean loss over a batch's caption tokens, which does not depend on the micro-batches.
 
         Args:
             projected: ``[B, L, H]``, any float dtype.
             input_ids: int64 ``[B, T]``, right-padded.
-            labels: int64 ``[B, T]``, -100 where nothing is learnt.
-            lengths: Ids of each sample, on the host; with them micro-batches drop padding that is not theirs.
+            labels: int64 ``[B, T]``, -100 where no loss is computed.
+            lengths: Number of ids of each sample, on the host. Without them each micro-batch is padded as the batch is.
 
         Returns:
-            float32 scalar, differentiable with regard to `projected`; 0 where there is no caption token at all.
+            float32 scalar, differentiable with respect to `projected`; 0 if there is no caption token.
 
         Raises:
-            UserError: One sample does not fit in memory with every layer recomputed.
+            UserError: One sample does not fit in memory with activation checkpointing of every layer.
         """
-        learning = torch.is_grad_enabled() and projected.requires_grad
+        with_gradient = torch.is_grad_enabled() and projected.requires_grad
 
         def run(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            # Its weights have their own dtype already, so autocast could only cast what it need not.
+            batch = _Batch(features.detach().to(self.llm.dtype), input_ids, labels)
+            # The LLM's weights have the run's dtype already, so autocast would only add casts.
             with torch.autocast(features.device.type, enabled=False):
-                return self._batch(features, (input_ids, labels), lengths, learning)
+                return self._run_batch(batch, lengths, with_gradient)
 
-        if not learning:
+        if not with_gradient:
             return run(projected)[0]
-        return _Loss.apply(projected, run, self._scale)
-
-    def _batch(
-        self,
-        projected: torch.Tensor,
-        text: tuple[torch.Tensor, torch.Tensor],
-        lengths: Sequence[int] | None,
-        learning: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_ids, labels = text
-        features = projected.detach().to(self.llm.dtype)
-        batch, longest = input_ids.shape
-        if learning and self._cut is None:
-            self.cut = self._choose(features, input_ids, labels)
-        rows = self._cut.rows if self._cut else enough_rows(features)
-        # Longest first, so that a micro-batch holds little padding, and what does not fit shows at once.
-        lengths = [longest] * batch if lengths is None else lengths
-        order = sorted(range(batch), key=lambda index: -lengths[index])
-        # Divided before the sum, as a mean is: a sum of float16 gradients times the scale could overflow. A batch of
-        # captions without a token, as of dropped <unk>s alone, has a loss of 0, not of 0 / 0.
-        weight = self._scale / (labels[:, self.image_at + 1 :] != IGNORE_INDEX).sum().clamp(min=1)
-        total = torch.zeros((), device=features.device)
-        gradient = torch.empty_like(features) if learning else None
-        while order:
-            length = lengths[order[0]]
-            rows = min(rows, len(order))
-            index = torch.tensor(order[:rows]).to(features.device, non_blocking=True)
-            inputs = features[index], input_ids[index, :length], labels[index, :length]
-            try:
-                with self._last_layer.reading_from(self._first_read(features)):
-                    loss, part = self._piece(inputs, weight, learning)
-            except torch.OutOfMemoryError:
-                loss = None  # handled outside, where the traceback no longer holds the activations
-            if loss is None:
-                rows = self._cut_smaller(rows)
-                continue
-            total += loss
-            if gradient is not None:
-                gradient.index_copy_(0, index, part)
-            order = order[rows:]
-        if gradient is not None and self.llm.dtype == torch.float16:
-            self._lower_scale(gradient)
-        return total, gradient
-
-    def _piece(
-        self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], weight: torch.Tensor, learning: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take a micro-batch through the LLM: its share of the loss, and the gradient, empty if not learning."""
-        features, input_ids, labels = inputs
-        if not learning:
-            return self._sum(features, input_ids, labels) * (weight / self._scale), features.new_empty(0)
-        with torch.enable_grad():
-            leaf = features.detach().requires_grad_()
-            loss = self._sum(leaf, input_ids, labels) * weight
-            (gradient,) = torch.autograd.grad(loss, leaf)
-        return loss.detach() / self._scale, gradient
-
-    def _sum(self, features: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        embeds = self.splice(features, input_ids)  # [b, N, H]
-        # By index, not as a slice: a slice of the hidden states is not contiguous, and a frozen output embedding
-        # would be multiplied, even copied, once for each sample.
-        read = torch.arange(self._first_read(features), embeds.shape[1] - 1, device=embeds.device)
-        logits = self.llm(inputs_embeds=embeds, use_cache=False, logits_to_keep=read).logits  # [b, T - image_at - 1, V]
-        targets = labels[:, self.image_at + 1 :]  # [b, T - image_at - 1]
-        return cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-
-    def _first_read(self, features: torch.Tensor) -> int:
-        # The last image position predicts the caption's first token; nobody reads what comes before it.
-        return self.image_at + features.shape[1] - 1
+        loss: torch.Tensor = _Loss.apply(projected, run, self._scale)  # type: ignore[no-untyped-call]
+        return loss
 
     def splice(self, features: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Replace the image token of ``[b, T]`` ids by ``[b, L, H]`` features: ``[b, N, H]``."""
         text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # [b, T, H]
         return torch.cat([text[:, : self.image_at], features, text[:, self.image_at + 1 :]], dim=1)
 
-    def _choose(self, features: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> Cut:
-        """Choose the cut by what one sample's forward pass keeps, the same on all ranks, and say so."""
-        rows, recompute = self._wanted
-        batch = len(features)
-        if rows is not None and recompute is not None:
-            return Cut(min(rows, batch), recompute)
-        positions = input_ids.shape[1] + features.shape[1]
-        row = paper_row(self.llm.config.get_text_config(), positions, input_ids.shape[1], features.element_size())
-        # A trial knows the attention kernel, Liger's and the compiler's savings; a partitioned LLM (ZeRO-3) counts
-        # the passes through each layer, and would miss the trial's backward one.
-        if not hasattr(self.llm, "zero3_engine"):
-            row = replace(row, layer=self._trial(features, input_ids, labels) // row.layers)
-        free = free_bytes(features.device) - 4 * features.nbytes  # the projector's own gradients, still to come
-        enough = enough_rows(features)
-        cut = agreed(choose_cut(row, free, batch, enough, rows, recompute), features.device)
+    def _run_batch(
+        self, batch: _Batch, lengths: Sequence[int] | None, with_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the loss of a batch, and the scaled gradient of its features if asked for."""
+        if with_gradient and self._micro_batching is None:
+            self.micro_batching = self._choose(batch)
+        # Divided before the sum, as in a mean: a sum of float16 gradients times the scale could overflow. The clamp
+        # gives a batch without a caption token (dropped <unk>s only) a loss of 0 instead of 0 / 0.
+        weight = self._scale / (batch.labels[:, self.image_at + 1 :] != IGNORE_INDEX).sum().clamp(min=1)
+        total = torch.zeros((), device=batch.features.device)
+        gradient = torch.empty_like(batch.features) if with_gradient else None
+        # Longest first: a micro-batch holds little padding, and what does not fit is found at once.
+        size, longest = batch.input_ids.shape
+        lengths = [longest] * size if lengths is None else lengths
+        order = sorted(range(size), key=lambda sample: -lengths[sample])
+        while order:
+            chosen = order[: self._micro_batch_size(batch)]
+            index = torch.tensor(chosen).to(batch.features.device, non_blocking=True)
+            done = self._try_micro_batch(batch.select(index, lengths[chosen[0]]), weight, with_gradient)
+            if done is None:
+                self._shrink(len(chosen))
+                continue
+            total += done[0]
+            if gradient is not None:
+                gradient.index_copy_(0, index, done[1])
+            order = order[len(chosen) :]
+        if gradient is not None and self.llm.dtype == torch.float16:
+            self._lower_scale(gradient)
+        return total, gradient
+
+    def _micro_batch_size(self, batch: _Batch) -> int:
+        return self._micro_batching.samples if self._micro_batching else saturating_samples(batch.features)
+
+    def _try_micro_batch(
+        self, batch: _Batch, weight: torch.Tensor, with_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return a micro-batch's share of the loss and its scaled gradient; None if it does not fit in memory."""
+        try:
+            with self._last_layer.reading_from(self._first_read(batch)):
+                return self._run_micro_batch(batch, weight, with_gradient)
+        except torch.OutOfMemoryError:
+            return None  # handled by the caller: here the traceback still holds the activations
+
+    def _run_micro_batch(
+        self, batch: _Batch, weight: torch.Tensor, with_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not with_gradient:
+            return self._summed_loss(batch) * (weight / self._scale), batch.features.new_empty(0)
+        with torch.enable_grad():
+            leaf = batch.features.detach().requires_grad_()
+            loss = self._summed_loss(replace(batch, features=leaf)) * weight
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return loss.detach() / self._scale, gradient
+
+    def _summed_loss(self, batch: _Batch) -> torch.Tensor:
+        embeds = self.splice(batch.features, batch.input_ids)  # [b, N, H]
+        # By index: a slice of the hidden states is not contiguous, and a frozen output embedding would be multiplied,
+        # even copied, once for each sample.
+        read = torch.arange(self._first_read(batch), embeds.shape[1] - 1, device=embeds.device)
+        logits = self.llm(inputs_embeds=embeds, use_cache=False, logits_to_keep=read).logits  # [b, T - image_at - 1, V]
+        targets = batch.labels[:, self.image_at + 1 :]  # [b, T - image_at - 1]
+        return cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+
+    def _first_read(self, batch: _Batch) -> int:
+        # The last image position predicts the caption's first token; no output before it is read.
+        return self.image_at + batch.features.shape[1] - 1
+
+    def _choose(self, batch: _Batch) -> MicroBatching:
+        """Choose by what one sample's forward pass keeps, equally on all ranks, and log the choice."""
+        size, ids = batch.input_ids.shape
+        if self._samples is not None and self._checkpoint_every is not None:
+            return MicroBatching(min(self._samples, size), self._checkpoint_every)
+        features = batch.features
+        positions = ids + features.shape[1]
+        memory = analytic_estimate(self.llm.config.get_text_config(), positions, ids, features.element_size())
+        # A trial measures the attention kernel, and what Liger and the compiler save. A partitioned LLM counts the
+        # forward passes through each layer and would miss the backward pass of the trial.
+        if not self._is_partitioned:
+            memory = replace(memory, layer=self._trial(batch) // memory.layers)
+        free = free_memory(features.device) - 4 * features.nbytes  # for the gradients of the projector
+        choice = choose_micro_batching(
+            memory=memory,
+            free=free,
+            batch=size,
+            saturating=saturating_samples(features),
+            samples=self._samples,
+            checkpoint_every=self._checkpoint_every,
+        )
+        choice = smallest_of_all_ranks(choice, features.device)
         logger.info(
             "a batch of %d goes through the LLM in %s: about %.1f GB, %.1f GB are free "
             "(--micro_batch_size and --recompute override it; the losses are the same)",
-            batch,
-            cut,
-            row.needed(cut) / 1e9,
+            size,
+            choice,
+            memory.needed(choice) / 1e9,
             free / 1e9,
         )
-        return cut
+        return choice
 
-    def _trial(self, features: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> int:
-        with torch.enable_grad(), self._last_layer.reading_from(self._first_read(features)):
-            leaf = features[:1].detach().requires_grad_()
-            return saved_bytes(lambda: self._sum(leaf, input_ids[:1], labels[:1]), self.llm)
+    def _trial(self, batch: _Batch) -> int:
+        first = replace(batch, input_ids=batch.input_ids[:1], labels=batch.labels[:1])
+        with torch.enable_grad(), self._last_layer.reading_from(self._first_read(batch)):
+            leaf = batch.features[:1].detach().requires_grad_()
+            return saved_bytes(lambda: self._summed_loss(replace(first, features=leaf)), self.llm)
 
-    def _cut_smaller(self, rows: int) -> int:
-        cut = (self._cut or Cut(rows)).smaller()
-        if cut is None or hasattr(self.llm, "zero3_engine"):
-            # Ranks that share a partitioned LLM would wait for each other for ever if one of them cut otherwise.
+    def _shrink(self, failed: int) -> None:
+        """Continue with less memory after a micro-batch of so many samples did not fit."""
+        current = replace(self._micro_batching or MicroBatching(failed), samples=failed)
+        choice = current.smaller()
+        if choice is None or self._is_partitioned:
+            # Ranks that share a partitioned LLM would wait forever for a rank with other micro-batches.
             raise UserError(
-                f"out of memory with {self._cut or Cut(rows)}; try --micro_batch_size 1 --recompute 1, --bits 4, "
-                "a smaller LLM, or larger devices"
+                f"out of memory with {current}; try --micro_batch_size 1 --recompute 1, --bits 4, a smaller LLM, or "
+                "larger devices"
             )
-        logger.warning("out of memory; from here on: %s", cut)
-        self.cut = cut
+        logger.warning("out of memory; continuing with %s", choice)
+        self.micro_batching = choice
         if self.llm.device.type != "cpu":
             torch.get_device_module(self.llm.device).empty_cache()
-        return cut.rows
 
     def _lower_scale(self, gradient: torch.Tensor) -> None:
-        # What overflowed goes on to the trainer's own scaler, which skips the step; the next batch gets a smaller one.
+        # The overflow reaches the trainer's own scaler, which skips the step; the next batch gets a smaller scale.
         self._scale = torch.where(torch.isfinite(gradient).all(), self._scale, self._scale / 2)
 
 
 class _Loss(torch.autograd.Function):
-    """Loss and gradient in one go; the backward pass only multiplies."""
+    """Compute loss and gradient together in the forward pass; the backward pass only multiplies."""
 
     @staticmethod
     def forward(ctx: Any, projected: torch.Tensor, run: Callable[..., Any], scale: torch.Tensor) -> torch.Tensor:
         loss, gradient = run(projected)
         ctx.save_for_backward(gradient, scale)
         ctx.dtype = projected.dtype
-        return loss
+        result: torch.Tensor = loss
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient, scale = ctx.saved_tensors
         return gradient.to(ctx.dtype) * (grad_output / scale), None, None
-
-
-class _LastLayer:
-    """Leaves out, in the last decoder layer, what would be computed at positions that nobody reads.
-
-    Its keys and values are needed everywhere; queries, the attention's output projection and the MLP work position by
-    position, so their inputs lose the positions in front and their outputs get zeros there. What a layer does not have
-    under these names is computed in full.
-
-    Args:
-        llm: The LM; it is as it was outside of ``reading_from``.
-    """
-
-    def __init__(self, llm: Any) -> None:
-        layer = _layers(llm)[-1] if _layers(llm) else None
-        attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-        parts = [getattr(attention, "q_proj", None), getattr(attention, "o_proj", None)]
-        # A mixture of experts has no down_proj of its own, and may look at all positions together.
-        parts.append(mlp if isinstance(getattr(mlp, "down_proj", None), nn.Linear) else None)
-        self._parts = [part for part in parts if part is not None]
-
-    @contextmanager
-    def reading_from(self, position: int) -> Iterator[None]:
-        """Leave out the positions before this one, in forward passes and their recomputation."""
-
-        def drop(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            # By index for the same reason as in `_sum`: a linear layer copies its weight for what is not contiguous.
-            kept = torch.arange(position, inputs[0].shape[1], device=inputs[0].device)
-            return inputs[0].index_select(1, kept), *inputs[1:]
-
-        def restore(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            return pad(output, (0, 0, position, 0))
-
-        handles = [part.register_forward_pre_hook(drop) for part in self._parts]
-        handles += [part.register_forward_hook(restore) for part in self._parts]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _layers(llm: Any) -> Sequence[Any]:
-    return getattr(llm.get_decoder(), "layers", ())  # GPT-2, Falcon and MPT call them otherwise

@@ -1,10 +1,11 @@
-"""The frozen LLM: loaded once per rank, straight to where it stays; knows nothing of projectors or data."""
+"""Load the frozen LLM, once per rank and directly onto its device."""
 
 from __future__ import annotations
 
 import json
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,33 @@ from llava_twophase.train.arguments import Arguments
 logger = logging.getLogger(__name__)
 
 
-def load_llm(arguments: Arguments) -> Any:
+@dataclass(frozen=True)
+class LoadedLLM:
+    """A frozen causal LM, ready to run.
+
+    Attributes:
+        model: The transformers model.
+        zero3_engine: Under ZeRO-3, the DeepSpeed engine whose hooks gather the model's weights; must stay alive as long
+            as the model.
+    """
+
+    model: Any
+    zero3_engine: Any = None
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether the weights are partitioned over the ranks, so that all ranks must run the model together."""
+        return self.zero3_engine is not None
+
+
+def load_llm(arguments: Arguments) -> LoadedLLM:
     """Load the LLM, frozen, in the run's dtype.
 
-    Args:
-        arguments: The run's arguments.
-
     Returns:
-        A causal LM on this rank's device; under ZeRO-3 in parts over all ranks, gathered layer by layer when it runs.
+        A causal LM on this rank's device; under ZeRO-3 it is partitioned over all ranks and gathered layer by layer.
 
     Raises:
-        UserError: It cannot be loaded, or ``--bits`` asks for what is not there.
+        UserError: The LLM cannot be loaded, or its files lack weights.
     """
     model, training = arguments.model, arguments.training
     options: dict[str, Any] = {
@@ -40,9 +57,9 @@ def load_llm(arguments: Arguments) -> Any:
     }
     zero3 = is_zero3_enabled()
     if zero3:
-        _join_ranks()
+        _init_process_group()
     else:
-        # Straight to this rank's device: the host never holds one copy for each rank.
+        # Directly to this rank's device: the host never holds one copy for each rank.
         options["device_map"] = {"": training.device}
     if training.bits != 16:
         options["quantization_config"] = _quantization(arguments)
@@ -51,84 +68,87 @@ def load_llm(arguments: Arguments) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of all kinds, as a folder may hold anything; an ImportError names what a flag lacks
+    except Exception as error:  # a folder may hold anything; an ImportError says which package a flag needs
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {type(error).__name__}: {error}") from error
     llm, found = loaded
     if found["missing_keys"]:
         # transformers only warns of it, and the projector would learn to serve a layer of noise.
         raise combined_error(
-            sorted(found["missing_keys"]), f"--model_name_or_path {name} is not whole, it lacks weights"
+            sorted(found["missing_keys"]), f"--model_name_or_path {name} is incomplete: it lacks weights"
         )
     llm.requires_grad_(False)
-    # Beams, penalties and temperatures are for who chats with it; captions are sampled greedily.
-    llm.generation_config = GenerationConfig()
+    # Captions are generated greedily, whatever beams or temperatures the LLM's own file sets for chats.
+    llm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     if training.use_liger_kernel:
         apply_liger(llm, training.liger_kernel_config)
-    return _partitioned(llm, arguments) if zero3 else llm
+    return LoadedLLM(llm, _zero3_engine(llm, arguments) if zero3 else None)
 
 
 def gathered(module: nn.Module) -> AbstractContextManager[Any]:
-    """Hold a module's parameters whole on every rank, which under ZeRO-3 they are not; all ranks must enter."""
+    """Gather a module's complete parameters on every rank; under ZeRO-3 all ranks must enter this context."""
     if not is_zero3_enabled():
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(list(module.parameters()))
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(module.parameters()))
+    return context
 
 
 def require_bits(arguments: Arguments) -> None:
-    """Check that the quantisation asked for is there, before anything is loaded.
+    """Check that ``--bits`` can be honoured, before anything is loaded.
 
     Raises:
-        UserError: It is not.
+        UserError: bitsandbytes or a CUDA device is missing, or ZeRO-3 is enabled.
     """
     bits = arguments.training.bits
     if bits == 16:
         return
     if find_spec("bitsandbytes") is None:
-        raise UserError(f"--bits {bits} needs bitsandbytes: pip install bitsandbytes, or leave --bits out")
+        raise UserError(f"--bits {bits} needs bitsandbytes: pip install bitsandbytes, or omit --bits")
     if not torch.cuda.is_available():
-        raise UserError(f"--bits {bits} needs a CUDA device; leave --bits out")
+        raise UserError(f"--bits {bits} needs a CUDA device; omit --bits")
     if is_zero3_enabled():
-        raise UserError(f"--bits {bits} and ZeRO-3 exclude each other; use pipelines/zero2.json")
+        raise UserError(f"--bits {bits} does not work with ZeRO-3; use --deepspeed pipelines/zero2.json")
 
 
 def require_liger(arguments: Arguments) -> None:
     """Check that ``--use_liger_kernel`` can be honoured, before anything is loaded.
 
     Raises:
-        UserError: It cannot.
+        UserError: There is no accelerator, or liger-kernel is not installed.
     """
     if not arguments.training.use_liger_kernel:
         return
     if not torch.accelerator.is_available():
-        raise UserError("--use_liger_kernel True: its kernels are written in Triton and need a GPU; leave it out")
+        raise UserError("--use_liger_kernel True: its kernels are written in Triton and need a GPU; omit the flag")
     if find_spec("liger_kernel") is None:
-        raise UserError("--use_liger_kernel True needs liger-kernel: pip install liger-kernel, or leave it out")
+        raise UserError("--use_liger_kernel True needs liger-kernel: pip install liger-kernel, or omit the flag")
 
 
 def require_generation_config(arguments: Arguments) -> None:
-    """Check the LLM's ``generation_config.json``: an invalid one ends its loading, and LLaVA's saving of it.
+    """Check the LLM's ``generation_config.json``, before anything is loaded.
+
+    An invalid one makes loading fail. A contradictory one makes LLaVA's stage 2 fail when it saves the model: warn.
 
     Raises:
-        UserError: It cannot be loaded.
+        UserError: The file is invalid.
     """
     name = arguments.model.model_name_or_path
     try:
         generation = GenerationConfig.from_pretrained(name, cache_dir=arguments.training.cache_dir)
     except OSError:
-        return  # there is none, or none that can be read: the LLM loads without
+        return  # missing or unreadable: the LLM loads without it
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--model_name_or_path {name}: its generation_config.json is invalid; mend it: {error}"
+            f"--model_name_or_path {name}: its generation_config.json is invalid; fix it: {error}"
         ) from None
     try:
         generation.validate(strict=True)
     except ValueError as error:
         found = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- ")]
         logger.warning(
-            "%s: its generation_config.json is contradictory (%s). Nothing here minds, but in LLaVA's stage 2 "
-            "transformers 4.37 refuses to save a model with it, after the training",
+            "%s: its generation_config.json is contradictory (%s). This run does not use it, but LLaVA's stage 2 "
+            "(transformers 4.37) will fail to save the model after its training; fix the file",
             name,
             " ".join(found) or error,
         )
@@ -136,26 +156,26 @@ def require_generation_config(arguments: Arguments) -> None:
 
 def _quantization(arguments: Arguments) -> BitsAndBytesConfig:
     training = arguments.training
-    if training.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=arguments.dtype,
-        bnb_4bit_use_double_quant=training.double_quant,
-        bnb_4bit_quant_type=training.quant_type,
-    )
+    four_bits = {
+        "load_in_4bit": True,
+        "bnb_4bit_compute_dtype": arguments.dtype,
+        "bnb_4bit_use_double_quant": training.double_quant,
+        "bnb_4bit_quant_type": training.quant_type,
+    }
+    options = {"load_in_8bit": True} if training.bits == 8 else four_bits
+    return BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
 
 
-def _join_ranks() -> None:
-    # Weights are split over the ranks while they are read, so the ranks must have met before.
+def _init_process_group() -> None:
+    # Weights are partitioned while they are read, so the process group must exist first.
     import deepspeed
 
     deepspeed.init_distributed()
 
 
-def _partitioned(llm: Any, arguments: Arguments) -> Any:
-    # The LLM gets an engine of its own without an optimizer, whose hooks gather each layer's parts when it runs,
-    # forward and backward. Trainer's engine has the projector alone, and so have its checkpoints.
+def _zero3_engine(llm: Any, arguments: Arguments) -> Any:
+    # The LLM gets an engine of its own without an optimizer. Its hooks gather each layer's weights for the forward and
+    # the backward pass. Trainer's engine holds the projector alone, and so do its checkpoints.
     import deepspeed
 
     training = arguments.training
@@ -163,10 +183,10 @@ def _partitioned(llm: Any, arguments: Arguments) -> Any:
     content = given if isinstance(given, dict) else json.loads(Path(str(given)).read_text(encoding="utf-8"))
     zero = {name: value for name, value in content["zero_optimization"].items() if value != "auto"}
     zero.pop("offload_optimizer", None)
-    # Parameters in host memory are the LLM's matter: the projector stays on the device.
-    trainers = deepspeed_config(training)
-    assert trainers is not None, "ZeRO-3 is enabled"
-    trainers["zero_optimization"].pop("offload_param", None)
+    # offload_param is meant for the LLM; the projector stays on the device.
+    config_of_trainer = deepspeed_config(training)
+    assert config_of_trainer is not None, "ZeRO-3 is enabled"
+    config_of_trainer["zero_optimization"].pop("offload_param", None)
     config = {
         "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
         "zero_optimization": zero,
@@ -174,6 +194,4 @@ def _partitioned(llm: Any, arguments: Arguments) -> Any:
         "fp16": {"enabled": training.fp16},
     }
     engine, *_ = deepspeed.initialize(model=llm, config=config)
-    # Kept alive with the module: it owns the hooks.
-    llm.zero3_engine = [engine]
-    return llm
+    return engine

@@ -1,6 +1,6 @@
-"""How a batch is cut into micro-batches, and what is recomputed: from what autograd keeps and what the device has free.
+"""Choose the micro-batch size and activation checkpointing from measured activation size and free memory.
 
-Knows nothing of losses or projectors. The losses do not depend on the cut, so this is about speed and memory alone.
+Losses do not depend on this choice beyond rounding; speed and memory do.
 """
 
 from __future__ import annotations
@@ -13,52 +13,54 @@ from typing import Any
 import torch
 from torch import nn
 
-# Values of a micro-batch's hidden states beyond which larger matrices gain nothing. An accelerator wants many tiles, so
-# that its last wave of them matters little: 1280 tiles of 128 x 128 are ten waves on 132 multiprocessors, 4096
-# positions of width 5120. A CPU core has its rate much earlier (tests/benchmarks/train_step.py).
-ENOUGH_VALUES = {"cpu": 2**20}
-ENOUGH_VALUES_ON_ACCELERATORS = 20 * 2**20
-# Kept free for the allocator's fragments, and for batches with longer captions than the first one's.
+# Values of a micro-batch's hidden states beyond which larger matrices are no faster. On an accelerator the last wave of
+# tiles should be a small part of all: 1280 tiles of 128 x 128 are ten waves on 132 multiprocessors, 4096 positions of
+# width 5120. A CPU core reaches its full rate much earlier (tests/benchmarks/train_step.py).
+SATURATING_VALUES = {"cpu": 2**20}
+SATURATING_VALUES_ON_ACCELERATORS = 20 * 2**20
+# Part of the free memory that is left unused, for fragmentation and for batches with longer captions.
 MARGIN = 0.15
-# Every k-th layer, from nothing to all: each step down keeps less and recomputes more.
-RECOMPUTE_STEPS = (0, 4, 2, 1)
+# Every k-th layer is recomputed, from none to all: each step needs less memory and more computation.
+CHECKPOINT_STEPS = (0, 4, 2, 1)
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a batch goes through the LLM.
+class MicroBatching:
+    """How a batch is passed through the LLM.
 
     Attributes:
-        rows: Samples of one micro-batch.
-        recompute: 0 keeps all activations; k recomputes those of every k-th layer in the backward pass.
+        samples: Samples per micro-batch.
+        checkpoint_every: Activation checkpointing: 0 keeps all activations, k recomputes those of every k-th layer.
     """
 
-    rows: int
-    recompute: int = 0
+    samples: int
+    checkpoint_every: int = 0
 
-    def smaller(self) -> Cut | None:
-        """Return the next cut that needs less memory, or None when there is none."""
-        if self.rows > 1:
-            return replace(self, rows=self.rows // 2)
-        steps = RECOMPUTE_STEPS[1:]
-        left = [step for step in steps if not self.recompute or step < self.recompute]
-        return replace(self, recompute=left[0]) if left else None
+    def smaller(self) -> MicroBatching | None:
+        """Return the next choice that needs less memory; None if there is none."""
+        if self.samples > 1:
+            return replace(self, samples=self.samples // 2)
+        current = self.checkpoint_every
+        steps = [step for step in CHECKPOINT_STEPS if step and (not current or step < current)]
+        return replace(self, checkpoint_every=steps[0]) if steps else None
 
     def __str__(self) -> str:
-        """Say it for the log."""
-        words = {0: "nothing is recomputed", 1: "every layer is recomputed"}
-        recomputed = words.get(self.recompute, f"one layer in {self.recompute} is recomputed")
-        return f"micro-batches of {self.rows} sample{'s' if self.rows > 1 else ''}, {recomputed}"
+        """Return a description for the log."""
+        known = {0: "no activation checkpointing", 1: "activation checkpointing of every layer"}
+        checkpointing = known.get(
+            self.checkpoint_every, f"activation checkpointing of one layer in {self.checkpoint_every}"
+        )
+        return f"micro-batches of {self.samples} sample{'s' if self.samples > 1 else ''}, {checkpointing}"
 
 
 @dataclass(frozen=True)
-class RowMemory:
-    """What one sample costs, in bytes.
+class SampleMemory:
+    """Memory for the activations of one sample, in bytes.
 
     Attributes:
-        layers: Decoder layers.
-        layer: What autograd keeps of one layer.
-        boundary: What it keeps of a recomputed one: its input.
+        layers: Number of decoder layers.
+        layer: Activations that autograd keeps of one layer.
+        boundary: Activations that it keeps of one checkpointed layer: its input.
         head: Logits, their float32 copy, and the gradients of both.
     """
 
@@ -67,55 +69,60 @@ class RowMemory:
     boundary: int
     head: int
 
-    def needed(self, cut: Cut) -> int:
+    def needed(self, micro_batching: MicroBatching) -> int:
         """Return the peak of a micro-batch in bytes."""
-        recomputed = -(-self.layers // cut.recompute) if cut.recompute else 0
-        kept = recomputed * self.boundary + (self.layers - recomputed) * self.layer
-        # One layer's worth more: gradients of its activations while it is differentiated, and its recomputed self.
-        passing = self.layer * (2 if recomputed else 1)
-        return cut.rows * (kept + max(passing, self.head))
+        every = micro_batching.checkpoint_every
+        checkpointed = -(-self.layers // every) if every else 0
+        kept = checkpointed * self.boundary + (self.layers - checkpointed) * self.layer
+        # The backward pass needs one more layer: gradients of its activations, and what was recomputed.
+        passing = self.layer * (2 if checkpointed else 1)
+        return micro_batching.samples * (kept + max(passing, self.head))
 
 
-def choose_cut(
-    row: RowMemory, free: int, batch: int, enough: int, rows: int | None = None, recompute: int | None = None
-) -> Cut:
-    """Choose the fastest cut that fits: rather small micro-batches than recomputation, which costs half a step.
+def choose_micro_batching(
+    memory: SampleMemory,
+    free: int,
+    batch: int,
+    saturating: int,
+    samples: int | None = None,
+    checkpoint_every: int | None = None,
+) -> MicroBatching:
+    """Choose the fastest micro-batching that fits; small micro-batches cost less than recomputation.
 
-    Rows are powers of two, so that a little more or less free memory seldom changes the choice.
+    Sizes are powers of two, so a small difference in free memory seldom changes the choice.
 
     Args:
-        row: What one sample costs.
+        memory: Memory for one sample.
         free: Bytes that a micro-batch may take.
         batch: Samples of the batch.
-        enough: Rows beyond which nothing is gained.
-        rows: The user's own choice.
-        recompute: The user's own choice.
+        saturating: Samples beyond which larger micro-batches are no faster.
+        samples: The user's own choice.
+        checkpoint_every: The user's own choice.
 
     Returns:
-        The cut; the smallest allowed one when nothing fits.
+        The choice; the smallest allowed one if nothing fits.
     """
-    largest = 1 << (min(batch, max(enough, 1)) - 1).bit_length()
-    sizes = [largest >> power for power in range(largest.bit_length())] if rows is None else [rows]
-    cuts = [
-        Cut(size, step) for step in (RECOMPUTE_STEPS if recompute is None else (recompute,)) for size in sizes if size
-    ]
-    return next((cut for cut in cuts if row.needed(cut) <= free * (1 - MARGIN)), cuts[-1])
+    largest = 1 << (min(batch, max(saturating, 1)) - 1).bit_length()
+    sizes = [largest >> power for power in range(largest.bit_length())] if samples is None else [samples]
+    steps = CHECKPOINT_STEPS if checkpoint_every is None else (checkpoint_every,)
+    choices = [MicroBatching(size, step) for step in steps for size in sizes if size]
+    return next((choice for choice in choices if memory.needed(choice) <= free * (1 - MARGIN)), choices[-1])
 
 
-def enough_rows(features: torch.Tensor) -> int:
-    """Return how many samples, each of about ``[L, H]`` hidden states, fill the matrix units of their device."""
-    values = ENOUGH_VALUES.get(features.device.type, ENOUGH_VALUES_ON_ACCELERATORS)
+def saturating_samples(features: torch.Tensor) -> int:
+    """Return how many samples, each of about ``[L, H]`` hidden states, use the full rate of their device."""
+    values = SATURATING_VALUES.get(features.device.type, SATURATING_VALUES_ON_ACCELERATORS)
     return -(-values // (features.shape[1] * features.shape[2]))
 
 
-def paper_row(config: Any, positions: int, kept: int, element_size: int) -> RowMemory:
-    """Return what one sample costs a LLaMA-family LLM with frozen weights, on paper.
+def analytic_estimate(config: Any, positions: int, kept: int, element_size: int) -> SampleMemory:
+    """Estimate the memory for one sample from an LLM's configuration, for the LLaMA family with frozen weights.
 
-    A frozen matrix needs no saved input. What is kept of a layer: float32 inputs of two norms; queries, keys, values
-    and output of the attention; gate, its activation and up-projection of the MLP.
+    Autograd does not save the input of a frozen matrix. It keeps for a layer: float32 inputs of two norms; queries,
+    keys, values and output of the attention; gate, its activation and up-projection of the MLP.
 
     Args:
-        config: The LLM's.
+        config: The LLM's configuration.
         positions: N, spliced positions.
         kept: Positions whose logits are computed.
         element_size: Bytes of a value in the LLM's dtype.
@@ -123,9 +130,9 @@ def paper_row(config: Any, positions: int, kept: int, element_size: int) -> RowM
     hidden, heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden  # what GPT-2 and MPT leave unsaid
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden  # GPT-2 and MPT do not list it
     values = 2 * (heads + kv_heads) * head_dim + 3 * inner
-    return RowMemory(
+    return SampleMemory(
         layers=config.num_hidden_layers,
         layer=positions * (2 * 4 * hidden + element_size * values),
         boundary=positions * hidden * element_size,
@@ -134,24 +141,24 @@ def paper_row(config: Any, positions: int, kept: int, element_size: int) -> RowM
     )
 
 
-def agreed(cut: Cut, device: torch.device) -> Cut:
-    """Return what fits on every rank: ranks that cut alike wait alike for each other, and under ZeRO-3 they must."""
+def smallest_of_all_ranks(choice: MicroBatching, device: torch.device) -> MicroBatching:
+    """Return the choice that fits on every rank; ranks with equal micro-batches wait equally long for each other."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
-        return cut
-    nothing = 1 << 30
-    smallest = torch.tensor([cut.rows, cut.recompute or nothing], device=device)
+        return choice
+    none = 1 << 30
+    smallest = torch.tensor([choice.samples, choice.checkpoint_every or none], device=device)
     distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN)
-    rows, recompute = smallest.tolist()
-    return Cut(rows, 0 if recompute == nothing else recompute)
+    samples, checkpoint_every = smallest.tolist()
+    return MicroBatching(samples, 0 if checkpoint_every == none else checkpoint_every)
 
 
 def saved_bytes(forward: Callable[[], Any], module: nn.Module) -> int:
-    """Run a forward pass and return the bytes that autograd keeps for its backward pass, without the module's weights.
+    """Run a forward pass and return the bytes that autograd keeps for the backward pass, without the module's weights.
 
     Args:
-        forward: Runs it, and returns what holds the graph.
-        module: Whose parameters and buffers are there anyway.
+        forward: Runs the forward pass and returns what holds the graph.
+        module: Module whose parameters and buffers are not counted.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}
@@ -164,12 +171,12 @@ def saved_bytes(forward: Callable[[], Any], module: nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         graph = forward()
     total = sum(size for pointer, size in kept.items() if pointer not in own)
-    del graph  # until here, or a freed tensor's address could have been counted for another
+    del graph  # kept until here: the address of a freed tensor could have been used again
     return total
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the memory that this process can still take on a device, or on the host for a CPU.
+def free_memory(device: torch.device) -> int:
+    """Return the memory that this process can still allocate on a device, or on the host for a CPU.
 
     Ranks of one node share its host memory evenly.
     """
@@ -177,7 +184,7 @@ def free_bytes(device: torch.device) -> int:
         return _available_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = torch.get_device_module(device)
     free, _ = backend.mem_get_info(device)
-    return free + backend.memory_reserved(device) - backend.memory_allocated(device)
+    return int(free + backend.memory_reserved(device) - backend.memory_allocated(device))
 
 
 def _available_host_memory() -> int:
@@ -186,5 +193,5 @@ def _available_host_memory() -> int:
             fields = dict(line.split(":") for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        # Not Linux: all of the memory is the best that the standard library can tell.
+        # Not Linux: the standard library knows the total memory only.
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from llava_twophase.train.loop.checkpoints import (
     CheckpointKeeper,
     checkpoint_to_resume,
     explain_disk_errors,
+    saved_micro_batching,
     whole_checkpoints,
 )
+from llava_twophase.train.model.micro_batches import MicroBatching
 
 IDENTITY = {"world_size": 2, "features": {"select_layer": -2}}
 
@@ -125,3 +128,16 @@ def test_the_13bs_checkpoint_holds_its_projector_and_nothing_frozen(plain_set, t
     size = sum(path.stat().st_size for path in (output / "checkpoint-1").rglob("*"))
     assert 12 * weights < size < 12 * weights + 100_000
     assert (output / "mm_projector.bin").stat().st_size < 4 * weights + 100_000
+
+
+def test_saved_micro_batching_is_what_the_run_used(tmp_path):
+    assert saved_micro_batching(tmp_path) is None
+    choice = MicroBatching(4, checkpoint_every=2)
+    (tmp_path / "micro_batching.json").write_text(json.dumps(asdict(choice)), encoding="utf-8")
+    assert saved_micro_batching(tmp_path) == choice
+
+
+def test_saved_micro_batching_refuses_an_earlier_versions_checkpoint(tmp_path):
+    (tmp_path / "cut.json").write_text('{"rows": 4, "recompute": 0}', encoding="utf-8")
+    with pytest.raises(UserError, match="was written by an earlier version"):
+        saved_micro_batching(tmp_path)

@@ -1,4 +1,4 @@
-"""Splice and loss, against a plain forward pass of the whole LLM."""
+"""LlavaProjectorModel: splice and loss equal a plain forward pass of the LLM."""
 
 import pytest
 import torch
@@ -6,7 +6,9 @@ from transformers import AutoModelForCausalLM
 
 from llava_twophase.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_twophase.train.data.collator import collate
+from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel
+from llava_twophase.train.model.load_llm import LoadedLLM
 from llava_twophase.train.model.projector import build_projector
 
 PATCHES, WIDTH = 5, 8
@@ -16,7 +18,8 @@ PATCHES, WIDTH = 5, 8
 def model(tiny_llama):
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    return LlavaProjectorModel(llm, build_projector("mlp2x_gelu", WIDTH, llm.config.hidden_size)).train()
+    projector = build_projector("mlp2x_gelu", WIDTH, llm.config.hidden_size)
+    return LlavaProjectorModel(FrozenLLM(LoadedLLM(llm)), projector).train()
 
 
 def sample(caption, seed, bos=True):
@@ -28,12 +31,12 @@ def sample(caption, seed, bos=True):
     }
 
 
-# The pad token of LLaMA tokenizers is often <unk>, id 0: a real one inside a caption must count like any other.
+# The pad token of LLaMA tokenizers is often <unk>, id 0: inside a caption it must count like any other token.
 CAPTIONS = [[5, 6, 7, 8, 9], [10, 0, 11], [12]]
 
 
 def reference_loss(model, samples, image_at=1):
-    """Each sample alone and unpadded through the LLM, full logits, then the mean over all caption tokens."""
+    """The mean over all caption tokens, from one pass with all logits for each sample, unpadded."""
     losses = []
     for one in samples:
         embed = model.llm.get_input_embeddings()
@@ -48,29 +51,29 @@ def reference_loss(model, samples, image_at=1):
     return torch.cat(losses).mean()
 
 
-def test_loss_is_the_mean_over_the_batchs_caption_tokens(model):
+def test_forward_returns_the_mean_over_caption_tokens(model):
     samples = [sample(caption, seed) for seed, caption in enumerate(CAPTIONS)]
     loss = model(**collate(samples))["loss"]
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, reference_loss(model, samples), rtol=1e-6, atol=1e-6)
 
 
-def test_mean_over_the_tokens_of_several_batches(model):
-    """What --average_tokens_across_devices asks for: each batch's sum over the tokens of all."""
+def test_forward_with_num_items_in_batch_returns_the_sum_over_that_number(model):
+    """For --average_tokens_across_devices."""
     samples = [sample(caption, seed) for seed, caption in enumerate(CAPTIONS)]
     tokens = sum(map(len, CAPTIONS))
     parts = [model(**collate(part), num_items_in_batch=tokens)["loss"] for part in (samples[:1], samples[1:])]
     torch.testing.assert_close(sum(parts), reference_loss(model, samples), rtol=1e-6, atol=1e-6)
 
 
-def test_image_comes_first_without_bos(model):
-    model = LlavaProjectorModel(model.llm, model.mm_projector, image_at=0)
+def test_forward_without_bos_puts_the_image_first(model):
+    model = LlavaProjectorModel(FrozenLLM(LoadedLLM(model.llm), image_at=0), model.mm_projector)
     samples = [sample(caption, seed, bos=False) for seed, caption in enumerate(CAPTIONS)]
     expected = reference_loss(model, samples, image_at=0)
     torch.testing.assert_close(model(**collate(samples))["loss"], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_gradients_equal_the_references_and_reach_the_projector_alone(model):
+def test_gradients_equal_the_reference_and_reach_the_projector_only(model):
     samples = [sample(caption, seed) for seed, caption in enumerate(CAPTIONS)]
     model(**collate(samples))["loss"].backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
@@ -83,7 +86,7 @@ def test_gradients_equal_the_references_and_reach_the_projector_alone(model):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_recomputation_changes_no_gradient(model):
+def test_gradient_checkpointing_flag_changes_no_gradient(model):
     batch = collate([sample(caption, seed) for seed, caption in enumerate(CAPTIONS)])
     model(**batch)["loss"].backward()
     plain = [parameter.grad.clone() for parameter in model.parameters()]
@@ -93,18 +96,18 @@ def test_recomputation_changes_no_gradient(model):
     assert all(torch.equal(a, b.grad) for a, b in zip(plain, model.parameters(), strict=True))
 
 
-def test_state_dict_holds_the_projector_alone(model):
+def test_state_dict_holds_the_projector_only(model):
     assert list(model.state_dict()) == [f"mm_projector.{name}" for name in model.mm_projector.state_dict()]
     assert all(name.startswith("mm_projector.") for name, _ in model.named_parameters())
     assert not any(parameter.requires_grad for parameter in model.llm.parameters())
 
 
-def test_tower_runs_in_the_step_without_a_cache(model):
+def test_forward_with_crops_encodes_them(model):
     samples = [sample(caption, seed) for seed, caption in enumerate(CAPTIONS)]
     batch = collate(samples)
     features = batch.pop("features")
     on_the_fly = LlavaProjectorModel(
-        model.llm, model.mm_projector, encode=lambda crops: features[crops[:, 0, 0, 0].int()]
+        model.frozen, model.mm_projector, encode=lambda crops: features[crops[:, 0, 0, 0].int()]
     )
     crops = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 2, 2, 3)
     loss = on_the_fly(**batch, crops=crops)["loss"]

@@ -1,4 +1,4 @@
-"""LLM folders that are not what they seem: found before a step is taken, most of them before the weights are read."""
+"""load_llm and the checks before it: broken LLM folders are refused, most of them before weights are read."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from llava_twophase.train.model.load_llm import load_llm
 from llava_twophase.train.preflight import check_inputs
 from train.commands import command
 
-GONE = "model.layers.1.mlp.up_proj.weight"
+MISSING = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "named"),
+    ("name", "content", "message"),
     [
         ("tokenizer.json", "{}", "its config or tokenizer cannot be loaded: KeyError"),
         ("tokenizer_config.json", "[]", "its config or tokenizer cannot be loaded: AttributeError"),
@@ -44,52 +44,52 @@ def change_config(folder, **changes):
         ("generation_config.json", '{"early_stopping": "maybe"}', "its generation_config.json is invalid"),
     ],
 )
-def test_files_that_cannot_be_read_are_named(folder, arguments, name, content, named):
+def test_check_inputs_refuses_unreadable_files(folder, arguments, name, content, message):
     (folder / name).write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=message):
         check_inputs(arguments())
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [
         ({"hidden_size": "big"}, "Field 'hidden_size' expected int"),
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
     ],
 )
-def test_a_config_that_describes_no_llm_is_named(folder, arguments, changes, named):
+def test_check_inputs_refuses_an_invalid_config(folder, arguments, changes, message):
     change_config(folder, **changes)
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=message):
         check_inputs(arguments())
 
 
-def test_weights_that_would_be_random_are_refused(folder, arguments):
+def test_load_llm_refuses_missing_weights(folder, arguments):
     weights = load_file(folder / "model.safetensors")
-    weights["renamed"] = weights.pop(GONE)
+    weights["renamed"] = weights.pop(MISSING)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"(?s)is not whole, it lacks weights:.*{GONE}"):
+    with pytest.raises(UserError, match=f"(?s)is incomplete: it lacks weights:.*{MISSING}"):
         load_llm(arguments())
 
 
-def test_weights_of_another_shape_are_refused(folder, arguments):
+def test_load_llm_refuses_weights_of_another_shape(folder, arguments):
     change_config(folder, hidden_size=32)
     with pytest.raises(UserError, match="cannot be loaded"):
         load_llm(arguments())
 
 
-def test_a_file_that_is_cut_short_is_named(folder, arguments):
+def test_load_llm_refuses_a_truncated_file(folder, arguments):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match="cannot be loaded: SafetensorError"):
         load_llm(arguments())
 
 
-def test_vicunas_generation_config_is_warned_of_and_captions_stay_greedy(folder, arguments, caplog):
-    """LLaVA's stage 2 trains for a day and then cannot save; here nothing depends on it."""
+def test_contradictory_generation_config_is_warned_about_and_not_used(folder, arguments, caplog):
+    """Vicuna's: LLaVA's stage 2 trains for a day and then cannot save."""
     text = '{"temperature": 0.9, "top_p": 0.6, "num_beams": 4}'
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         check_inputs(arguments())
     assert "generation_config.json is contradictory" in caplog.text and "`temperature`" in caplog.text
-    generation = load_llm(arguments()).generation_config
+    generation = load_llm(arguments()).model.generation_config
     assert not generation.do_sample and generation.num_beams in (None, 1)

@@ -1,4 +1,4 @@
-"""mm_projector and its file."""
+"""build_projector, save_projector and load_projector."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from llava_twophase.errors import UserError
 from llava_twophase.train.model.projector import build_projector, load_projector, save_projector
 
-# The names that LLaVA v1.2.2 writes for each type, read off its own files.
+# The names that LLaVA v1.2.2 writes for each type, read from its own files.
 NAMES = {
     "linear": ["weight", "bias"],
     "mlp1x_gelu": ["0.weight", "0.bias"],
@@ -15,34 +15,34 @@ NAMES = {
 }
 
 
-def raw(kind):
+def build(kind):
     # LLaVA builds mlp1x_gelu as a Sequential, linear as a bare layer.
     return build_projector(kind, 8, 12)
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_file_has_llavas_names_and_comes_back(kind, tmp_path):
+def test_save_projector_writes_llavas_names_and_load_projector_reads_them(kind, tmp_path):
     torch.manual_seed(1)
-    projector = raw(kind)
+    projector = build(kind)
     path = save_projector(projector, tmp_path)
     state = torch.load(path, weights_only=True)
     assert type(state) is dict
     assert list(state) == [f"model.mm_projector.{name}" for name in NAMES[kind]]
     assert not any(tensor.requires_grad for tensor in state.values())
-    other = raw(kind)
+    other = build(kind)
     load_projector(path, other)
     features = torch.randn(2, 4, 8)
     assert torch.equal(other(features), projector(features))
     assert [p.name for p in tmp_path.iterdir()] == ["mm_projector.bin"]
 
 
-def test_file_has_the_runs_dtype(tmp_path):
-    path = save_projector(raw("linear").bfloat16(), tmp_path)
+def test_save_projector_keeps_the_dtype(tmp_path):
+    path = save_projector(build("linear").bfloat16(), tmp_path)
     assert {tensor.dtype for tensor in torch.load(path, weights_only=True).values()} == {torch.bfloat16}
 
 
-def test_gelu_is_the_exact_one():
-    projector = raw("mlp2x_gelu")
+def test_build_projector_uses_the_exact_gelu():
+    projector = build("mlp2x_gelu")
     features = torch.randn(3, 8)
     hidden = torch.nn.functional.linear(features, projector[0].weight, projector[0].bias)
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
@@ -51,24 +51,24 @@ def test_gelu_is_the_exact_one():
 
 
 @pytest.mark.parametrize("kind", ["identity", "mlp0x_gelu", "mlp2x_relu", "mlp2x_gelu2", ""])
-def test_types_without_a_meaning_are_refused(kind):
+def test_build_projector_refuses_unknown_types(kind):
     with pytest.raises(UserError, match="--mm_projector_type"):
-        raw(kind)
+        build(kind)
 
 
-def test_another_projectors_file_is_refused(tmp_path):
-    path = save_projector(raw("linear"), tmp_path)
+def test_load_projector_refuses_a_file_of_another_type(tmp_path):
+    path = save_projector(build("linear"), tmp_path)
     with pytest.raises(UserError, match="holds another projector"):
-        load_projector(path, raw("mlp2x_gelu"))
+        load_projector(path, build("mlp2x_gelu"))
 
 
-def test_a_file_under_a_wrong_prefix_is_refused_not_ignored(tmp_path):
-    torch.save(raw("linear").state_dict(), tmp_path / "bare.bin")
+def test_load_projector_refuses_a_wrong_prefix(tmp_path):
+    torch.save(build("linear").state_dict(), tmp_path / "bare.bin")
     with pytest.raises(UserError, match="holds another projector"):
-        load_projector(tmp_path / "bare.bin", raw("linear"))
+        load_projector(tmp_path / "bare.bin", build("linear"))
 
 
-def test_a_file_that_is_no_pickle_of_tensors_is_refused(tmp_path):
+def test_load_projector_refuses_a_file_without_tensors(tmp_path):
     (tmp_path / "page.bin").write_text("<html>", encoding="utf-8")
     with pytest.raises(UserError, match="cannot be read as a projector file"):
-        load_projector(tmp_path / "page.bin", raw("linear"))
+        load_projector(tmp_path / "page.bin", build("linear"))
