@@ -1,6 +1,6 @@
-"""Image keys to rows by a sorted array of hashes: no Python object for each image; knows nothing of files.
+"""Find rows by image key in a sorted array of hashes, without a Python object for each image.
 
-With 20 million keys of 23 bytes it takes 8 bytes a key for the hashes and 23 for the keys themselves.
+20 million keys of 23 bytes take 8 bytes per key for the hashes and 23 for the keys themselves.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ _CHUNK = 1 << 20
 
 
 class KeyIndex:
-    """Finds rows by image key; shared between processes by fork, as nothing in it is written to.
+    """Finds rows by image key. Forked processes share its memory, because nothing in it is written to.
 
     Args:
-        names: For each shard the bytes of its keys, each null-padded to the shard's width.
-        widths: Bytes of a key in each shard.
-        hashes: The XXH3-64 of each key, as uint64; overwritten.
+        names: For each shard, the bytes of its keys, each padded with zeros to the shard's width.
+        widths: For each shard, the bytes of a padded key.
+        hashes: The XXH3-64 of each key, as uint64. The array is overwritten.
 
     Attributes:
         starts: int64, the first row of each shard, and the number of rows.
 
     Raises:
-        UserError: A key stands twice.
+        UserError: A key occurs twice.
     """
 
     def __init__(self, names: Sequence[bytes], widths: Sequence[int], hashes: bytearray) -> None:
         self._names, self._widths = names, np.array(widths)
         self.starts = np.cumsum([0, *(len(part) // width for part, width in zip(names, widths, strict=True))])
-        # An entry is the hash's high bits over the row's number: sorting one array is twice as fast as argsort, and
-        # half as large. Keys whose high bits are equal are told apart by their names.
+        # An entry has the hash in its high bits and the row in its low bits: sorting one array is twice as fast as
+        # argsort and takes half the memory. Keys with equal high bits are compared by name.
         self._entries = np.frombuffer(hashes, np.uint64)
         self._mask = np.uint64((1 << max(1, (len(self) - 1).bit_length())) - 1)
         for start in range(0, len(self), _CHUNK):
@@ -44,7 +44,7 @@ class KeyIndex:
             part &= ~self._mask
             part |= np.arange(start, start + len(part), dtype=np.uint64)
         self._entries.sort()
-        self._refuse_twins()
+        self._refuse_duplicates()
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -57,16 +57,16 @@ class KeyIndex:
             keys: Image keys.
 
         Returns:
-            ``int64 [len(keys)]``, -1 for a key that is not there.
+            ``int64 [len(keys)]``, -1 for unknown keys.
         """
         names = [key.encode("utf-8", "surrogatepass") for key in keys]
         wanted = np.fromiter(map(xxhash.xxh3_64_intdigest, names), np.uint64, len(names)) & ~self._mask
         first = np.searchsorted(self._entries, wanted)
-        # Nearly always there is one candidate; where there are more, the loop goes on to the next.
+        # Nearly every key has a single candidate; the loop handles the others.
         candidates = (self._entries[np.minimum(first, len(self) - 1)] & self._mask).astype(np.int64)
         for position, (name, stored) in enumerate(zip(names, self._stored(candidates), strict=True)):
             if stored != name:
-                candidates[position] = self._find_further(name, wanted[position], int(first[position]) + 1)
+                candidates[position] = self._find_from(name, wanted[position], int(first[position]) + 1)
         return candidates
 
     def names(self) -> Iterator[bytes]:
@@ -79,7 +79,7 @@ class KeyIndex:
         """Return the shard of each row, ``int64`` like ``rows``."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
-    def _refuse_twins(self) -> None:
+    def _refuse_duplicates(self) -> None:
         groups: dict[int, set[int]] = defaultdict(set)
         for start in range(0, len(self), _CHUNK):
             part = self._entries[start : start + _CHUNK + 1]
@@ -89,9 +89,10 @@ class KeyIndex:
         for rows in groups.values():
             for name, other in pairwise(sorted(self._stored(np.array(list(rows))))):
                 if name == other:
-                    raise UserError(f"image key {name.decode('utf-8', 'replace')!r} stands twice in the feature cache")
+                    key = name.decode("utf-8", "replace")
+                    raise UserError(f"image key {key!r} is listed twice in the feature cache")
 
-    def _find_further(self, name: bytes, wanted: np.uint64, position: int) -> int:
+    def _find_from(self, name: bytes, wanted: np.uint64, position: int) -> int:
         while position < len(self) and self._entries[position] & ~self._mask == wanted:
             row = int(self._entries[position] & self._mask)
             if next(self._stored(np.array([row]))) == name:

@@ -16,7 +16,8 @@ from pathlib import Path
 from llava_twophase.cache.format import SHARDS, shard_name
 from llava_twophase.cache.manifest import Manifest, ShardEntry
 from llava_twophase.cache.quarantine import Quarantined, read_parts, read_quarantine
-from llava_twophase.cache.reader import FeatureCache, check_shard, read_header
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.cache.shard_files import check_shard, read_header
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from llava_twophase.cache import format as cache_format
 from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.format import ALIGNMENT, FORMAT, USER_BLOCK, decode_header
 from llava_twophase.cache.manifest import read_manifest, write_manifest
-from llava_twophase.cache.reader import FeatureCache, read_header
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.cache.shard_files import read_header
 from llava_twophase.errors import UserError
 
 SHARD = "shards/shard-000000.h5"

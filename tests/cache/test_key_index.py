@@ -47,7 +47,7 @@ def test_a_key_that_stands_twice_is_refused(digest, places):
     shards = [list(keys) for keys in SHARDS]
     for place in places:
         shards[place].append("twin.jpg")
-    with pytest.raises(UserError, match=r"image key 'twin\.jpg' stands twice"):
+    with pytest.raises(UserError, match=r"image key 'twin\.jpg' is listed twice"):
         build(shards, digest)
 
 

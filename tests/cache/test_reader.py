@@ -269,7 +269,7 @@ def test_a_key_that_stands_twice_is_refused(places, tmp_path):
         for number, keys in enumerate(names)
     ]
     write(cache, entries)
-    with pytest.raises(UserError, match=r"image key 'a\.jpg' stands twice"):
+    with pytest.raises(UserError, match=r"image key 'a\.jpg' is listed twice"):
         FeatureCache(cache)
 
 
@@ -281,5 +281,5 @@ def test_shards_of_several_shapes_are_refused(tmp_path):
         make_shard(cache / SHARDS / "shard-000001.h5", ["c", "d"], rows(2, shape=(4, 32)), shape=(4, 32)),
     ]
     write(cache, entries)
-    with pytest.raises(UserError, match=r"shard-000001\.h5 has other shapes"):
+    with pytest.raises(UserError, match=r"shard-000001\.h5 has another feature shape"):
         FeatureCache(cache)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import drawn
 import tiny
 from helpers import ROOT, run
-from llava_twophase.cache.reader import read_header
+from llava_twophase.cache.shard_files import read_header
 
 PAGE = ROOT / "docs" / "inspect.md"
 BLOCK = re.compile(r"^```console\n\$ (llava-inspect-cache .*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from helpers import ROOT, process_environment, run
-from llava_twophase.cache.reader import read_header
+from llava_twophase.cache.shard_files import read_header
 from llava_twophase.inspection.cli import SUBCOMMANDS
 
 SCRIPT = "pipelines/inspect_cache.py"

@@ -1,7 +1,6 @@
-"""A shard's HDF5 metadata against its header, as other tools will read it; knows nothing of checksums or manifests.
+"""Check the HDF5 metadata of shards in a separate process, because libhdf5 can crash or loop forever on damaged files.
 
-It runs in a separate process, ``python -m llava_twophase.cache.check.hdf5_process``, because libhdf5 can crash or loop
-forever on crafted metadata.
+The process runs ``python -m llava_twophase.cache.check.hdf5_process`` and answers one request at a time.
 """
 
 from __future__ import annotations
@@ -14,16 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava_twophase.cache.format import Header
 from llava_twophase.cache.hdf5 import metadata_problems, read_attributes
 from llava_twophase.cache.shard_files import read_header
 
 SECONDS = 30.0
-"""How long opening one shard may take; it reads a few kilobytes."""
+"""Time limit for one shard. A check reads a few kilobytes."""
 
 
 class Hdf5Checker:
-    """Asks the other process about one shard after another; starts it when needed, and again when it died."""
+    """Sends requests to the other process; starts it on first use, and again after it died."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -35,28 +33,25 @@ class Hdf5Checker:
         self._stop()
 
     def check(self, path: Path) -> list[str]:
-        """Open a shard with HDF5.
-
-        Args:
-            path: A shard whose header is in order.
+        """Compare a shard's HDF5 metadata with its header, which must be valid.
 
         Returns:
-            What disagrees with the header; empty where all is well.
+            One sentence for each difference.
         """
-        answer, failure = self._ask("check", path)
+        answer, failure = self._request("check", path)
         return [failure] if failure else list(answer)
 
     def attributes(self, path: Path) -> dict[str, Any] | None:
-        """Read ``fingerprint`` and ``provenance`` of a shard whose header is in order; None where that fails."""
-        answer, _ = self._ask("attributes", path)
-        return answer
+        """Read the attributes ``fingerprint`` and ``provenance`` of a shard with a valid header; None on failure."""
+        answer, _ = self._request("attributes", path)
+        return answer if isinstance(answer, dict) else None
 
-    def _ask(self, question: str, path: Path) -> tuple[Any, str]:
-        # The answer, and what went wrong where there is none.
+    def _request(self, kind: str, path: Path) -> tuple[Any, str]:
+        # Return the answer, or None and the reason.
         process = self._process = self._process or _start()
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps([question, str(path.absolute())]) + "\n")
+            process.stdin.write(json.dumps([kind, str(path.absolute())]) + "\n")
             process.stdin.flush()
             answered, _, _ = select.select([process.stdout], [], [], SECONDS)
             answer = process.stdout.readline() if answered else ""
@@ -88,17 +83,14 @@ def _start() -> subprocess.Popen[str]:
     )
 
 
-def _all_problems(path: Path, header: Header) -> list[str]:
-    return list(metadata_problems(path, header))
-
-
-def _answer() -> None:
+def _serve() -> None:
     for line in sys.stdin:
-        question, path = json.loads(line)
-        header = read_header(Path(path))
-        look = read_attributes if question == "attributes" else _all_problems
-        print(json.dumps(look(Path(path), header)), flush=True)
+        kind, name = json.loads(line)
+        path = Path(name)
+        header = read_header(path)
+        answer = list(metadata_problems(path, header)) if kind == "check" else read_attributes(path, header)
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    _answer()
+    _serve()

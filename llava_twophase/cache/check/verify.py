@@ -1,13 +1,12 @@
-"""A whole cache against its checksums, its manifest and its format; knows nothing of images or towers.
+"""Verify a cache: compare every byte with its checksums, its manifest and its format.
 
-Everything is read once, some rows at a time. Nothing a cache says of itself is believed before it is checked: sizes are
-bounded by the file's real size, and nothing outside the cache's directory is opened.
+All files are read once, a few rows at a time. What a file states about itself is checked before it is used: sizes are
+bounded by the real size of the file, and nothing outside the cache's directory is opened.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from llava_twophase.cache.check.duplicates import ShardKeys, duplicate_keys
 from llava_twophase.cache.check.hdf5_process import Hdf5Checker
 from llava_twophase.cache.codec import Channels, Codec
 from llava_twophase.cache.format import (
@@ -27,35 +27,34 @@ from llava_twophase.cache.format import (
     QUARANTINE,
     ROW_PARTS,
     SHARDS,
-    USER_BLOCK,
     Header,
-    StoredDataset,
     decode_header,
     fingerprint_hash,
 )
 from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest
 from llava_twophase.cache.quarantine import read_quarantine
-from llava_twophase.cache.shard_files import checksum_around
+from llava_twophase.cache.shard_files import ShardFile
 from llava_twophase.errors import UserError
 from llava_twophase.records import normalize_key
 
 _BATCH_ROWS = 64
 _BATCH_BYTES = 8 << 20
-# Nothing that is read at once may be larger: no writer comes near, and a sparse file can claim any size.
+# Largest dataset or row that is read at once. No writer comes near it, and a sparse file can state any size.
 _LIMIT = 1 << 30
 
-_AGAIN = "delete it and run the same extraction command again, or copy it again from an intact cache"
+_COPY = "copy it again from an intact cache"
+_AGAIN = f"run the same extraction command again, or {_COPY}"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a cache.
+    """One fault of a cache.
 
     Attributes:
         file: The file, relative to the cache.
         what: What is wrong.
         fix: What to do.
-        note: It does no harm.
+        note: The cache can be used as it is.
     """
 
     file: str
@@ -65,14 +64,14 @@ class Problem:
 
 
 def verify(path: str | Path, hdf5: Hdf5Checker | None = None) -> list[Problem]:
-    """Check every bit of a cache; a progress bar goes to stderr where that is a terminal.
+    """Check every bit of a cache. A progress bar is shown if stderr is a terminal.
 
     Args:
         path: The cache's directory.
-        hdf5: Looks at HDF5 metadata in another process; give one where many small caches are verified.
+        hdf5: Process that checks HDF5 metadata; pass one to verify many small caches without starting one for each.
 
     Returns:
-        The problems found, and notes; empty where all is well.
+        Problems and notes; empty for an intact cache.
 
     Raises:
         UserError: There is no such directory.
@@ -85,146 +84,120 @@ def verify(path: str | Path, hdf5: Hdf5Checker | None = None) -> list[Problem]:
     try:
         manifest = read_manifest(cache)
     except UserError as error:
-        return [Problem(MANIFEST, str(error), "if it is damaged, copy it again from an intact cache")]
+        return [Problem(MANIFEST, str(error), f"if it is damaged, {_COPY}")]
     with nullcontext(hdf5) if hdf5 else Hdf5Checker() as checker:
-        verifier = _Verifier(cache, manifest, checker)
-        return [*verifier.folder(), *verifier.shards(), *verifier.twins()]
+        problems = list(_folder_problems(cache, manifest))
+        present = [entry for entry in _unique(manifest) if _present(cache, entry)]
+        return [*problems, *_Verifier(cache, manifest, checker).shards(present)]
 
 
 def verify_shards(cache: Path, manifest: Manifest, hdf5: Hdf5Checker) -> list[Problem]:
-    """Check the shards that are there of a manifest that need not be the one on disk; as ``verify`` otherwise."""
-    verifier = _Verifier(cache, manifest, hdf5)
-    found = {entry.file for entry in manifest.shards if (cache / SHARDS / entry.file).exists()}
-    verifier.present = [entry for entry in manifest.shards if entry.file in found]
-    return [*verifier.shards(), *verifier.twins()]
+    """Check the shards that exist, as ``verify`` does, against a manifest that need not be the one on disk."""
+    present = [entry for entry in manifest.shards if (cache / SHARDS / entry.file).exists()]
+    return list(_Verifier(cache, manifest, hdf5).shards(present))
+
+
+def _folder_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
+    # Compare the directory with the manifest.
+    if not manifest.complete:
+        what = "the extraction was interrupted, or is still running"
+        yield Problem(MANIFEST, what, "run the same extraction command again")
+    elif not manifest.shards:
+        yield Problem(MANIFEST, "it lists no shards", "extract the features again")
+    if not _inside(cache, cache / QUARANTINE):
+        yield _outside(QUARANTINE)
+    else:
+        try:
+            read_quarantine(cache)
+        except UserError as error:
+            yield Problem(QUARANTINE, str(error), f"or {_COPY}")
+    if not _inside(cache, cache / SHARDS):
+        yield _outside(SHARDS)
+        return
+    try:
+        found = sorted(os.listdir(cache / SHARDS))
+    except OSError as error:
+        yield Problem(SHARDS, f"it cannot be read: {error.strerror}", "copy the cache again from an intact one")
+        return
+    yield from _file_problems(manifest, found)
+
+
+def _file_problems(manifest: Manifest, found: list[str]) -> Iterator[Problem]:
+    # Compare the names of the files in the folder of shards with the manifest.
+    complete = manifest.complete
+    listed = Counter(entry.file for entry in manifest.shards)
+    for name in found:
+        if name.endswith(".tmp"):
+            yield Problem(f"{SHARDS}/{name}", "a work file of an interrupted extraction", "delete it", note=True)
+        elif name.endswith(".h5") and name not in listed:
+            fix = "move it elsewhere" if complete else "run the same extraction command again, which adds it"
+            yield Problem(f"{SHARDS}/{name}", f"it is extra: {MANIFEST} does not list it", fix, note=not complete)
+    for name, times in listed.items():
+        if times > 1:
+            yield Problem(MANIFEST, f"it lists {name} {times} times", _COPY)
+        if name not in found:
+            yield Problem(f"{SHARDS}/{name}", "it is missing", _AGAIN)
 
 
 class _Verifier:
-    # The checks of one run, and what they have to remember from one shard to the next.
+    # Checks shards one after another, and keeps what must agree between them.
 
     def __init__(self, cache: Path, manifest: Manifest, hdf5: Hdf5Checker) -> None:
         self._cache, self._manifest, self._hdf5 = cache, manifest, hdf5
         self._fingerprint = fingerprint_hash(manifest.fingerprint)
-        self.present: list[ShardEntry] = []
         self._row_kind: tuple[str, Any] | None = None
-        self._keys: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self._keys: list[ShardKeys] = []
 
-    def folder(self) -> Iterator[Problem]:
-        """Hold the directory against the manifest."""
-        complete, shards = self._manifest.complete, self._manifest.shards
-        if not complete:
-            yield Problem(MANIFEST, "the extraction was cut, or is under way", "run the same extraction command again")
-        elif not shards:
-            yield Problem(MANIFEST, "it lists no shards", "extract the features again")
-        if not _inside(self._cache, self._cache / QUARANTINE):
-            yield _outside(QUARANTINE)
-        else:
-            try:
-                read_quarantine(self._cache)
-            except UserError as error:
-                yield Problem(QUARANTINE, str(error), "or copy it again from an intact cache")
-        if not _inside(self._cache, self._cache / SHARDS):
-            yield _outside(SHARDS)
-            return
-        try:
-            found = sorted(os.listdir(self._cache / SHARDS))
-        except OSError as error:
-            yield Problem(SHARDS, f"it cannot be read: {error.strerror}", "copy the cache again from an intact one")
-            return
-        listed = Counter(entry.file for entry in shards)
-        for name in found:
-            if name.endswith(".tmp"):
-                yield Problem(f"{SHARDS}/{name}", "a work file, left by a cut extraction", "delete it", note=True)
-            elif name.endswith(".h5") and name not in listed:
-                fix = "move it elsewhere" if complete else "run the same extraction command again, which takes it in"
-                yield Problem(f"{SHARDS}/{name}", f"it is extra: {MANIFEST} does not list it", fix, note=not complete)
-        for name, times in listed.items():
-            if times > 1:
-                yield Problem(MANIFEST, f"it lists {name} {times} times", "copy it again from an intact cache")
-            if name not in found:
-                yield Problem(f"{SHARDS}/{name}", "it is missing", _AGAIN.removeprefix("delete it and "))
-        self.present = [entry for entry in {entry.file: entry for entry in shards}.values() if entry.file in found]
-
-    def shards(self) -> Iterator[Problem]:
-        """Check all shards that are there."""
-        total = sum(entry.file_bytes for entry in self.present)
+    def shards(self, entries: list[ShardEntry]) -> Iterator[Problem]:
+        """Check shards, and that no key occurs twice in them."""
+        total = sum(entry.file_bytes for entry in entries)
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
-            for entry in self.present:
+            for entry in entries:
                 path, name = self._cache / SHARDS / entry.file, f"{SHARDS}/{entry.file}"
                 if not _inside(self._cache, path):
                     yield _outside(name)
                     continue
+                fix = f"delete it and {_AGAIN}"
                 try:
-                    # Without O_NONBLOCK, opening a named pipe would wait for its writer for good.
-                    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", 0) as file:
-                        found = self._shard(entry, path, file.fileno(), bar)
-                        yield from (Problem(name, what, _AGAIN) for what in found)
+                    yield from (Problem(name, what, fix) for what in self._shard(entry, ShardFile(path), bar))
                 except OSError as error:
-                    yield Problem(name, f"it cannot be read: {error.strerror or error}", _AGAIN)
+                    yield Problem(name, f"it cannot be read: {error.strerror or error}", fix)
                 except UserError as error:
-                    yield Problem(name, str(error), f"if it is damaged, {_AGAIN}")
+                    yield Problem(name, str(error).replace(str(path), "it"), f"if it is damaged, {fix}")
+        for key, first, file in duplicate_keys(self._keys):
+            what = f"image key {_shown(key)} is listed again, after {first}"
+            yield Problem(f"{SHARDS}/{file}", what, f"delete it and {_AGAIN}")
 
-    def twins(self) -> Iterator[Problem]:
-        """Find image keys that stand more than once, whatever the shard."""
-        if not self._keys:
+    def _shard(self, entry: ShardEntry, file: ShardFile, bar: tqdm[Any]) -> Iterator[str]:
+        if file.size < entry.file_bytes:
+            yield f"it is truncated: {file.size} bytes, the manifest states {entry.file_bytes}"
             return
-        starts = np.cumsum([0, *(len(names) for _, names, _ in self._keys)])
-        hashes = np.concatenate([hashes for _, _, hashes in self._keys])
-        order = np.argsort(hashes, kind="stable")
-        equal = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
-        seen: dict[bytes, str] = {}
-        for row in np.union1d(order[equal], order[equal + 1]):
-            shard = int(np.searchsorted(starts, row, side="right")) - 1
-            file, names, _ = self._keys[shard]
-            key = bytes(names[row - starts[shard]])
-            if key in seen:
-                yield Problem(f"{SHARDS}/{file}", f"image key {_shown(key)} stands again, after {seen[key]}", _AGAIN)
-            seen[key] = file
-
-    def _shard(self, entry: ShardEntry, path: Path, descriptor: int, bar: tqdm[Any]) -> Iterator[str]:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("it is not a regular file")
-        if status.st_size < entry.file_bytes:
-            yield f"it is truncated: {status.st_size} bytes, the manifest says {entry.file_bytes}"
+        block = file.header_block()
+        header = decode_header(block, "it")
+        yield from self._header_problems(entry, header, block)
+        unreadable = _unreadable(file, header)
+        if unreadable is not None:
+            yield unreadable
             return
-        header = decode_header(block := os.pread(descriptor, USER_BLOCK, 0), "it")
-        yield from self._header(entry, header, block)
-        if status.st_size != header.file_bytes:
-            yield f"it is truncated or too long: {status.st_size} bytes, its header says {header.file_bytes}"
-            return
-        row_bytes = sum(data.row_bytes for data in header.row_parts)
-        columns = [data.nbytes for name, data in header.datasets.items() if name not in ROW_PARTS]
-        if max(row_bytes, *columns) > _LIMIT:
-            yield f"it claims absurd sizes: {header.rows} rows of {row_bytes} bytes"
-            return
-        if checksum_around(descriptor, header) != header.xxh3_128:
-            yield "its bytes around the features do not match their checksum: metadata, keys or row checksums changed"
-            return
-        bar.update(header.file_bytes - header.rows * row_bytes)
-        yield from self._hdf5.check(path)
-        names = _read_column(descriptor, header.datasets["image_key"])
-        hashes = np.array([xxhash.xxh3_64_intdigest(bytes(name)) for name in names], np.uint64)
-        self._keys.append((entry.file, names, hashes))
-        stored = _read_column(descriptor, header.datasets["key_xxh3"])
-        yield from (f"key_xxh3 of {_shown(names[row])} is not its hash" for row in np.flatnonzero(hashes != stored))
-        yield from (f"image key {_shown(name)} is no relative UTF-8 path" for name in names if not _is_key(bytes(name)))
-        channels = None
-        if header.storage in QUANTISED:
-            channels = Channels(*(_read_column(descriptor, header.datasets[f"channel_{n}"]) for n in ("mean", "std")))
-            named = self._manifest.fingerprint.get("channels")
-            if not isinstance(named, dict) or named.get("sha256") != channels.sha256():
+        bar.update(header.file_bytes - sum(part.nbytes for part in header.row_parts))
+        yield from self._hdf5.check(Path(file.path))
+        keys = self._read_keys(entry, file, header)
+        yield from _key_problems(file, header, keys)
+        channels = _read_channels(file, header)
+        if channels is not None:
+            expected = self._manifest.fingerprint.get("channels")
+            if not isinstance(expected, dict) or expected.get("sha256") != channels.sha256():
                 yield "its channel_mean and channel_std are not those of the fingerprint"
         codec = Codec(header.storage, header.feature_shape, channels)
-        yield from _rows(descriptor, header, codec, names, bar)
+        yield from _row_problems(file, header, codec, keys.names, bar)
 
-    def _header(self, entry: ShardEntry, header: Header, block: bytes) -> Iterator[str]:
+    def _header_problems(self, entry: ShardEntry, header: Header, block: bytes) -> Iterator[str]:
         try:
             canonical = header.to_bytes()
         except ValueError:
             canonical = b""
         if canonical != block:
-            yield "its header is not in canonical form: bytes of it changed, or it was made by something else"
+            yield "its header is not in canonical form: bytes of it changed, or other software wrote it"
         for name in ("rows", "file_bytes", "xxh3_128"):
             listed, found = getattr(entry, name), getattr(header, name)
             if listed != found:
@@ -236,16 +209,48 @@ class _Verifier:
         if row_kind != self._row_kind:
             yield f"its rows are {row_kind}, but {self._row_kind} in the first shard"
 
+    def _read_keys(self, entry: ShardEntry, file: ShardFile, header: Header) -> ShardKeys:
+        names = file.read_dataset(header.datasets["image_key"])
+        hashes = np.array([xxhash.xxh3_64_intdigest(bytes(name)) for name in names], np.uint64)
+        self._keys.append(ShardKeys(entry.file, names, hashes))
+        return self._keys[-1]
 
-def _rows(descriptor: int, header: Header, codec: Codec, names: np.ndarray, bar: tqdm[Any]) -> Iterator[str]:
-    checksums = _read_column(descriptor, header.datasets["row_xxh3"])
+
+def _unreadable(file: ShardFile, header: Header) -> str | None:
+    # Why the values of a shard cannot be read.
+    if file.size != header.file_bytes:
+        return f"it is truncated or too long: {file.size} bytes, its header states {header.file_bytes}"
+    row_bytes = sum(data.row_bytes for data in header.row_parts)
+    columns = [data.nbytes for name, data in header.datasets.items() if name not in ROW_PARTS]
+    if max(row_bytes, *columns) > _LIMIT:
+        return f"it states absurd sizes: {header.rows} rows of {row_bytes} bytes"
+    if file.checksum_around(header) != header.xxh3_128:
+        return "its bytes around the features do not match their checksum: metadata, keys or row checksums changed"
+    return None
+
+
+def _key_problems(file: ShardFile, header: Header, keys: ShardKeys) -> Iterator[str]:
+    stored = file.read_dataset(header.datasets["key_xxh3"])
+    for row in np.flatnonzero(keys.hashes != stored):
+        yield f"key_xxh3 of {_shown(keys.names[row])} is not its hash"
+    for name in keys.names:
+        if not _is_key(bytes(name)):
+            yield f"image key {_shown(name)} is not a relative UTF-8 path"
+
+
+def _read_channels(file: ShardFile, header: Header) -> Channels | None:
+    if header.storage not in QUANTISED:
+        return None
+    return Channels(*(file.read_dataset(header.datasets[f"channel_{name}"]) for name in ("mean", "std")))
+
+
+def _row_problems(file: ShardFile, header: Header, codec: Codec, names: np.ndarray, bar: tqdm[Any]) -> Iterator[str]:
+    checksums = file.read_dataset(header.datasets["row_xxh3"])
     batch = max(1, min(_BATCH_ROWS, header.rows, _BATCH_BYTES // codec.row_bytes))
-    buffers = [np.empty((batch, part.row_bytes), np.uint8) for part in header.row_parts]
+    buffer = np.empty((batch, codec.row_bytes), np.uint8)
     for first in range(0, header.rows, batch):
-        parts = [buffer[: header.rows - first] for buffer in buffers]
-        for part, raw in zip(header.row_parts, parts, strict=True):
-            _read_into(descriptor, raw, part.offset + first * part.row_bytes)
-        rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)  # [B, row_bytes]
+        rows = buffer[: header.rows - first]  # [B, row_bytes]
+        file.read_rows_into(header, first, rows)
         finite = codec.finite(rows)
         for row, stored in enumerate(rows):
             if xxhash.xxh3_64_intdigest(stored) != int(checksums[first + row]):
@@ -255,25 +260,18 @@ def _rows(descriptor: int, header: Header, codec: Codec, names: np.ndarray, bar:
         bar.update(rows.nbytes)
 
 
-def _read_column(descriptor: int, data: StoredDataset) -> np.ndarray:
-    raw = np.empty(data.nbytes, np.uint8)
-    _read_into(descriptor, raw, data.offset)
-    return raw.view(data.numpy_dtype).reshape(data.shape)
+def _unique(manifest: Manifest) -> list[ShardEntry]:
+    return list({entry.file: entry for entry in manifest.shards}.values())
 
 
-def _read_into(descriptor: int, values: np.ndarray, offset: int) -> None:
-    view = memoryview(values.reshape(-1))
-    while view:
-        count = os.preadv(descriptor, [view], offset)
-        if count == 0:
-            raise OSError("it became shorter while it was read")
-        view, offset = view[count:], offset + count
+def _present(cache: Path, entry: ShardEntry) -> bool:
+    return _inside(cache, cache / SHARDS) and os.path.lexists(cache / SHARDS / entry.file)
 
 
 def _is_key(name: bytes) -> bool:
     try:
         return normalize_key(name.decode("utf-8")) == name.decode("utf-8")
-    except ValueError:  # of which UserError is one
+    except ValueError:  # includes UserError
         return False
 
 
@@ -286,4 +284,4 @@ def _inside(cache: Path, path: Path) -> bool:
 
 
 def _outside(name: str) -> Problem:
-    return Problem(name, "it is a link that leaves the cache's folder", "copy what it points to into its place")
+    return Problem(name, "it is a link that leads out of the cache", "copy the file itself into its place")

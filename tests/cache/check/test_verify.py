@@ -24,7 +24,8 @@ from cache.make import (
 from llava_twophase.cache.check import hdf5_process as hdf5
 from llava_twophase.cache.check.verify import Problem, verify
 from llava_twophase.cache.format import SHARDS, USER_BLOCK
-from llava_twophase.cache.reader import FeatureCache, read_header
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.cache.shard_files import read_header
 from llava_twophase.errors import UserError
 
 SHARD = "shards/shard-000000.h5"
@@ -226,7 +227,7 @@ def test_keys_that_are_no_relative_path(key, tmp_path, checker):
     cache = tmp_path / "cache"
     (cache / SHARDS).mkdir(parents=True)
     write(cache, [make_shard(cache / SHARD, ["a.jpg", key], rows(2))])
-    assert only_problem(cache, checker).what == f"image key {key!r} is no relative UTF-8 path"
+    assert only_problem(cache, checker).what == f"image key {key!r} is not a relative UTF-8 path"
 
 
 @pytest.mark.parametrize("name", [b"\xff\xfe.jpg", b"a\0b.jpg", b""])
@@ -236,7 +237,7 @@ def test_keys_that_are_no_text(name, cache, checker):
         data[column.offset : column.offset + column.row_bytes] = name.ljust(column.row_bytes, b"\0")
 
     reseal(cache, 0, edit)
-    assert any("is no relative UTF-8 path" in problem.what for problem in verify(cache, checker))
+    assert any("is not a relative UTF-8 path" in problem.what for problem in verify(cache, checker))
 
 
 @pytest.mark.parametrize("places", ["one shard", "two shards"])
@@ -247,7 +248,7 @@ def test_a_key_twice(places, tmp_path, checker):
     paths = [cache / SHARDS / f"shard-{number:06d}.h5" for number in range(len(names))]
     write(cache, [make_shard(path, keys, rows(len(keys))) for path, keys in zip(paths, names, strict=True)])
     problem = only_problem(cache, checker)
-    assert problem.file == f"shards/{paths[-1].name}" and problem.what.startswith("image key 'a.jpg' stands again")
+    assert problem.file == f"shards/{paths[-1].name}" and problem.what.startswith("image key 'a.jpg' is listed again")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -302,7 +303,7 @@ def test_nothing_outside_the_cache_is_read(name, cache, checker, tmp_path):
         outside.write_text("{}\n", encoding="utf-8")
     (cache / name).symlink_to(outside)
     problem = verify(cache, checker)[0]
-    assert problem.file == name and "leaves the cache" in problem.what
+    assert problem.file == name and "leads out of the cache" in problem.what
 
 
 def test_a_cache_reached_by_a_link_is_fine(cache, checker, tmp_path):
@@ -378,7 +379,7 @@ def test_mutated_and_resealed_shards_never_crash_and_never_change_a_row_unseen(t
 
 def test_absurd_sizes_are_refused(cache, checker, monkeypatch):
     monkeypatch.setattr("llava_twophase.cache.check.verify._LIMIT", 100)
-    assert {problem.what for problem in verify(cache, checker)} >= {"it claims absurd sizes: 5 rows of 576 bytes"}
+    assert {problem.what for problem in verify(cache, checker)} >= {"it states absurd sizes: 5 rows of 576 bytes"}
 
 
 def test_a_short_run_of_the_fuzz_script(tmp_path, checker, monkeypatch):

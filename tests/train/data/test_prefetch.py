@@ -8,7 +8,8 @@ from accelerate.data_loader import skip_first_batches
 from torch.utils.data import DataLoader
 
 from cache.make import make_cache
-from llava_twophase.cache.reader import FeatureCache, read_header
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.cache.shard_files import read_header
 from llava_twophase.errors import UserError
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.prefetch import PrefetchDataset
