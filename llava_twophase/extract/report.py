@@ -8,12 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from llava_twophase.cache.quarantine import Quarantined
-from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.extract.break_even import BreakEven
 from llava_twophase.extract.plan import Plan
 from llava_twophase.files import free_bytes
@@ -126,21 +122,4 @@ def report_plan(
         seconds=images / rate if rate and images else None,
         break_even=break_even,
         examples=[f"{entry.key}: {entry.reason}" for entry in bad[:_EXAMPLES]],
-    )
-
-
-def report_twins(cache: FeatureCache) -> str | None:
-    """Say which pictures stand in the cache under many names, by the hash of their files; None where there are none."""
-    digests = np.ascontiguousarray(cache.column("source_sha256")).view("V32").ravel()
-    _, first, inverse, counts = np.unique(digests, return_index=True, return_inverse=True, return_counts=True)
-    twins = np.flatnonzero(counts > 1)
-    if not len(twins):
-        return None
-    largest = twins[np.argsort(-counts[twins], kind="stable")[:5]]
-    wanted = {int(first[group]): int(counts[group]) for group in largest}
-    names: dict[int, Any] = {row: key for row, key in enumerate(cache.keys()) if row in wanted}
-    examples = ", ".join(f"{names[row]} under {count} names" for row, count in wanted.items())
-    return (
-        f"{int(counts[twins].sum())} images are {len(twins)} pictures under several names, byte for byte: {examples}"
-        + (", ..." if len(twins) > len(wanted) else "")
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from llava_twophase.cache.check.duplicates import describe_duplicate_images
 from llava_twophase.cache.format import QUANTISED, QUARANTINE
 from llava_twophase.cache.manifest import Manifest, read_manifest, write_manifest
 from llava_twophase.cache.quarantine import Quarantined, merge_parts, read_parts, read_quarantine
@@ -30,7 +31,7 @@ from llava_twophase.extract.pipeline import Options, extract
 from llava_twophase.extract.plan import Plan, make_plan, sealed_shards, shard_path
 from llava_twophase.extract.progress import Progress
 from llava_twophase.extract.ranks import Peers
-from llava_twophase.extract.report import report_plan, report_twins
+from llava_twophase.extract.report import report_plan
 from llava_twophase.extract.target import existing_manifest, explain_disk_errors, locked, remove_work_files
 from llava_twophase.extract.timings import Timings
 from llava_twophase.extract.tower import fingerprint_of, load_tower, plain_codec, provenance, require_same, shard_spec
@@ -225,9 +226,9 @@ def _work(job: Job, manifest: Manifest, plan: Plan, tower: VisionTower, spec: Sh
             "%d images have more than 8 bits per channel; their values are clipped, as in LLaVA", done["high_bit_depth"]
         )
     _log_left_out(list(read_quarantine(cache).values()))
-    twins = report_twins(FeatureCache(cache))
-    if twins is not None:
-        logger.warning("%s", twins)
+    duplicates = describe_duplicate_images(FeatureCache(cache))
+    if duplicates is not None:
+        logger.warning("%s", duplicates)
 
 
 def _begin(cache: Path, manifest: Manifest, plan: Plan) -> None:

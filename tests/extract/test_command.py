@@ -217,11 +217,11 @@ def test_plan_and_time_of_a_complete_cache(server, command):
     assert "to encode   0" in server.run([*command(), "--plan"])
 
 
-def test_identical_pictures_under_many_names_are_reported(server, command, image_set, tmp_path):
+def test_extraction_reports_duplicate_images(server, command, image_set, tmp_path):
     folder = shutil.copytree(image_set.folder, tmp_path / "images")
     records = list(image_set.records)
     for name in ("placeholder_1.png", "placeholder_2.png"):
         shutil.copy(folder / image_set.keys[0], folder / name)
         records.append(drawn.make_record(name, name, "not available"))
     log = server.run(command(image_folder=folder, data_path=drawn.write_records(records, tmp_path / "r.json")))
-    assert f"3 images are 1 pictures under several names, byte for byte: {image_set.keys[0]} under 3 names" in log
+    assert f"keys are duplicates of 1 image files, byte for byte: {image_set.keys[0]} (3 keys)" in log
