@@ -18,8 +18,6 @@ from llava_twophase.records import Record, load_records
 
 _WORDS = (0, 5, 10, 15, 20, 30, 50, 100)
 _EXAMPLES = 5
-# NFKC, which some tokenizers apply, turns one character of 3 bytes into 33 at most; ASCII stays as it is.
-_NFKC_GROWTH = 11
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,20 +100,18 @@ def truncated(records: Sequence[Record], name: str, model_max_length: int, image
     from transformers import AutoTokenizer
 
     from llava_twophase.errors import UserError
-    from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
+    from llava_twophase.train.data.conversation import PlainTemplate
+    from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {name}: no tokenizer could be loaded: {error}") from None
-    encode = text_encoder(name, tokenizer)
-    template = PlainTemplate(tokenizer, encode, model_max_length, image_tokens)
-    room = model_max_length - image_tokens - template.image_at
+    template = PlainTemplate(load_caption_tokenizer(name, tokenizer), model_max_length, image_tokens)
+    room = template.max_ids - len(template.prompt)
     cut = []
     for record in tqdm(records, desc="captions", unit="record", disable=None):
-        # A token covers a byte at least: nearly all captions need no tokenizer, which 558K of them would wait for.
-        length = len(record.caption) if record.caption.isascii() else _NFKC_GROWTH * len(record.caption.encode())
-        if length + 2 > room and len(encode(record.caption + "\n")) > room:
+        if template.truncates(record.caption):
             cut.append(record.image)
     return {"captions": len(cut), "room": room, "model_max_length": model_max_length, "examples": cut[:_EXAMPLES]}
 

@@ -21,8 +21,9 @@ from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import require_free_space
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
-from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
+from llava_twophase.train.data.conversation import PlainTemplate
 from llava_twophase.train.data.source import FeatureSource, open_source
+from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 from llava_twophase.train.model.load_llm import require_bits, require_generation_config, require_liger
 from llava_twophase.train.model.projector import build_projector, load_projector
 
@@ -42,7 +43,7 @@ class Inputs:
         source: Where features come from.
         config: The LLM's configuration.
         tokenizer: The LLM's tokenizer.
-        template: Tokenises captions.
+        template: Tokenizes captions.
         projector: Freshly initialised, or from ``--pretrain_mm_mlp_adapter``.
         width: Tower width D.
     """
@@ -242,5 +243,5 @@ def _load_text(arguments: Arguments) -> tuple[Any, Any]:
 
 def _template(arguments: Arguments, tokenizer: Any, image_tokens: int) -> PlainTemplate:
     training = arguments.training
-    encode = text_encoder(arguments.model.model_name_or_path, tokenizer, training.cache_dir)
-    return PlainTemplate(tokenizer, encode, training.model_max_length, image_tokens, arguments.data.drop_unk_tokens)
+    captions = load_caption_tokenizer(arguments.model.model_name_or_path, tokenizer, training.cache_dir)
+    return PlainTemplate(captions, training.model_max_length, image_tokens, arguments.data.drop_unk_tokens)

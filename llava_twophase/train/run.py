@@ -82,7 +82,7 @@ def _model(arguments: Arguments, inputs: Inputs, checkpoint: Path | None) -> Lla
     training, template = arguments.training, inputs.template
     given = arguments.micro_batching
     saved = saved_micro_batching(checkpoint) if checkpoint is not None and given == (None, None) else None
-    frozen = FrozenLLM(load_llm(arguments), template.image_at, *given)
+    frozen = FrozenLLM(load_llm(arguments), template.image_position, *given)
     if saved is not None:
         frozen.micro_batching = saved
     model = LlavaProjectorModel(frozen, inputs.projector, template.image_tokens, inputs.source.encode)
@@ -97,9 +97,9 @@ def _trainer(
 ) -> ProjectorTrainer:
     training, template, source = arguments.training, inputs.template, inputs.source
     keeper = CheckpointKeeper(identity, training.save_total_limit, model.frozen)
-    cut = sum(template.is_cut(record.caption) for record in inputs.records)
-    if cut:
-        logger.warning("%d captions are cut at --model_max_length %d", cut, training.model_max_length)
+    truncated = sum(template.truncates(record.caption) for record in inputs.records)
+    if truncated:
+        logger.warning("%d captions are truncated at --model_max_length %d", truncated, training.model_max_length)
     weights = sum(parameter.numel() for parameter in model.parameters())
     logger.info("%d records, %d held out, %d trainable weights", len(inputs.records), len(inputs.eval_records), weights)
     return ProjectorTrainer(

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.records import Record, load_records
 from llava_twophase.train.data.collator import collate
-from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
+from llava_twophase.train.data.conversation import PlainTemplate
+from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel
 from llava_twophase.train.model.load_llm import LoadedLLM
@@ -54,8 +55,8 @@ class _Trained:
         tokens, width = cache.feature_shape
         module = build_projector(kind, width, model.config.hidden_size)
         load_projector(projector, module)
-        self.template = PlainTemplate(self.tokenizer, text_encoder(llm, self.tokenizer), 2048, tokens)
-        self.model = LlavaProjectorModel(FrozenLLM(LoadedLLM(model), self.template.image_at), module).eval()
+        self.template = PlainTemplate(load_caption_tokenizer(llm, self.tokenizer), 2048, tokens)
+        self.model = LlavaProjectorModel(FrozenLLM(LoadedLLM(model), self.template.image_position), module).eval()
 
     def loss(self, captions: Sequence[str], keys: Sequence[str]) -> float:
         """Return the mean loss over all caption tokens, caption i with the image of key i."""
@@ -83,7 +84,7 @@ class _Trained:
     def _generate(self, features: torch.Tensor) -> torch.Tensor:
         """Return generated ids, `[B, T]`, for features `[B, L, D]`; what follows a newline is to be dropped."""
         empty, _ = self.template("")  # [BOS, IMAGE, newline], or without BOS
-        prompt, newline = torch.tensor([empty[: self.template.image_at + 1]] * len(features)), empty[-1]
+        prompt, newline = torch.tensor([empty[: self.template.image_position + 1]] * len(features)), empty[-1]
         inputs = {"inputs_embeds": self.model.splice(prompt, features)}  # [B, L, H]
         past, written = None, []
         ended = torch.zeros(len(features), dtype=torch.bool)

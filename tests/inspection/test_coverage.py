@@ -84,14 +84,15 @@ def test_a_quarantined_image_alone_is_no_problem(cache, records, tmp_path):
 def test_truncated_captions_are_those_that_training_cuts(image_set, tiny_llama, tmp_path):
     from transformers import AutoTokenizer
 
-    from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
+    from llava_twophase.train.data.conversation import PlainTemplate
+    from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 
     records = load_records(image_set.json)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    encode = text_encoder(str(tiny_llama), tokenizer)
+    captions = load_caption_tokenizer(str(tiny_llama), tokenizer)
     for room in (1, 5, 8, 12, 30, 400):
-        template = PlainTemplate(tokenizer, encode, 16 + 1 + room, 16)
-        whole = PlainTemplate(tokenizer, encode, 4096, 16)
+        template = PlainTemplate(captions, 16 + 1 + room, 16)
+        whole = PlainTemplate(captions, 4096, 16)
         cut = [record.image for record in records if template(record.caption) != whole(record.caption)]
         found = truncated(records, str(tiny_llama), 16 + 1 + room, 16)
         assert (found["captions"], found["room"], found["examples"]) == (len(cut), room, cut[:5])

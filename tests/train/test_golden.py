@@ -17,7 +17,8 @@ from llava_twophase.cache.manifest import Manifest, write_manifest
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter
 from llava_twophase.train.data.collator import collate
-from llava_twophase.train.data.conversation import PlainTemplate, text_encoder
+from llava_twophase.train.data.conversation import PlainTemplate
+from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel
 from llava_twophase.train.model.load_llm import LoadedLLM
@@ -227,7 +228,7 @@ def test_token_ids_are_sentencepieces(llm, tmp_path, legacy, column):
 
 def template_of(folder, model_max_length=2048, drop_unk=False):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return PlainTemplate(tokenizer, text_encoder(str(folder), tokenizer), model_max_length, PATCHES, drop_unk)
+    return PlainTemplate(load_caption_tokenizer(str(folder), tokenizer), model_max_length, PATCHES, drop_unk)
 
 
 @pytest.mark.parametrize(

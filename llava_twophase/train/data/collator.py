@@ -1,6 +1,6 @@
-"""Samples to a right-padded batch; knows nothing of where they come from.
+"""Samples to a right-padded batch.
 
-Under causal attention a real token never sees the padding behind it, so a batch carries no mask at all.
+A batch has no attention mask: with causal attention, a token never attends to the padding after it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def collate(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
     """Make one batch.
 
     Args:
-        samples: As ``CaptionDataset`` gives them.
+        samples: Samples of ``CaptionDataset``.
 
     Returns:
-        ``input_ids`` (padding 0, which no loss ever sees) and ``labels`` (padding -100), int64 ``[B, T]``,
-        ``features`` ``[B, L, D]`` or ``crops`` ``[B, S, S, 3]``, and ``lengths``, ids of each sample, which stay on
-        the host.
+        ``input_ids`` (padded with 0, which no loss uses) and ``labels`` (padded with -100), int64 ``[B, T]``;
+        ``features`` ``[B, L, D]`` or ``crops`` ``[B, S, S, 3]``; and ``lengths``, the number of ids of each sample, a
+        list.
     """
     batch: dict[str, Any] = {
         "input_ids": pad_sequence([sample["input_ids"] for sample in samples], batch_first=True, padding_value=0),

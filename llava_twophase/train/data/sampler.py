@@ -1,4 +1,7 @@
-"""The order of samples, equal to LLaVA's for the same seed; a function of seed and epoch, so a resume repeats it."""
+"""The order of samples, equal to LLaVA's for the same seed.
+
+It depends on seed and epoch only, so a resumed run repeats it.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,18 @@ from torch.utils.data import Sampler
 
 
 class EpochSampler(Sampler[int]):
-    """Draws each epoch's order as LLaVA's stage 1 does (transformers 4.37, accelerate 0.21; measured).
+    """Sample each epoch in the order of LLaVA's stage 1 (transformers 4.37, accelerate 0.21; measured).
 
-    One process: the run's generator gives the data loader's seed, then the sampler's, which seeds the permutation.
-    Several processes: a fresh generator with torch's default seed, so ``--seed`` has no effect on the order.
-    Grouped: each mega-batch of a random permutation is sorted by length and dealt to the ranks evenly.
+    One process: the run's generator draws the data loader's seed and then the sampler's, which seeds the permutation.
+    Several processes: a new generator with torch's default seed, so ``--seed`` has no effect on the order.
+    Grouped: each mega-batch of a random permutation is sorted by length and distributed evenly over the ranks.
 
     Args:
         size: Number of samples.
         seed: The run's seed.
         world_size: Number of processes.
-        lengths: For grouped order, the words of each sample, else None.
-        batch_size: For grouped order, samples of one process and micro-batch.
+        lengths: For grouped order, the number of words of each sample; else None.
+        batch_size: For grouped order, samples in the batch of one process.
         groups: For grouped order, batches in a mega-batch: processes times accumulation steps.
     """
 
@@ -42,15 +45,15 @@ class EpochSampler(Sampler[int]):
         return self._size
 
     def __iter__(self) -> Iterator[int]:
-        """Iterate over the current epoch's sample numbers."""
+        """Iterate over the sample indices of the current epoch."""
         return iter(self.order(self._epoch))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, 0 for the first; Trainer calls it."""
+        """Set the epoch, 0 for the first."""
         self._epoch = epoch
 
     def order(self, epoch: int) -> list[int]:
-        """Return one epoch's order, whatever was drawn before."""
+        """Return the sample indices of one epoch, independently of earlier calls."""
         if self._lengths is not None:
             generator = torch.Generator().manual_seed(self._seed)
             for _ in range(epoch + 1):
@@ -75,7 +78,7 @@ class EpochSampler(Sampler[int]):
         order = []
         for start in range(0, len(permutation), size):
             megabatch = sorted(permutation[start : start + size], key=lambda i: lengths[i], reverse=True)
-            order += [i for chunk in _deal(megabatch, lengths, self._groups) for i in chunk]
+            order += [i for chunk in _distribute(megabatch, lengths, self._groups) for i in chunk]
         return order
 
 
@@ -83,16 +86,17 @@ def _draw_seed(generator: torch.Generator) -> int:
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
 
 
-def _deal(indices: Sequence[int], lengths: Sequence[int], chunks: int) -> list[list[int]]:
-    # Longest first, each to the chunk that is shortest in sum and not yet full; the ragged rest is dealt in turn.
+def _distribute(indices: Sequence[int], lengths: Sequence[int], chunks: int) -> list[list[int]]:
+    # Longest first, each to the chunk with the smallest sum that is not full. An incomplete mega-batch is
+    # distributed in turn.
     if len(indices) % chunks:
         return [list(indices[first::chunks]) for first in range(chunks)]
-    dealt: list[list[int]] = [[] for _ in range(chunks)]
+    distributed: list[list[int]] = [[] for _ in range(chunks)]
     sums = [0.0] * chunks
     for index in indices:
         shortest = sums.index(min(sums))
-        dealt[shortest].append(index)
+        distributed[shortest].append(index)
         sums[shortest] += lengths[index]
-        if len(dealt[shortest]) == len(indices) // chunks:
+        if len(distributed[shortest]) == len(indices) // chunks:
             sums[shortest] = float("inf")
-    return dealt
+    return distributed

@@ -1,7 +1,7 @@
-"""Captions to the ids that LLaVA's slow LLaMA tokenizer gives; knows nothing of images or batches.
+"""Text to the ids of LLaVA's slow LLaMA tokenizer, by sentencepiece.
 
-LLaVA tokenises with sentencepiece itself. transformers 5 rebuilds a ``tokenizer.model`` as a fast tokenizer, which
-gives other ids for a leading space, for special tokens inside a caption, and for a literal U+2581.
+transformers 5 converts a ``tokenizer.model`` to a fast tokenizer, which gives other ids for a leading space, for
+special tokens inside a caption, and for a literal U+2581.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class SentencePieceIds:
 
     Args:
         model_file: ``tokenizer.model``.
-        added_tokens: Special tokens to ids; they are cut out of a text before sentencepiece sees it.
-        legacy: As in ``tokenizer_config.json``: every piece between special tokens gets a space in front.
-        unk_token: Spelling of the unknown token.
+        added_tokens: Special tokens to ids. A text is split at them, and sentencepiece gets the parts between them.
+        legacy: As in ``tokenizer_config.json``: every part between special tokens gets a space in front.
+        unk_token: Text of the unknown token.
     """
 
     def __init__(self, model_file: Path, added_tokens: Mapping[str, int], legacy: bool, unk_token: str) -> None:
@@ -36,7 +36,7 @@ class SentencePieceIds:
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
     def __call__(self, text: str) -> list[int]:
-        """Return the ids of a text, special tokens in it included."""
+        """Return the ids of a text, including special tokens in it."""
         if not text:
             return []
         if not self._legacy:
@@ -46,13 +46,13 @@ class SentencePieceIds:
         for part in parts:
             ids += [self._added[part]] if part in self._added else self._encode(part)
         if not self._legacy and len(parts) > 1 and parts[0] == _SPACE:
-            # The space put in front of a text that starts with a special token stands for nothing.
+            # Before a special token at the start of the text, the added space is not part of the text.
             ids = ids[len(self._encode(_SPACE)) :]
         return ids
 
     def _encode(self, part: str) -> list[int]:
         if self._legacy or not part.startswith((_SPACE, " ")):
-            return self._model.encode(part)
-        # sentencepiece strips a leading space; behind another piece it stays.
+            return list(self._model.encode(part))
+        # sentencepiece strips a leading space, but keeps it after another piece.
         skipped = len(self._model.encode(self._unk))
-        return self._model.encode(self._unk + part)[skipped:]
+        return list(self._model.encode(self._unk + part)[skipped:])

@@ -58,7 +58,7 @@ def write_captions(
         One caption each, up to its newline.
     """
     prompt = torch.tensor([template.prompt] * len(features), device=features.device)
-    embeds = model.splice(prompt, features)  # [B, image_at + L, H]
+    embeds = model.splice(prompt, features)  # [B, image_position + L, H]
     written = model.llm.generate(
         inputs_embeds=embeds,
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
