@@ -153,6 +153,7 @@ def run_identity(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
         "model_name_or_path": model.model_name_or_path,
         "mm_projector_type": model.mm_projector_type,
         "model_max_length": training.model_max_length,
+        "tokenizer": inputs.template.tokenizer.identity,
         "records_sha256": digest.hexdigest(),
         "features": inputs.source.identity,
     }

@@ -28,6 +28,7 @@ class PlainTemplate:
         image_position: Index of the image token in ``input_ids``: 1 after a BOS, else 0.
         image_tokens: Positions that the image token becomes.
         max_ids: Longest ``input_ids``; longer ones are truncated.
+        tokenizer: The LLM's.
 
     Raises:
         UserError: The image fills ``model_max_length``, so no caption token would be learned.
@@ -36,7 +37,7 @@ class PlainTemplate:
     def __init__(
         self, tokenizer: CaptionTokenizer, model_max_length: int, image_tokens: int, drop_unk: bool = False
     ) -> None:
-        self._encode = tokenizer.encode
+        self.tokenizer, self._encode = tokenizer, tokenizer.encode
         self._dropped = tokenizer.unknown if drop_unk else None
         bos = [] if tokenizer.bos is None else [tokenizer.bos]
         self.prompt = [*bos, IMAGE_TOKEN_INDEX]

@@ -56,10 +56,7 @@ def load_caption_tokenizer(name: str, tokenizer: Any, cache_dir: str | None = No
     if model_file is None:
         content = _content(tokenizer)
         identity = {"kind": "tokenizer.json", "sha256": hashlib.sha256(content).hexdigest()}
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-            return ids
+        encode = _PlainIds(tokenizer)
     else:
         # Absent or null means legacy, as in transformers 4.37; transformers 5's tokenizers do not have the setting.
         legacy = settings.get("legacy") is not False
@@ -72,6 +69,16 @@ def load_caption_tokenizer(name: str, tokenizer: Any, cache_dir: str | None = No
             "legacy": legacy,
         }
     return CaptionTokenizer(encode, bos, tokenizer.unk_token_id, {**identity, "bos": bos})
+
+
+@dataclass(frozen=True)
+class _PlainIds:
+    # A class and not a closure, so that a spawned data loader worker can have it.
+    tokenizer: Any
+
+    def __call__(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
 
 
 def most_tokens(text: str) -> int:

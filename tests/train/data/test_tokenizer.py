@@ -1,6 +1,7 @@
 """Which ids captions become, and what rows begin with, whatever a tokenizer's files say."""
 
 import json
+import pickle
 
 import pytest
 import sentencepiece
@@ -43,7 +44,7 @@ def test_load_caption_tokenizer_honours_add_bos_token(load, add_bos, flag, caplo
     tokenizer = load({} if flag is None else {"add_bos_token": flag}, add_bos)
     begins_with_bos = add_bos if flag is None else flag
     assert tokenizer.bos == (BOS if begins_with_bos else None)
-    plain = PlainTemplate(tokenizer, 512, 16)
+    plain = pickle.loads(pickle.dumps(PlainTemplate(tokenizer, 512, 16)))
     input_ids, labels = plain("a red circle")
     assert (input_ids[0] == BOS) is begins_with_bos and plain.image_position == int(begins_with_bos)
     assert labels[: len(plain.prompt)] == [-100] * len(plain.prompt) and -100 not in labels[len(plain.prompt) :]
