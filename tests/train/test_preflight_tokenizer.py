@@ -8,7 +8,7 @@ import sentencepiece
 from cache.make import make_cache
 from drawn import make_record, write_records
 from llava_twophase.cache.fingerprint import differences
-from llava_twophase.train.arguments import parse_arguments
+from llava_twophase.train.command_line import parse_arguments
 from llava_twophase.train.preflight import check_inputs, run_identity
 
 
