@@ -7,7 +7,16 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from helpers import free_port, needs_compiler, run
+from commands import (
+    assert_same_outcome,
+    deepspeed,
+    extract_command,
+    inspect_command,
+    outcome,
+    torchrun,
+    train_command,
+)
+from helpers import needs_compiler, run
 
 trackio_is_absent = pytest.mark.skipif(find_spec("trackio") is not None, reason="trackio is installed")
 STEPS = 6  # twelve plain scenes, batches of four, two epochs
@@ -17,7 +26,7 @@ STEPS = 6  # twelve plain scenes, batches of four, two epochs
 def features(plain_set, tiny_clip, tmp_path_factory):
     """A cache of the plain scenes from a float32 tower, made by command 1."""
     cache = tmp_path_factory.mktemp("features") / "cache"
-    run(["python", "pipelines/extract_features.py", *extract_flags(plain_set, tiny_clip, cache)])
+    run(["python", *extract_plain(plain_set, tiny_clip, cache)])
     return cache
 
 
@@ -33,50 +42,15 @@ def tower_gone(tiny_clip, features, tmp_path_factory):
     return root / "tower", root / "cache"
 
 
-def extract_flags(pictures, tower, cache):
-    return [
-        *("--data_path", pictures.json, "--image_folder", pictures.folder, "--vision_tower", tower),
-        *("--feature_cache", cache, "--compute_dtype", "fp32"),
-        *("--batch_size", "4", "--images_per_shard", "8", "--num_workers", "1"),
-    ]
+def extract_plain(pictures, tower, cache):
+    return extract_command(
+        data_path=pictures.json, image_folder=pictures.folder, vision_tower=tower, feature_cache=cache, num_workers=1
+    )
 
 
-def train_flags(pictures, llm, tower, output, **changes):
-    flags = {
-        "model_name_or_path": llm,
-        "version": "plain",
-        "data_path": pictures.json,
-        "vision_tower": tower,
-        "mm_projector_type": "mlp2x_gelu",
-        "tune_mm_mlp_adapter": True,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "output_dir": output,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
-        "evaluation_strategy": "no",
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "weight_decay": 0.0,
-        "warmup_ratio": 0.03,
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 1,
-        "model_max_length": 512,
-        "lazy_preprocess": True,
-        "report_to": "none",
-        "use_cpu": True,
-        **changes,
-    }
-    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-
-
-def losses(output):
-    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
-def projector(output):
-    return torch.load(output / "mm_projector.bin", weights_only=True)
+def train_plain(pictures, llm, tower, output, **changes):
+    inputs = {"data_path": pictures.json, "model_name_or_path": llm, "vision_tower": tower, "output_dir": output}
+    return train_command(**inputs, **changes)
 
 
 def test_cached_equals_on_the_fly_and_needs_no_tower(plain_set, tiny_llama, tiny_clip, tower_gone, tmp_path):
@@ -84,16 +58,13 @@ def test_cached_equals_on_the_fly_and_needs_no_tower(plain_set, tiny_llama, tiny
     tower, cache = tower_gone
     assert not tower.exists()
     live, cached = tmp_path / "live", tmp_path / "cached"
-    flags = train_flags(plain_set, tiny_llama, tiny_clip, live, image_folder=plain_set.folder, compute_dtype="fp32")
-    run(["python", "pipelines/train_projector.py", *flags])
-    flags = train_flags(plain_set, tiny_llama, tower, cached, feature_cache=cache)
-    run(["python", "pipelines/train_projector.py", *flags], HF_HUB_OFFLINE="1")
-    assert len(losses(live)) == STEPS
-    assert losses(live) == losses(cached)
-    assert losses(live)[-1] < losses(live)[0]
-    a, b = projector(live), projector(cached)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    command = train_plain(plain_set, tiny_llama, tiny_clip, live, image_folder=plain_set.folder, compute_dtype="fp32")
+    run(["python", *command])
+    run(["python", *train_plain(plain_set, tiny_llama, tower, cached, feature_cache=cache)], HF_HUB_OFFLINE="1")
+    losses = outcome(live).losses
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+    assert_same_outcome(outcome(live), outcome(cached))
     config = json.loads((cached / "config.json").read_text(encoding="utf-8"))
     assert config["mm_vision_tower"] == str(tower)
     assert config["mm_hidden_size"] == 32
@@ -101,28 +72,17 @@ def test_cached_equals_on_the_fly_and_needs_no_tower(plain_set, tiny_llama, tiny
 
 def test_workers_and_recomputation_change_nothing(plain_set, tiny_llama, tiny_clip, features, tmp_path):
     plain, other = tmp_path / "plain", tmp_path / "other"
-    run(
-        [
-            "python",
-            "pipelines/train_projector.py",
-            *train_flags(plain_set, tiny_llama, tiny_clip, plain, feature_cache=features),
-        ]
-    )
-    flags = train_flags(
-        *(plain_set, tiny_llama, tiny_clip, other),
-        feature_cache=features,
-        dataloader_num_workers=2,
-        gradient_checkpointing=True,
-    )
-    run(["python", "pipelines/train_projector.py", *flags])
-    assert losses(plain) == losses(other)
+    run(["python", *train_plain(plain_set, tiny_llama, tiny_clip, plain, feature_cache=features)])
+    switches = {"dataloader_num_workers": 2, "gradient_checkpointing": True}
+    run(["python", *train_plain(plain_set, tiny_llama, tiny_clip, other, feature_cache=features, **switches)])
+    assert outcome(plain).losses == outcome(other).losses
 
 
 @needs_compiler
 def test_zero2_on_two_ranks(plain_set, tiny_llama, tiny_clip, features, tmp_path):
     """The deepspeed launcher with two CPU ranks; nothing frozen in the checkpoint."""
     output = tmp_path / "zero2"
-    flags = train_flags(
+    command = train_plain(
         *(plain_set, tiny_llama, tiny_clip, output),
         deepspeed="pipelines/zero2.json",
         feature_cache=features,
@@ -132,11 +92,10 @@ def test_zero2_on_two_ranks(plain_set, tiny_llama, tiny_clip, features, tmp_path
         save_steps=3,
         save_total_limit=1,
     )
-    launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
-    run([*launcher, "pipelines/train_projector.py", *flags])
-    assert len(losses(output)) == STEPS
-    assert losses(output)[-1] < losses(output)[0]
-    state = projector(output)
+    run([*deepspeed(), *command])
+    losses, state = outcome(output).losses, outcome(output).projector
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
     assert [path.name for path in output.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
     weights = sum(tensor.numel() for tensor in state.values())
@@ -177,18 +136,17 @@ def test_a_rank_that_dies_ends_the_other_and_the_rerun_goes_on(
         common = {"feature_cache": features, "per_device_train_batch_size": 2, "save_strategy": "steps"}
         if launcher == "deepspeed":
             common |= {"deepspeed": "pipelines/zero2.json", "bf16": True}
-        flags = train_flags(plain_set, tiny_llama, tiny_clip, output, save_steps=3, **common)
-        ranks = "--nproc_per_node" if launcher == "torchrun" else "--num_gpus"
-        return run([launcher, ranks, "2", "--master_port", str(free_port()), program, *flags], expect=expect)
+        ranks = torchrun() if launcher == "torchrun" else deepspeed()
+        _, *flags = train_plain(plain_set, tiny_llama, tiny_clip, output, save_steps=3, **common)
+        return run([*ranks, program, *flags], expect=expect)
 
     assert start(script, cut, expect=None).returncode != 0
     assert not (cut / "mm_projector.bin").exists()
     assert f"resuming from {cut / 'checkpoint-3'}" in start("pipelines/train_projector.py", cut).stderr
-    assert len(losses(cut)) == STEPS
+    assert len(outcome(cut).losses) == STEPS
     if launcher == "torchrun":  # under DeepSpeed, train/test_resume.py compares
         start("pipelines/train_projector.py", whole)
-        assert losses(cut) == losses(whole)
-        assert all(torch.equal(projector(cut)[name], tensor) for name, tensor in projector(whole).items())
+        assert_same_outcome(outcome(cut), outcome(whole))
 
 
 @pytest.mark.parametrize(
@@ -209,15 +167,16 @@ def test_a_rank_that_dies_ends_the_other_and_the_rerun_goes_on(
     ],
 )
 def test_misuse_is_refused_with_one_clear_line(plain_set, tiny_llama, tiny_clip, features, tmp_path, changes, named):
-    flags = train_flags(plain_set, tiny_llama, tiny_clip, tmp_path / "out", **{"feature_cache": features, **changes})
-    result = run(["python", "pipelines/train_projector.py", *flags], expect=1)
+    inputs = {"data_path": plain_set.json, "model_name_or_path": tiny_llama, "vision_tower": tiny_clip}
+    inputs |= {"feature_cache": features, "output_dir": tmp_path / "out"}
+    result = run(["python", *train_command(**inputs | changes)], expect=1)
     assert named in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_records_without_features_are_named_before_the_llm_loads(image_set, tiny_llama, tiny_clip, features, tmp_path):
-    flags = train_flags(image_set, tiny_llama, tiny_clip, tmp_path / "out", feature_cache=features)
-    result = run(["python", "pipelines/train_projector.py", *flags], expect=1)
+    command = train_plain(image_set, tiny_llama, tiny_clip, tmp_path / "out", feature_cache=features)
+    result = run(["python", *command], expect=1)
     assert "17 of 29 images have no features" in result.stderr
     assert "odd/transparent.png" in result.stderr
 
@@ -227,10 +186,10 @@ def test_other_towers_reach_a_projector(request, tower, plain_set, tiny_llama_no
     """SigLIP, DINOv2 and a whole CLIPModel; the LLM's tokenizer adds no BOS."""
     folder = request.getfixturevalue(tower)
     cache, output = tmp_path / "cache", tmp_path / "out"
-    run(["python", "pipelines/extract_features.py", *extract_flags(plain_set, folder, cache)])
-    flags = train_flags(plain_set, tiny_llama_no_bos, folder, output, feature_cache=cache, mm_projector_type="linear")
-    run(["python", "pipelines/train_projector.py", *flags])
-    assert losses(output)[-1] < losses(output)[0]
-    result = run(["python", "pipelines/inspect_cache.py", "summary", cache, "--json"])
-    assert json.loads(result.stdout)["images"] == 12
-    run(["python", "pipelines/inspect_cache.py", "verify", cache])
+    run(["python", *extract_plain(plain_set, folder, cache)])
+    flags = {"feature_cache": cache, "mm_projector_type": "linear"}
+    run(["python", *train_plain(plain_set, tiny_llama_no_bos, folder, output, **flags)])
+    losses = outcome(output).losses
+    assert losses[-1] < losses[0]
+    assert json.loads(run(["python", *inspect_command("summary", cache, "--json")]).stdout)["images"] == 12
+    run(["python", *inspect_command("verify", cache)])

@@ -3,7 +3,6 @@
 Skipped where there is none, as on the machines that these tests were written on: there they have not been run.
 """
 
-import json
 from importlib.util import find_spec
 
 import numpy as np
@@ -14,12 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from cache.make import make_cache
-from helpers import free_port, run
+from commands import deepspeed, extract_command, outcome, train_command
+from helpers import run
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.prefetch import PrefetchDataset
 from llava_twophase.train.model.micro_batches import MicroBatching
-from test_end_to_end import extract_flags, train_flags
 from train.model.llms import build_batch, build_llm, freeze, step
 
 pytestmark = pytest.mark.gpu
@@ -101,17 +100,14 @@ def test_features_arrive_from_pinned_memory(storage, tmp_path):
 def trained(plain_set, tiny_llama, tiny_clip, tmp_path_factory):
     """Runs both commands on the GPU, on one cache, and returns the losses."""
     root = tmp_path_factory.mktemp("gpu")
-    flags = [*extract_flags(plain_set, tiny_clip, root / "cache"), "--compute_dtype", "bf16", "--device", "cuda"]
-    run(["python", "pipelines/extract_features.py", *flags])
+    inputs = {"data_path": plain_set.json, "vision_tower": tiny_clip, "feature_cache": root / "cache"}
+    run(["python", *extract_command(**inputs, image_folder=plain_set.folder, compute_dtype="bf16", device="cuda")])
 
     def train(name, **changes):
-        wanted = {"feature_cache": root / "cache", "use_cpu": False, "bf16": True, **changes}
-        flags = train_flags(plain_set, tiny_llama, tiny_clip, root / name, **wanted)
-        launcher = ["deepspeed", "--num_gpus", "1", "--master_port", str(free_port())]
-        start = launcher if "deepspeed" in changes else ["python"]
-        run([*start, "pipelines/train_projector.py", *flags], CUDA_VISIBLE_DEVICES="0")
-        history = json.loads((root / name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        return [entry["loss"] for entry in history if "loss" in entry]
+        flags = {"model_name_or_path": tiny_llama, "use_cpu": False, "bf16": True, "output_dir": root / name, **changes}
+        launcher = deepspeed(1) if "deepspeed" in changes else ["python"]
+        run([*launcher, *train_command(**inputs, **flags)], CUDA_VISIBLE_DEVICES="0")
+        return outcome(root / name).losses
 
     return train
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from commands import extract_command
 from helpers import run
 
 
@@ -22,11 +23,9 @@ class Made:
 
 def extract(image_set, tower, cache, *flags):
     """Run command 1 with the tiny tower."""
-    run([
-        "python", "pipelines/extract_features.py", "--data_path", image_set.json, "--image_folder", image_set.folder,
-        "--vision_tower", tower, "--feature_cache", cache, "--num_workers", "0", "--images_per_shard", "5",
-        "--device", "cpu", *flags,
-    ])  # fmt: skip
+    images = {"data_path": image_set.json, "image_folder": image_set.folder}
+    command = extract_command(**images, vision_tower=tower, feature_cache=cache, compute_dtype=None, images_per_shard=5)
+    run(["python", *command, *flags])
     return cache
 
 

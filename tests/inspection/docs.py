@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import drawn
 import tiny
+from commands import extract_command
 from helpers import ROOT, run
 from llava_twophase.cache.shard_files import read_header
 
 PAGE = ROOT / "docs" / "inspect.md"
 BLOCK = re.compile(r"^```console\n\$ (llava-inspect-cache .*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-EXTRACT = ("--compute_dtype", "fp32", "--num_workers", "0", "--images_per_shard", "8", "--device", "cpu")
 
 
 def prepare(folder):
@@ -31,11 +31,14 @@ def prepare(folder):
     (folder / "llm").mkdir()
     tiny.train_tokenizer(images.captions).save_pretrained(folder / "llm")
     for name, storage in {"demo": "auto", "demo-int8": "int8"}.items():
-        run([
-            "python", ROOT / "pipelines/extract_features.py", "--data_path", "records.json", "--image_folder", "images",
-            "--vision_tower", "towers/tiny-clip", "--feature_cache", f"caches/{name}", "--storage_dtype", storage,
-            *EXTRACT,
-        ], cwd=folder, SOURCE_DATE_EPOCH=1764028800)  # fmt: skip
+        script, *flags = extract_command(
+            data_path="records.json",
+            image_folder="images",
+            vision_tower="towers/tiny-clip",
+            feature_cache=f"caches/{name}",
+            storage_dtype=storage,
+        )
+        run(["python", ROOT / script, *flags], cwd=folder, SOURCE_DATE_EPOCH=1764028800)
     # One bit of a row, and the whole manifest.
     damaged, lost = folder / "caches/damaged", folder / "caches/lost"
     shutil.copytree(folder / "caches/demo", damaged)

@@ -1,27 +1,24 @@
 """Trainer's own switches for kernels and launchers: they keep the losses, or are refused before the LLM loads."""
 
-import json
 from importlib.util import find_spec
 
 import pytest
 
+from commands import extract_command, outcome, train_command
 from helpers import run
-from test_end_to_end import extract_flags, train_flags
 
 
 @pytest.fixture(scope="module")
 def trained(plain_set, tiny_llama, tiny_clip, tmp_path_factory):
     """Runs the training command on one cache and returns its losses."""
     root = tmp_path_factory.mktemp("kernels")
-    run(["python", "pipelines/extract_features.py", *extract_flags(plain_set, tiny_clip, root / "cache")])
+    inputs = {"data_path": plain_set.json, "vision_tower": tiny_clip, "feature_cache": root / "cache"}
+    run(["python", *extract_command(**inputs, image_folder=plain_set.folder)])
 
     def train(name, expect=0, **changes):
-        flags = train_flags(plain_set, tiny_llama, tiny_clip, root / name, feature_cache=root / "cache", **changes)
-        done = run(["python", "pipelines/train_projector.py", *flags], expect=expect)
-        if expect:
-            return done.stderr
-        history = json.loads((root / name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        return [entry["loss"] for entry in history if "loss" in entry]
+        command = train_command(**inputs, model_name_or_path=tiny_llama, output_dir=root / name, **changes)
+        done = run(["python", *command], expect=expect)
+        return done.stderr if expect else outcome(root / name).losses
 
     train.root = root
     return train
