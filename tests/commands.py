@@ -69,7 +69,7 @@ def flag_list(values):
 
 def extract_command(**flags):
     """Return the extraction's command; `data_path`, `image_folder`, `vision_tower` and `feature_cache` are needed."""
-    return [SCRIPTS["llava-extract-features"], *flag_list(EXTRACT_FLAGS | flags)]
+    return [SCRIPTS["llava-extract-features"], *flag_list(flags | EXTRACT_FLAGS | flags)]
 
 
 def train_command(**flags):
@@ -77,7 +77,7 @@ def train_command(**flags):
 
     `model_name_or_path`, `data_path`, `vision_tower`, `output_dir` and `feature_cache` or `image_folder` are needed.
     """
-    return [SCRIPTS["llava-train-projector"], *flag_list(TRAIN_FLAGS | flags)]
+    return [SCRIPTS["llava-train-projector"], *flag_list(flags | TRAIN_FLAGS | flags)]
 
 
 def inspect_command(subcommand, *arguments):
