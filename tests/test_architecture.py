@@ -22,7 +22,53 @@ LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed")
 # Documented, though not exported at the top of the library.
 DOCUMENTED = {"transformers.utils.logging", "transformers.training_args.OptimizerNames"}
 # Offenders that a rule tolerates until they are fixed.
-PENDING = {}
+PENDING = {
+    "layers of inspection": {
+        "inspection/check.py: llava_twophase.extract.target",
+        "inspection/check.py: llava_twophase.extract.target.locked",
+    },
+    "manifest": {
+        "cache/check/repair.py: llava_twophase.cache.manifest.write_manifest",
+        "cache/session.py: llava_twophase.cache.manifest.write_manifest",
+        "extract/run.py: llava_twophase.cache.manifest.write_manifest",
+    },
+    "namespace": {
+        "extract/run.py",
+        "extract/tower.py",
+        "inspection/check.py",
+        "inspection/compare.py",
+        "inspection/coverage.py",
+        "inspection/export.py",
+        "inspection/reencode.py",
+        "inspection/report.py",
+        "inspection/show.py",
+        "inspection/statistics.py",
+        "inspection/summary.py",
+    },
+    "modules": {
+        "cache/format.py",
+        "extract/run.py",
+    },
+    "functions": {
+        "extract/cli.py: build_parser",
+        "inspection/compare.py: compare",
+    },
+    "mirror": {
+        "tests/extract/test_command.py",
+        "tests/extract/test_disk.py",
+        "tests/extract/test_killed.py",
+        "tests/inspection/test_inspect_command.py",
+        "tests/inspection/test_states.py",
+        "tests/inspection/test_stats.py",
+        "tests/train/test_deepspeed.py",
+        "tests/train/test_golden.py",
+        "tests/train/test_resume.py",
+        "tests/train/test_switches.py",
+    },
+    "test imports": {
+        "tests/test_gpu.py: train.model.test_frozen_llm",
+    },
+}
 
 
 def offenders(rule, found):

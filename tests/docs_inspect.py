@@ -1,17 +1,14 @@
 """Run the commands of docs/inspect.md on a seeded cache; as a script, write their output into the page again.
 
-python tests/inspection/docs.py
+python tests/docs_inspect.py
 """
 
 import os
 import re
 import shlex
 import shutil
-import sys
 import tempfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import drawn
 import tiny

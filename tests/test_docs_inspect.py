@@ -1,10 +1,10 @@
-"""The docs page of the inspection: its commands, run again, print what it shows."""
+"""docs/inspect.md: its commands, run again, print what the page shows."""
 
 import re
 
 import pytest
 
-from inspection import docs
+import docs_inspect as docs
 from llava_twophase.inspection.cli import SUBCOMMANDS
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -13,7 +13,7 @@ VOLATILE = re.compile(r"^  (age|device|torch|provenance\.software|software\.|com
 
 
 def compared(text):
-    """A text's words, its numbers apart; lines that no two machines share are left out."""
+    """Return a text with # for each number, and the numbers; without lines that differ from machine to machine."""
     lines = [line for line in text.splitlines() if not VOLATILE.search(line)]
     joined = "\n".join(re.sub(r" +", " ", line) for line in lines)
     return NUMBER.sub("#", joined), [float(number.replace(",", "")) for number in NUMBER.findall(joined)]
@@ -31,10 +31,10 @@ def test_every_subcommand_is_shown():
 
 
 @pytest.mark.parametrize("number", range(len(docs.blocks())), ids=lambda number: docs.blocks()[number][0].split()[1])
-def test_a_command_prints_what_the_page_shows(number, folder):
+def test_command_prints_what_the_page_shows(number, folder):
     command, shown = docs.blocks()[number]
     found = docs.output(command, folder)
     (words, numbers), (shown_words, shown_numbers) = compared(found), compared(shown)
     assert words == shown_words
-    # Other CPUs and releases round otherwise, and Pillow's files have other sizes.
+    # Other CPUs and releases round differently, and their Pillow writes files of another size.
     assert numbers == pytest.approx(shown_numbers, rel=0.1, abs=0.02)
