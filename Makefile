@@ -40,7 +40,7 @@ format: $(STAMP) ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-type: $(STAMP) ## mypy over the package
+type: $(STAMP) ## mypy, strict, over the package and pipelines/
 	$(BIN)/mypy
 
 demo: $(STAMP) ## the whole job on real weights (DATA=scenes|stamps, DEMO_ARGS=--short)

@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest requires it where the standard library has none
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "llava-extract-features": "pipelines/extract_features.py",
@@ -86,6 +91,11 @@ def run(command, *, expect=0, timeout=300, cwd=ROOT, **env):
             f"{problem}: {shlex.join(command)}\n--- stdout\n{stdout[-8000:]}\n--- stderr\n{stderr[-8000:]}"
         )
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def project():
+    """Return the [project] table of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def free_port():

@@ -2,21 +2,15 @@
 
 import importlib
 import re
-import sys
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import llava_twophase
-from helpers import ROOT, SCRIPTS, run
+from helpers import ROOT, SCRIPTS, project, run
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pytest brings it where the standard library has none
-
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = project()
 EXTRAS = PROJECT["optional-dependencies"]
 UNPINNED = {"wandb", "tensorboard"}  # trackers: services and viewers that no test starts
 

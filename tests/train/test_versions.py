@@ -3,18 +3,17 @@
 from importlib.metadata import version
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from helpers import ROOT
+from helpers import project
 from llava_twophase.errors import UserError
 from llava_twophase.train import versions
 
 
 def test_ranges_are_those_of_pyproject():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    dependencies = project()["dependencies"]
+    declared = {r.name: r.specifier for r in map(Requirement, dependencies)}
     assert {name: Requirement(f"{name}{text}").specifier for name, text in versions.SUPPORTED.items()} == {
         name: declared[name] for name in versions.SUPPORTED
     }
