@@ -1,6 +1,6 @@
-"""Everything that changes a feature value, compared field by field; what is only worth knowing is provenance.
+"""Fingerprints: everything that changes a feature value, as a nested dict of JSON values, compared field by field.
 
-A fingerprint is a nested dict of JSON values, made by whoever owns the tower; this module knows nothing of towers.
+What is recorded but does not change a value is provenance, and is not compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MISSING = "(absent)"
 
 
 def normalize(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Turn a fingerprint into what reading it back from JSON gives (tuples become lists)."""
+    """Return the fingerprint as it is after a round trip through JSON: tuples become lists."""
     return dict(json.loads(canonical_json(fingerprint)))
 
 
@@ -24,12 +24,12 @@ def differences(
     """Compare two fingerprints.
 
     Args:
-        found: What the cache says of itself.
-        expected: What the run at hand would make or need; fields that it leaves out at the top are not compared.
-        names: What to call the two.
+        found: The fingerprint of the cache.
+        expected: The fingerprint that this run makes or needs. Top-level fields that it does not have are not compared.
+        names: What to call the two in the result.
 
     Returns:
-        One line for each field that differs, with its dotted name and both values; empty where they agree.
+        One line for each field that differs, with its dotted name and both values.
     """
     flat_found = _flatten(normalize({name: found.get(name, MISSING) for name in expected}))
     flat_expected = _flatten(normalize(expected))

@@ -129,7 +129,7 @@ class ShardFile:
             begin += part.row_bytes
 
     def will_need(self, offset: int, count: int) -> None:
-        """Ask the system to start reading bytes; a system that cannot do this is no error."""
+        """Ask the system to start reading bytes; systems that cannot do this ignore it."""
         with suppress(OSError):
             os.posix_fadvise(self._descriptor, offset, count, os.POSIX_FADV_WILLNEED)
 
