@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import shutil
+import zipfile
 
 import pytest
 from packaging.requirements import Requirement
@@ -79,3 +81,22 @@ def test_changelog_begins_with_this_version_after_unreleased():
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     released = headings[1:] if headings[0] == "Unreleased" else headings
     assert released[0] == llava_twophase.__version__
+
+
+def test_workflow_tests_the_oldest_supported_python():
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    tested = re.findall(r"3\.\d+", re.search(r"^ +python: (.*)$", workflow, flags=re.MULTILINE)[1])
+    assert PROJECT["requires-python"] == f">={tested[0]}"
+    assert f"sys.version_info < ({tested[0].replace('.', ', ')})" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_wheel_contains_every_module_and_py_typed(tmp_path):
+    """Built from a copy, because setuptools writes build/ beside the sources."""
+    for name in ("llava_twophase", "pyproject.toml", "README.md", "LICENSE"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    name = run(["python", "-c", build], cwd=tmp_path).stdout.split()[-1]
+    packed = set(zipfile.ZipFile(tmp_path / name).namelist())
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "llava_twophase").rglob("*.py")}
+    assert sources | {"llava_twophase/py.typed"} <= packed
