@@ -48,7 +48,6 @@ PENDING = {
         "inspection/summary.py",
     },
     "modules": {
-        "cache/format.py",
         "extract/run.py",
     },
     "functions": {

@@ -14,7 +14,6 @@ PENDING = (
     "llava_twophase/cache/codec.py",
     "llava_twophase/cache/inputs.py",
     "llava_twophase/distributed.py",
-    "llava_twophase/cache/format.py",
     "llava_twophase/cache/manifest.py",
     "llava_twophase/cache/quarantine.py",
     "llava_twophase/cache/shard_writer.py",

@@ -17,16 +17,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from llava_twophase.cache.format import (
-    ALIGNMENT,
-    ENCODINGS,
-    SCHEMA,
-    USER_BLOCK,
-    Header,
-    StoredDataset,
-    canonical_json,
-    fingerprint_hash,
-)
+from llava_twophase.cache.format import ALIGNMENT, ENCODINGS, SCHEMA, USER_BLOCK, canonical_json, fingerprint_hash
+from llava_twophase.cache.header import Header, StoredDataset
 
 _JSON_ATTRIBUTES = ("fingerprint", "provenance")
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_twophase.cache.codec import Channels, Codec
-from llava_twophase.cache.format import QUANTISED, STORAGE_DTYPES, Header, fingerprint_hash
+from llava_twophase.cache.format import QUANTISED, STORAGE_DTYPES, fingerprint_hash
+from llava_twophase.cache.header import Header
 from llava_twophase.cache.key_index import KeyIndex
 from llava_twophase.cache.manifest import Manifest, read_manifest
 from llava_twophase.cache.shard_files import ShardFiles

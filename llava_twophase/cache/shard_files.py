@@ -19,15 +19,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from llava_twophase.cache.format import (
-    MANIFEST,
-    SHARDS,
-    USER_BLOCK,
-    Header,
-    StoredDataset,
-    decode_header,
-    fingerprint_hash,
-)
+from llava_twophase.cache.format import MANIFEST, SHARDS, USER_BLOCK, fingerprint_hash
+from llava_twophase.cache.header import Header, StoredDataset, decode_header
 from llava_twophase.cache.manifest import ShardEntry
 from llava_twophase.errors import UserError
 

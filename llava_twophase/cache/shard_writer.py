@@ -14,8 +14,9 @@ import numpy as np
 import xxhash
 
 from llava_twophase.cache.codec import Channels, Codec
-from llava_twophase.cache.format import ROW_PARTS, Header, fingerprint_hash, layout
+from llava_twophase.cache.format import ROW_PARTS, fingerprint_hash, layout
 from llava_twophase.cache.hdf5 import create_shard_file
+from llava_twophase.cache.header import Header
 from llava_twophase.cache.manifest import ShardEntry
 from llava_twophase.cache.shard_files import checksum_around
 from llava_twophase.errors import UserError

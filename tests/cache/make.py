@@ -7,7 +7,8 @@ import numpy as np
 import xxhash
 
 from llava_twophase.cache.codec import Channels
-from llava_twophase.cache.format import QUANTISED, SHARDS, STORAGE_DTYPES, USER_BLOCK, decode_header, shard_name
+from llava_twophase.cache.format import QUANTISED, SHARDS, STORAGE_DTYPES, USER_BLOCK, shard_name
+from llava_twophase.cache.header import decode_header
 from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter, sha256
 

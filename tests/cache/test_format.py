@@ -24,7 +24,8 @@ from cache.make import (
 )
 from llava_twophase.cache import format as cache_format
 from llava_twophase.cache.check.verify import verify
-from llava_twophase.cache.format import ALIGNMENT, FORMAT, USER_BLOCK, decode_header
+from llava_twophase.cache.format import ALIGNMENT, FORMAT, USER_BLOCK
+from llava_twophase.cache.header import decode_header
 from llava_twophase.cache.manifest import read_manifest, write_manifest
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_files import read_header
@@ -127,7 +128,7 @@ def test_another_format_or_storage_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="stores features as 'fp8'; this llava-twophase reads bfloat16, float16"):
         FeatureCache(cache)
     edit_header(cache / SHARD, format="someone-else")
-    with pytest.raises(UserError, match=f"says its format is 'someone-else'; expected '{FORMAT}'"):
+    with pytest.raises(UserError, match=f"has the format 'someone-else'; expected '{FORMAT}'"):
         FeatureCache(cache)
 
 

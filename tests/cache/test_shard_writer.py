@@ -15,7 +15,8 @@ from cache.make import (
     rows,
     sources_of,
 )
-from llava_twophase.cache.format import USER_BLOCK, decode_header
+from llava_twophase.cache.format import USER_BLOCK
+from llava_twophase.cache.header import decode_header
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_writer import NotFinite, ShardSpec, ShardWriter
 from llava_twophase.errors import UserError
@@ -59,7 +60,7 @@ def test_a_work_file_is_no_shard_even_when_renamed(tmp_path):
     writer.append(rows(5), sources_of(KEYS))
     (aside,) = tmp_path.iterdir()
     block = aside.read_bytes()[:USER_BLOCK]
-    with pytest.raises(UserError, match="no shard of a feature cache"):
+    with pytest.raises(UserError, match="not a shard of a feature cache"):
         decode_header(block, "it")
     writer.discard()
 

@@ -16,16 +16,8 @@ from pathlib import Path
 from llava_twophase.cache.check.hdf5_process import Hdf5Checker
 from llava_twophase.cache.check.verify import verify_shards
 from llava_twophase.cache.codec import Channels
-from llava_twophase.cache.format import (
-    FORMAT,
-    MANIFEST,
-    QUANTISED,
-    SCHEMA,
-    SHARDS,
-    Header,
-    fingerprint_hash,
-    shard_name,
-)
+from llava_twophase.cache.format import FORMAT, MANIFEST, QUANTISED, SCHEMA, SHARDS, fingerprint_hash, shard_name
+from llava_twophase.cache.header import Header
 from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache

@@ -21,16 +21,8 @@ from tqdm import tqdm
 from llava_twophase.cache.check.duplicates import ShardKeys, duplicate_keys
 from llava_twophase.cache.check.hdf5_process import Hdf5Checker
 from llava_twophase.cache.codec import Channels, Codec
-from llava_twophase.cache.format import (
-    MANIFEST,
-    QUANTISED,
-    QUARANTINE,
-    ROW_PARTS,
-    SHARDS,
-    Header,
-    decode_header,
-    fingerprint_hash,
-)
+from llava_twophase.cache.format import MANIFEST, QUANTISED, QUARANTINE, ROW_PARTS, SHARDS, fingerprint_hash
+from llava_twophase.cache.header import Header, decode_header
 from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.shard_files import ShardFile

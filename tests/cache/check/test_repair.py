@@ -9,7 +9,8 @@ import pytest
 from cache.make import STORAGES, fingerprint_of, keys_of, make_cache, make_shard, rows
 from llava_twophase.cache.check.repair import apply_repair, plan_repair
 from llava_twophase.cache.check.verify import verify
-from llava_twophase.cache.format import SHARDS, USER_BLOCK, decode_header
+from llava_twophase.cache.format import SHARDS, USER_BLOCK
+from llava_twophase.cache.header import decode_header
 from llava_twophase.cache.manifest import read_manifest
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
