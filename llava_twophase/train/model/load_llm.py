@@ -62,8 +62,28 @@ def load_llm(arguments: Arguments) -> LoadedLLM:
         # Directly to this rank's device: the host never holds one copy for each rank.
         options["device_map"] = {"": training.device}
     if training.bits != 16:
-        options["quantization_config"] = _quantization(arguments)
-    name = model.model_name_or_path
+        options["quantization_config"] = quantization(
+            bits=training.bits,
+            dtype=arguments.dtype,
+            double_quant=training.double_quant,
+            quant_type=training.quant_type,
+        )
+    llm = read_causal_lm(model.model_name_or_path, options)
+    if training.use_liger_kernel:
+        apply_liger(llm, training.liger_kernel_config)
+    return LoadedLLM(llm, _zero3_engine(llm, arguments) if zero3 else None)
+
+
+def read_causal_lm(name: str, options: dict[str, Any]) -> Any:
+    """Load a causal LM with frozen weights that generates greedily.
+
+    Args:
+        name: Folder or hub id, as ``--model_name_or_path`` gives it.
+        options: Keyword arguments of ``from_pretrained``.
+
+    Raises:
+        UserError: The LLM cannot be loaded, or its files lack weights.
+    """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except torch.OutOfMemoryError:
@@ -79,9 +99,7 @@ def load_llm(arguments: Arguments) -> LoadedLLM:
     llm.requires_grad_(False)
     # Captions are generated greedily, whatever beams or temperatures the LLM's own file sets for chats.
     llm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    if training.use_liger_kernel:
-        apply_liger(llm, training.liger_kernel_config)
-    return LoadedLLM(llm, _zero3_engine(llm, arguments) if zero3 else None)
+    return llm
 
 
 def gathered(module: nn.Module) -> AbstractContextManager[Any]:
@@ -154,15 +172,17 @@ def require_generation_config(arguments: Arguments) -> None:
         )
 
 
-def _quantization(arguments: Arguments) -> BitsAndBytesConfig:
-    training = arguments.training
+def quantization(
+    *, bits: int, dtype: torch.dtype, double_quant: bool = True, quant_type: str = "nf4"
+) -> BitsAndBytesConfig:
+    """Return the configuration of a frozen LLM in 8 or 4 bits; ``dtype`` is what 4-bit weights are computed in."""
     four_bits = {
         "load_in_4bit": True,
-        "bnb_4bit_compute_dtype": arguments.dtype,
-        "bnb_4bit_use_double_quant": training.double_quant,
-        "bnb_4bit_quant_type": training.quant_type,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_quant_type": quant_type,
     }
-    options = {"load_in_8bit": True} if training.bits == 8 else four_bits
+    options = {"load_in_8bit": True} if bits == 8 else four_bits
     return BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
 
 
