@@ -22,6 +22,7 @@ from llava_twophase.files import require_free_space
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.conversation import PlainTemplate
+from llava_twophase.train.data.row_limits import RowLengths, measure_rows
 from llava_twophase.train.data.source import FeatureSource, open_source
 from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 from llava_twophase.train.model.load_llm import require_bits, require_generation_config, require_liger
@@ -44,6 +45,7 @@ class Inputs:
         config: The LLM's configuration.
         tokenizer: The LLM's tokenizer.
         template: Tokenizes captions.
+        rows: How long the rows are that it makes, held-out ones included.
         projector: Freshly initialised, or from ``--pretrain_mm_mlp_adapter``.
         width: Tower width D.
     """
@@ -54,6 +56,7 @@ class Inputs:
     config: Any
     tokenizer: Any
     template: PlainTemplate
+    rows: RowLengths
     projector: torch.nn.Module
     width: int
 
@@ -79,7 +82,8 @@ def check_inputs(arguments: Arguments) -> Inputs:
     if arguments.model.pretrain_mm_mlp_adapter is not None:
         load_projector(arguments.model.pretrain_mm_mlp_adapter, projector)
     _require_space(arguments, sum(parameter.numel() for parameter in projector.parameters()))
-    return Inputs(records, eval_records, source, config, tokenizer, template, projector, width)
+    rows = measure_rows([*records, *eval_records], template)
+    return Inputs(records, eval_records, source, config, tokenizer, template, rows, projector, width)
 
 
 def find_input_problems(arguments: Arguments, skip: Collection[str] = ()) -> list[str]:

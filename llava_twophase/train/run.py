@@ -97,7 +97,7 @@ def _trainer(
 ) -> ProjectorTrainer:
     training, template, source = arguments.training, inputs.template, inputs.source
     keeper = CheckpointKeeper(identity, training.save_total_limit, model.frozen)
-    truncated = sum(template.truncates(record.caption) for record in inputs.records)
+    truncated = inputs.rows.truncated
     if truncated:
         logger.warning("%d captions are truncated at --model_max_length %d", truncated, training.model_max_length)
     weights = sum(parameter.numel() for parameter in model.parameters())

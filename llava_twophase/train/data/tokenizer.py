@@ -31,12 +31,16 @@ class CaptionTokenizer:
         encode: Text to ids, without special tokens in front or after it.
         bos: The id that every row begins with, None if rows begin with the image.
         unknown: The id of the unknown token, None if there is none.
+        vocabulary: Every token's id, added tokens included.
+        added: The ids of added tokens.
         identity: JSON values that are equal for two tokenizers that give the same ids.
     """
 
     encode: Callable[[str], list[int]]
     bos: int | None
     unknown: int | None
+    vocabulary: Mapping[str, int]
+    added: Mapping[str, int]
     identity: Mapping[str, Any]
 
 
@@ -51,6 +55,7 @@ def load_caption_tokenizer(name: str, tokenizer: Any, cache_dir: str | None = No
     settings = tokenizer_settings(name, cache_dir)
     model_file = find_file(name, "tokenizer.model", cache_dir)
     bos = _choose_bos(name, tokenizer, settings)
+    added = tokenizer.get_added_vocab()
     encode: Callable[[str], list[int]]
     identity: dict[str, Any]
     if model_file is None:
@@ -60,7 +65,6 @@ def load_caption_tokenizer(name: str, tokenizer: Any, cache_dir: str | None = No
     else:
         # Absent or null means legacy, as in transformers 4.37; transformers 5's tokenizers do not have the setting.
         legacy = settings.get("legacy") is not False
-        added = tokenizer.get_added_vocab()
         encode = SentencePieceIds(Path(model_file), added, legacy, tokenizer.unk_token)
         identity = {
             "kind": "tokenizer.model",
@@ -68,7 +72,14 @@ def load_caption_tokenizer(name: str, tokenizer: Any, cache_dir: str | None = No
             "added_tokens_sha256": _sha256_of_json([sorted(added.items()), tokenizer.unk_token]),
             "legacy": legacy,
         }
-    return CaptionTokenizer(encode, bos, tokenizer.unk_token_id, {**identity, "bos": bos})
+    return CaptionTokenizer(
+        encode=encode,
+        bos=bos,
+        unknown=tokenizer.unk_token_id,
+        vocabulary=tokenizer.get_vocab(),
+        added=added,
+        identity={**identity, "bos": bos},
+    )
 
 
 @dataclass(frozen=True)
