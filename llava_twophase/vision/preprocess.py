@@ -1,6 +1,6 @@
-"""Pictures to uint8 crops, and crops to the processor's pixel values on the device; knows nothing of towers.
+"""Images to uint8 crops, and crops to the image processor's pixel values on the device.
 
-Shapes: S the crop's side in pixels (336 for CLIP-L/14-336).
+Shapes: S side of the crop in pixels (336 for CLIP-L/14-336).
 """
 
 from __future__ import annotations
@@ -13,17 +13,30 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from llava_twophase.errors import UserError
+from llava_twophase.vision.images import BadImage
+from llava_twophase.vision.resize import (
+    Canvas,
+    Region,
+    center_region,
+    is_supported,
+    resize_region,
+    shortest_edge_size,
+)
 
 ASPECT_RATIOS = ("square", "pad")
-# What changes a pixel value, among all that a processor's configuration may hold.
+# The settings of a processor's configuration that change a pixel value.
 SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size",
     "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
 )  # fmt: skip
+# The largest image that resizing or padding may make as a whole; of a larger one only the crop is computed.
+_MAX_PIXELS = 1 << 25
+# Longer images are refused: padding them to a square makes sums of a million pixels for each pixel of the crop.
+_MAX_SIDE = 1 << 20
 
 
 class Preprocessor:
-    """A Hugging Face image processor in two halves: the crop (workers), and the normalisation (device).
+    """A Hugging Face image processor in two parts: the crop (in workers), and the normalisation (on the device).
 
     Only the Pillow processors are used: the torchvision ones resize differently, and LLaVA's features come from Pillow.
 
@@ -32,26 +45,19 @@ class Preprocessor:
         image_aspect_ratio: ``square`` (the processor alone) or ``pad`` (a square canvas of the mean colour first).
 
     Raises:
-        UserError: No processor there, a processor with other outputs than one square RGB crop, or an unknown ratio.
+        UserError: There is no processor, its output is not one square RGB crop, or the ratio is unknown.
     """
 
     def __init__(self, vision_tower: str, image_aspect_ratio: str = "square") -> None:
         if image_aspect_ratio not in ASPECT_RATIOS:
             raise UserError(f"--image_aspect_ratio {image_aspect_ratio}: expected one of {', '.join(ASPECT_RATIOS)}")
-        try:
-            self._processor: Any = AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
-        except Exception as error:  # of all kinds, as its file may hold anything
-            raise UserError(
-                f"--vision_tower {vision_tower}: no image processor could be loaded: {type(error).__name__}: {error}"
-            ) from error
-        if self._processor.backend != "pil":
-            raise UserError(f"--vision_tower {vision_tower}: {type(self._processor).__name__} has no Pillow version")
+        self._processor = _load_processor(vision_tower)
         self.image_aspect_ratio = image_aspect_ratio
-        # LLaVA parity: the canvas is the mean cut to integers, (122, 116, 104) for CLIP.
-        self._canvas = tuple(int(mean * 255) for mean in self._processor.image_mean)
+        # LLaVA parity: the canvas colour is the mean rounded down to integers, (122, 116, 104) for CLIP.
+        self._color = tuple(int(mean * 255) for mean in self._processor.image_mean)
         try:
             self._table = _normalization_table(self._processor)  # [3, 256] float32
-            probe = self.crop(Image.new("RGB", (3, 2)))
+            probe = self._process(Image.new("RGB", (3, 2)))
         except ValueError as error:
             raise UserError(f"--vision_tower {vision_tower}: its image processor does not work: {error}") from error
         if probe.shape[0] != probe.shape[1]:
@@ -59,25 +65,41 @@ class Preprocessor:
         self.image_size = int(probe.shape[0])
 
     def settings(self) -> dict[str, Any]:
-        """Return what changes a pixel value: the processor's class and settings, for the fingerprint."""
+        """Return the processor's class and the settings that change a pixel value, for the fingerprint."""
         values = self._processor.to_dict()
         chosen = {name: values[name] for name in SETTINGS if values.get(name) is not None}
         return {"class": type(self._processor).__name__, **chosen}
 
-    def crop(self, picture: Image.Image) -> np.ndarray:
-        """Resize and crop one picture, as the processor does before it rescales.
+    def crop(self, image: Image.Image) -> np.ndarray:
+        """Resize and crop one image, as the processor does before it rescales.
+
+        Thin images take no more memory than others: only the pixels of the crop are computed, with the same values.
 
         Args:
-            picture: RGB picture of any size, 1 x 1 included.
+            image: RGB image.
 
         Returns:
             ``uint8 [S, S, 3]``.
+
+        Raises:
+            BadImage: The image cannot be resized in bounded memory.
         """
-        if self.image_aspect_ratio == "pad":
-            picture = _pad_to_square(picture, self._canvas)
-        # The channel order is said, not inferred: a picture 3 pixels high would be taken for channels-first.
+        width, height = image.size
+        try:
+            canvas = self._canvas(width, height)
+            largest = max(canvas.width * canvas.height, self._resized_pixels(canvas))
+            if largest > max(_MAX_PIXELS, width * height):
+                return self._crop_region(image, canvas)
+            return self._process(_paste(image, canvas))
+        except MemoryError:
+            raise BadImage(f"cannot be resized: out of memory with {width} x {height} pixels") from None
+        except (ValueError, OSError, RuntimeError) as error:
+            raise BadImage(f"cannot be resized: {error} ({width} x {height} pixels)") from None
+
+    def _process(self, image: Image.Image) -> np.ndarray:
+        # The channel order is given, not inferred: an image 3 pixels high would be taken for channels-first.
         output = self._processor(
-            np.asarray(picture),
+            np.asarray(image),
             input_data_format="channels_last",
             do_convert_rgb=False,
             do_rescale=False,
@@ -85,14 +107,49 @@ class Preprocessor:
         )
         return np.ascontiguousarray(np.moveaxis(output["pixel_values"][0], 0, -1))
 
+    def _canvas(self, width: int, height: int) -> Canvas:
+        if self.image_aspect_ratio != "pad":
+            return Canvas(width, height)
+        side = max(width, height)
+        return Canvas(side, side, (side - width) // 2, (side - height) // 2, self._color)
+
+    def _resized_pixels(self, canvas: Canvas) -> int:
+        edge = self._processor.size.get("shortest_edge") if self._processor.do_resize else None
+        if not edge:
+            return 0
+        width, height = shortest_edge_size(canvas.width, canvas.height, edge)
+        return width * height
+
+    def _crop_region(self, image: Image.Image, canvas: Canvas) -> np.ndarray:
+        size, region = self._resized_size(canvas), None
+        if size is not None and max(image.size) <= _MAX_SIDE and is_supported(self._processor.resample):
+            region = self._region(size)
+        if size is None or region is None:
+            raise ValueError("it is too long and thin")
+        return resize_region(np.asarray(image), canvas, size, region, self._processor.resample)
+
+    def _resized_size(self, canvas: Canvas) -> tuple[int, int] | None:
+        size = self._processor.size if self._processor.do_resize else {}
+        if size.get("shortest_edge") and not size.get("longest_edge"):
+            return shortest_edge_size(canvas.width, canvas.height, size["shortest_edge"])
+        if size.get("height") and size.get("width"):
+            return size["width"], size["height"]
+        return None
+
+    def _region(self, size: tuple[int, int]) -> Region | None:
+        if not getattr(self._processor, "do_center_crop", False):
+            return Region(0, 0, *size)
+        crop = self._processor.crop_size
+        return center_region(size, (crop["width"], crop["height"]))
+
     def pixel_values(self, crops: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Normalise crops on their device, bit-equal to the processor.
 
-        A processor's output depends on the channel and one of 256 values only, so a table of its own outputs is exact.
+        The processor's output depends on the channel and one of 256 values only, so a table of its outputs is exact.
 
         Args:
             crops: ``uint8 [B, S, S, 3]``.
-            dtype: Compute dtype; the table's float32 values are rounded to it, as a cast of the processor's are.
+            dtype: Compute dtype; the table's float32 values are rounded to it.
 
         Returns:
             ``[B, 3, S, S]`` in ``dtype``.
@@ -103,6 +160,19 @@ class Preprocessor:
         table = self._table.to(dtype)
         planes = [table[channel][channels_first[:, channel].int()] for channel in range(3)]
         return torch.stack(planes, dim=1)  # [B, 3, S, S]
+
+
+def _load_processor(vision_tower: str) -> Any:
+    from_pretrained: Any = AutoImageProcessor.from_pretrained
+    try:
+        processor = from_pretrained(vision_tower, backend="pil")
+    except Exception as error:  # any type: the file may hold anything
+        raise UserError(
+            f"--vision_tower {vision_tower}: no image processor could be loaded: {type(error).__name__}: {error}"
+        ) from error
+    if processor.backend != "pil":
+        raise UserError(f"--vision_tower {vision_tower}: {type(processor).__name__} has no Pillow version")
+    return processor
 
 
 def _normalization_table(processor: Any) -> torch.Tensor:
@@ -117,11 +187,9 @@ def _normalization_table(processor: Any) -> torch.Tensor:
     return torch.from_numpy(np.asarray(output["pixel_values"][0], dtype=np.float32).reshape(3, 256))
 
 
-def _pad_to_square(picture: Image.Image, color: tuple[int, ...]) -> Image.Image:
-    width, height = picture.size
-    if width == height:
-        return picture
-    side = max(width, height)
-    canvas = Image.new("RGB", (side, side), color)
-    canvas.paste(picture, ((side - width) // 2, (side - height) // 2))
-    return canvas
+def _paste(image: Image.Image, canvas: Canvas) -> Image.Image:
+    if image.size == (canvas.width, canvas.height):
+        return image
+    padded = Image.new("RGB", (canvas.width, canvas.height), canvas.color)
+    padded.paste(image, (canvas.left, canvas.top))
+    return padded
