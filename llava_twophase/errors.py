@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 
+RESUMABLE = "interrupted: what was sealed or saved is kept; run the same command again to resume"
+
 
 class UserError(ValueError):
     """Bad input: the message says what was found, what was expected, and what to type.
@@ -29,11 +31,12 @@ def combined_error(problems: Iterable[str], heading: str, shown: int = 20) -> Us
     return UserError("\n  ".join([f"{heading}:", *lines[:shown], *more]))
 
 
-def run_command(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int], interrupted: str = RESUMABLE) -> int:
     """Run a command's body and turn what a user can mend into one line on stderr.
 
     Args:
         command: Does the work and returns the exit code.
+        interrupted: Printed after Ctrl-C.
 
     Returns:
         What the body returned; 1 after a ``UserError``; 130 after Ctrl-C.
@@ -44,5 +47,5 @@ def run_command(command: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: what was sealed or saved stays; run the same command again to go on", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130

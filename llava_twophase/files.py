@@ -22,7 +22,7 @@ _NEARLY_FULL = 2**20
 
 
 @contextmanager
-def replace_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+def replace_file(path: Path, mode: str = "wb", unique: bool = False) -> Iterator[IO[Any]]:
     """Write a file that replaces ``path`` when the block ends: readers see the old content or the new one.
 
     The content is written to ``<name>.tmp`` in the same folder, synced and renamed, and the folder is synced. An
@@ -32,11 +32,13 @@ def replace_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         path: The file to replace or create.
         mode: ``wb``, or ``w`` for UTF-8 text. Text that UTF-8 cannot encode (surrogates, from a command line that was
             not UTF-8) is written as backslash escapes, which JSON reads back.
+        unique: Put the process id into the temporary file's name, for files that several processes may replace at
+            once. Without it, an interrupted process leaves at most one temporary file.
 
     Yields:
         The open temporary file.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if unique else f"{path.name}.tmp")
     text = mode == "w"
     try:
         with temporary.open(

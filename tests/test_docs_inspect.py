@@ -5,7 +5,7 @@ import re
 import pytest
 
 import docs_inspect as docs
-from llava_twophase.inspection.cli import SUBCOMMANDS
+from inspection.command import SUBCOMMANDS
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 # What differs from machine to machine: versions, age, device, and the hashes of files that Pillow wrote.

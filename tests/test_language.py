@@ -19,7 +19,6 @@ PENDING = (
     "llava_twophase/cache/shard_writer.py",
     "llava_twophase/errors.py",
     "llava_twophase/extract/",
-    "llava_twophase/inspection/",
     "llava_twophase/records.py",
     "llava_twophase/train/",
     "llava_twophase/vision/",

@@ -1,20 +1,20 @@
-"""``verify`` and ``repair``: a cache against its checksums, its records and its images."""
+"""``verify`` and ``repair``: compare a cache with its checksums, its records and its images."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
-from llava_twophase.cache.check.repair import DAMAGED, apply_repair, plan_repair
+from llava_twophase.cache.check.repair import DAMAGED, Repair, apply_repair, plan_repair
 from llava_twophase.cache.check.verify import Problem, verify
 from llava_twophase.cache.format import MANIFEST, SHARDS
 from llava_twophase.cache.manifest import read_manifest
@@ -22,115 +22,104 @@ from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.errors import UserError
 from llava_twophase.extract.target import locked
 from llava_twophase.inspection import output
-from llava_twophase.inspection.rows import Rows
+from llava_twophase.inspection.rows import CheckedRows
 from llava_twophase.records import image_keys, load_records
+
+if TYPE_CHECKING:
+    from llava_twophase.vision.images import Images
 
 _SHOWN_PROBLEMS = 100
 _CHUNK = 256
 _THREADS = 8
 
 
-def run_verify(args: argparse.Namespace) -> int:
-    """Check every bit, and what else was asked for; 1 where something is wrong."""
-    # Read first: a data file that is wrong should not be found out after hours.
-    keys = image_keys(load_records(args.records)) if args.records else None
-    problems, out = verify(args.cache), output.console()
+def run_verify(path: str, records: str | None, sources: str | None, as_json: bool) -> int:
+    """Check every bit, and records and images if given; return 1 if something is wrong."""
+    # Opened first: a wrong path should be reported before hours of reading.
+    keys = image_keys(load_records(records)) if records else None
+    images = _open(sources) if sources else None
+    problems = verify(path)
     checked = ["every bit as it was written"]
-    # What cannot be opened has no rows to hold against anything.
-    if (keys or args.sources) and all(problem.note or problem.file != MANIFEST for problem in problems):
+    # Without a manifest there are no rows to compare.
+    if (keys or images) and all(problem.note or problem.file != MANIFEST for problem in problems):
         try:
-            rows = Rows(args.cache)
+            rows = CheckedRows(path)
             if keys:
                 problems += without_features(rows, keys)
-                checked.append(f"all {len(keys):,} images of {args.records} there")
-            if args.sources:
-                problems += changed_sources(rows, args.sources)
-                checked.append(f"all files in {args.sources} unchanged")
+                checked.append(f"all {len(keys):,} images of {records} there")
+            if images:
+                problems += changed_sources(rows, images)
+                checked.append(_checked_sources(rows, str(sources)))
         except UserError as error:
             if not problems:
                 raise
-            problems.append(Problem(args.cache, f"records and sources were not checked: {error}", "mend it first"))
+            problems.append(Problem(path, f"records and sources were not checked: {error}", "fix it first"))
     ok = all(problem.note for problem in problems)
-    if args.json:
-        output.print_json({"path": args.cache, "ok": ok, "problems": [asdict(problem) for problem in problems]}, out)
-        return 0 if ok else 1
-    _print(args.cache, problems, out)
-    if ok:
-        manifest = read_manifest(Path(args.cache))
-        counted = f"{manifest.rows:,} images in {len(manifest.shards):,} shards"
-        output.print_line(f"{args.cache}: {counted}, {', '.join(checked)}", out, "green")
+    values = {"path": path, "ok": ok, "problems": [asdict(problem) for problem in problems]}
+    output.print_result(values, as_json, lambda out: _print_verify(path, problems, checked, out))
     return 0 if ok else 1
 
 
-def run_repair(args: argparse.Namespace) -> int:
-    """Make the manifest anew; 1 where images must be extracted again."""
-    out = output.console()
-    keys = image_keys(load_records(args.records)) if args.records else None
-    if not Path(args.cache).is_dir():
-        raise UserError(f"{args.cache} is not a folder; expected a feature cache, with {MANIFEST} and {SHARDS}/")
+def run_repair(path: str, records: str | None, dry_run: bool, as_json: bool) -> int:
+    """Rebuild the manifest; return 1 if images must be extracted again."""
+    keys = image_keys(load_records(records)) if records else None
+    if not Path(path).is_dir():
+        raise UserError(f"{path} is not a folder; expected a feature cache, with {MANIFEST} and {SHARDS}/")
     with ExitStack() as stack:
-        if not args.dry_run and (Path(args.cache) / SHARDS).is_dir():
-            stack.enter_context(locked(Path(args.cache)))
-        repair = plan_repair(args.cache, keys)
-        if repair.changed and not args.dry_run:
+        if not dry_run and (Path(path) / SHARDS).is_dir():
+            stack.enter_context(locked(Path(path)))
+        repair = plan_repair(path, keys)
+        if repair.changed and not dry_run:
             try:
-                apply_repair(args.cache, repair)
+                apply_repair(path, repair)
             except OSError as error:
-                raise UserError(f"{args.cache} cannot be written: {error.strerror or error}") from None
+                raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     manifest = repair.manifest
-    if args.json:
-        values = {"path": args.cache, "changed": repair.changed, "complete": manifest.complete}
-        values |= {"images": manifest.rows, "shards": len(manifest.shards), "extract_again": repair.lost}
-        output.print_json({**values, "moved_aside": repair.aside}, out)
-        return 0 if manifest.complete else 1
-    for file, why in repair.lost.items():
-        moved = f"; {'would move' if args.dry_run else 'moved'} to {DAMAGED}/" if file in repair.aside else ""
-        output.print_line(f"{SHARDS}/{file}: extract it again: {why}{moved}", out)
-    done = "nothing to do" if not repair.changed else f"{'would make' if args.dry_run else 'made'} {MANIFEST} anew"
-    counted = f"{manifest.rows:,} images in {len(manifest.shards):,} whole shards"
-    output.print_line(f"{args.cache}: {done}: {counted}, {len(repair.lost):,} to extract again", out)
-    if not manifest.complete:
-        output.print_line("run the extraction command again: it adds what is missing, if anything is", out)
+    values: dict[str, Any] = {"path": path, "changed": repair.changed, "complete": manifest.complete}
+    values |= {"images": manifest.rows, "shards": len(manifest.shards), "extract_again": repair.lost}
+    values["moved_aside"] = repair.aside
+    output.print_result(values, as_json, lambda out: _print_repair(path, repair, dry_run, out))
     return 0 if manifest.complete else 1
 
 
-def without_features(rows: Rows, keys: list[str]) -> Iterator[Problem]:
+def without_features(rows: CheckedRows, keys: list[str]) -> Iterator[Problem]:
     """Find images of the records that have no features; quarantined ones are notes."""
-    left_out = read_quarantine(rows.cache.path)
+    excluded = read_quarantine(rows.cache.path)
     for key, row in zip(keys, rows.cache.find(keys).tolist(), strict=True):
-        if row < 0 and key in left_out:
-            yield Problem(key, f"quarantined: {left_out[key].reason}", "mend the image and extract again", note=True)
+        if row < 0 and key in excluded:
+            yield Problem(key, f"quarantined: {excluded[key].reason}", "fix the image and extract again", note=True)
         elif row < 0:
             yield Problem(key, "it has no features", "run the extraction command with these records")
 
 
-def changed_sources(rows: Rows, image_folder: str) -> Iterator[Problem]:
-    """Find images that are missing, or are no longer the files that the features were made from."""
-    from llava_twophase.vision.images import BadImage, ImageFolder, open_images
+def changed_sources(rows: CheckedRows, images: Images) -> Iterator[Problem]:
+    """Find images that are missing, or are not the files that the features were made from."""
+    from llava_twophase.vision.images import BadImage, ImageFolder
 
-    images = open_images(image_folder)
-    sizes, digests = rows.cache.column("source_size"), rows.cache.column("source_sha256")
     starts = np.cumsum([0, *(header.rows for header in rows.cache.headers)])
 
-    def look(row: int) -> str | None:
+    def check(row: int) -> str | None:
+        source = rows.source(row)
+        if source is None:
+            return None
         try:
             data = images.read(rows.keys([row])[0])
         except BadImage as error:
             return f"it {error}" if str(error).startswith("cannot") else str(error)
-        if len(data) != int(sizes[row]):
-            return f"it was edited or replaced since: {len(data):,} bytes, {int(sizes[row]):,} when it was encoded"
-        if hashlib.sha256(data).digest() != digests[row].tobytes():
+        if len(data) != source[0]:
+            return f"it was edited or replaced since: {len(data):,} bytes, {source[0]:,} when it was encoded"
+        if hashlib.sha256(data).digest() != source[1]:
             return f"it was edited or replaced since: the same {len(data):,} bytes, but another SHA-256"
         return None
 
-    # Hashing and reading leave the interpreter's lock; archives are read by one thread.
+    # Reading and hashing release the interpreter's lock; archives are read by one thread.
     with (
         ThreadPoolExecutor(_THREADS if isinstance(images, ImageFolder) else 1) as pool,
         tqdm(total=len(rows.cache), unit="image", desc="sources", disable=None) as bar,
     ):
         for first in range(0, len(rows.cache), _CHUNK):
             part = range(first, min(first + _CHUNK, len(rows.cache)))
-            for row, what in zip(part, pool.map(look, part), strict=True):
+            for row, what in zip(part, pool.map(check, part), strict=True):
                 if what is not None:
                     shard = rows.cache.manifest.shards[int(np.searchsorted(starts, row, side="right")) - 1].file
                     fix = f"restore it, or delete {SHARDS}/{shard} and run the same extraction command again"
@@ -138,8 +127,23 @@ def changed_sources(rows: Rows, image_folder: str) -> Iterator[Problem]:
             bar.update(len(part))
 
 
-def _print(path: str, problems: Iterable[Problem], out: Console) -> None:
-    # A line each, the notes last.
+def _open(sources: str) -> Images:
+    from llava_twophase.vision.images import open_images
+
+    return open_images(sources)
+
+
+def _checked_sources(rows: CheckedRows, sources: str) -> str:
+    count = rows.recorded_sources()
+    if count == len(rows.cache):
+        return f"all files in {sources} unchanged"
+    return (
+        f"{count:,} of {len(rows.cache):,} files in {sources} unchanged, the others {output.NOT_RECORDED} in the cache"
+    )
+
+
+def _print_verify(path: str, problems: Iterable[Problem], checked: list[str], out: Console) -> None:
+    # One line for each problem, then the notes.
     found = sorted(problems, key=lambda problem: problem.note)
     for problem in found[:_SHOWN_PROBLEMS]:
         prefix, style = ("note: ", "") if problem.note else ("", "red")
@@ -149,3 +153,19 @@ def _print(path: str, problems: Iterable[Problem], out: Console) -> None:
     wrong = sum(not problem.note for problem in found)
     if wrong:
         output.print_line(f"{path}: {wrong:,} problem{'s' if wrong > 1 else ''} found", out)
+    else:
+        manifest = read_manifest(Path(path))
+        counted = f"{manifest.rows:,} images in {len(manifest.shards):,} shards"
+        output.print_line(f"{path}: {counted}, {', '.join(checked)}", out, "green")
+
+
+def _print_repair(path: str, repair: Repair, dry_run: bool, out: Console) -> None:
+    manifest = repair.manifest
+    for file, why in repair.lost.items():
+        moved = f"; {'would move' if dry_run else 'moved'} to {DAMAGED}/" if file in repair.aside else ""
+        output.print_line(f"{SHARDS}/{file}: extract it again: {why}{moved}", out)
+    done = "nothing to do" if not repair.changed else f"{'would rebuild' if dry_run else 'rebuilt'} {MANIFEST}"
+    counted = f"{manifest.rows:,} images in {len(manifest.shards):,} intact shards"
+    output.print_line(f"{path}: {done}: {counted}, {len(repair.lost):,} to extract again", out)
+    if not manifest.complete:
+        output.print_line("run the extraction command again: it adds what is missing, if anything is", out)

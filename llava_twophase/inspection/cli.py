@@ -1,34 +1,22 @@
-"""Command 3: look at a feature cache. Flags only; each subcommand is a module beside this file."""
+"""Command 3: inspect a feature cache. Flags only; modules are imported when their subcommand runs."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from llava_twophase.errors import run_command
-
-# Modules are imported when their subcommand runs, so that --help answers at once.
+from llava_twophase.errors import UserError, run_command
 
 _CACHE = "caches/clip-l-336"
 _IMAGES = "--image_folder playground/data/LLaVA-Pretrain/images"
 _DATA = "--data_path playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"
 _KEY = "00453/004539375.jpg"
-SUBCOMMANDS = {
-    "summary": ("summary:run", "what made it and how large it is", f"summary {_CACHE}"),
-    "coverage": ("coverage:run", "records beside features; exit 1 where some lack them", f"coverage {_CACHE} {_DATA}"),
-    "stats": ("statistics:run", "channels, tokens and images of a sample", f"stats {_CACHE} --plot stats.png"),
-    "compare": ("compare:run", "two caches of the same images", f"compare {_CACHE} caches/clip-l-336-int8"),
-    "reencode": ("reencode:run", "run the tower again and compare bit for bit", f"reencode {_CACHE} {_IMAGES}"),
-    "show": ("show:run", "images beside their patch features, as a PNG", f"show {_CACHE} {_KEY} -o a.png {_IMAGES}"),
-    "report": ("report:run", "all of it as one HTML page", f"report {_CACHE} -o report.html {_IMAGES} {_DATA}"),
-    "head": ("export:run_head", "an image's first numbers", f"head {_CACHE} {_KEY}"),
-    "export": ("export:run_export", "features as npz, safetensors or pt", f"export {_CACHE} {_KEY} -o a.npz"),
-    "verify": ("check:run_verify", "check every bit; exit 1 and name what is wrong", f"verify {_CACHE}"),
-    "repair": ("check:run_repair", "make the manifest anew from whole shards", f"repair {_CACHE} --dry_run"),
-}
-"""Subcommand: where it is, what it does, and an example."""
+_FORMATS = ("npz", "safetensors", "pt")
+_MOST_IN_REPORT = 500
+_CLOSED_PIPE = 141  # as a process that SIGPIPE ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,93 +26,254 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``sys.argv`` by default.
 
     Returns:
-        0 done, 1 a problem was found, 2 wrong usage (raised by argparse), 130 interrupted.
+        0 done, 1 a problem was found, 2 wrong usage (raised by argparse), 130 interrupted, 141 nobody reads the output.
     """
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.command == "export":
-        if not args.to and not args.output:
-            parser.error("give -o FILE or --to FORMAT")
-        args.output = args.output or f"features.{args.to}"
-        args.to = args.to or _suffix(parser, args.output)
-    module, _, function = SUBCOMMANDS[args.command][0].partition(":")
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: _run(args), interrupted="interrupted: an inspection resumes nothing; run it again")
 
-    def command() -> int:
-        return int(getattr(importlib.import_module(f"llava_twophase.inspection.{module}"), function)(args))
 
-    return run_command(command)
+def _run(args: argparse.Namespace) -> int:
+    try:
+        code = int(args.run(args))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would flush once more at exit and report the error again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
+    except OSError as error:
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else "the output cannot be written: "
+        raise UserError(f"{where}{error.strerror or error}") from error
+    return code
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's argument parser."""
     parser = argparse.ArgumentParser(
         prog="llava-inspect-cache",
-        description="Look at a feature cache. Only repair changes it; only verify and repair read all of it.",
-        **_texts(SUBCOMMANDS["summary"][2]),
+        description="Inspect a feature cache. Only repair changes it; only verify and repair read all of it.",
+        **_example(f"summary {_CACHE}"),
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(SUBCOMMANDS)}}}")
-    add = {name: _subcommand(commands, name) for name in SUBCOMMANDS}
-    for name in ("summary", "coverage", "stats", "compare", "reencode", "head", "verify", "repair"):
-        add[name]("--json", action="store_true", help="print one JSON object")
-    _sampling(add)
-    add["coverage"]("--data_path", required=True, help="records, LLaVA's JSON list or JSON lines")
-    add["coverage"]("--model_name_or_path", help="LLM whose tokenizer counts the captions that would be truncated")
-    add["coverage"]("--model_max_length", type=_positive, default=2048, help="as in training (default: 2048)")
-    add["stats"]("--plot", type=_plot, metavar="FILE", help="draw it too: .png, .svg or .pdf; needs matplotlib")
-    add["compare"]("other", metavar="OTHER", help="the cache to compare with, what errors are relative to")
-    add["reencode"]("--vision_tower", help="where the tower is now (default: where provenance says)")
-    add["reencode"]("--device", default="auto", help="auto (default: the GPU, else the CPU), cpu, cuda, cuda:1, ...")
-    _images(add["reencode"], required=True)
-    add["show"]("keys", metavar="KEY", nargs="+", help="image keys: paths relative to the image folder")
-    add["show"]("-o", "--output", required=True, help="PNG file to write")
-    _images(add["show"], required=True)
-    add["show"]("--patch", type=_patch, metavar="ROW,COLUMN", help="also show how similar all patches are to this one")
-    add["show"]("--size", type=_size, default=336, help="side of each panel in pixels (default: 336)")
-    add["report"]("-o", "--output", required=True, help="HTML file to write: one file, nothing beside it")
-    _images(add["report"], required=False)
-    add["report"]("--data_path", help="records: adds captions and coverage")
-    add["head"]("key", metavar="KEY", help="image key: its path relative to the image folder")
-    add["export"]("keys", metavar="KEY", nargs="+", help="image keys: paths relative to the image folder")
-    add["export"]("-o", "--output", help="file to write (default: features and the format)")
-    add["export"]("--to", choices=("npz", "safetensors", "pt"), help="its format (default: what its name ends in)")
-    add["verify"]("--records", metavar="FILE", help="also find images of these records without features")
-    add["verify"]("--sources", metavar="DIR", help="also find images edited, missing or replaced since, in this folder")
-    add["repair"]("--records", metavar="FILE", help="where all their images are there, the cache counts as complete")
-    add["repair"]("--dry_run", action="store_true", help="say what would be done and change nothing")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_summary, _add_coverage, _add_stats, _add_compare, _add_reencode, _add_show, _add_report, _add_head,
+                _add_export, _add_verify, _add_repair):  # fmt: skip
+        add(commands)
     return parser
 
 
-def _sampling(add: dict[str, Any]) -> None:
-    for name, count in {"stats": 256, "compare": 256, "reencode": 32, "report": 24}.items():
-        add[name]("--n", type=_positive, default=count, help=f"images to sample (default: {count})")
-        add[name]("--seed", type=int, default=0, help="picks them (default: 0)")
+def _add_summary(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import summary
+
+        return summary.run(args.cache, args.json)
+
+    parser = _subcommand(commands, "summary", run, "show what made it and how large it is", "")
+    _json(parser)
 
 
-def _images(add: Any, required: bool) -> None:
-    add("--image_folder", required=required, help="folder that image keys are relative to, or its .zip or .tar")
+def _add_coverage(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import coverage
+
+        return coverage.run(args.cache, args.data_path, args.model_name_or_path, args.model_max_length, args.json)
+
+    text = "compare records with features; exit 1 if records have none"
+    parser = _subcommand(commands, "coverage", run, text, _DATA)
+    parser.add_argument("--data_path", required=True, help="records, LLaVA's JSON list or JSON lines")
+    parser.add_argument("--model_name_or_path", help="LLM whose tokenizer counts the captions that would be truncated")
+    parser.add_argument("--model_max_length", type=_positive, default=2048, help="as in training (default: 2048)")
+    _json(parser)
 
 
-def _subcommand(commands: Any, name: str) -> Any:
-    _, text, example = SUBCOMMANDS[name]
-    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", **_texts(example))
+def _add_stats(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import statistics
+
+        return statistics.run(args.cache, args.n, args.seed, args.plot, args.json)
+
+    text = "show statistics of channels, tokens and images of a sample"
+    parser = _subcommand(commands, "stats", run, text, "--plot stats.png")
+    _sample(parser, 256)
+    parser.add_argument("--plot", type=_plot, metavar="FILE", help="also plot: .png, .svg or .pdf; needs matplotlib")
+    _json(parser)
+
+
+def _add_compare(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import compare
+
+        return compare.run(args.cache, args.other, args.n, args.seed, args.json)
+
+    parser = _subcommand(commands, "compare", run, "compare two caches of the same images", "caches/clip-l-336-int8")
+    parser.add_argument("other", metavar="OTHER", help="the cache to compare with; errors are relative to it")
+    _sample(parser, 256)
+    _json(parser)
+
+
+def _add_reencode(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import reencode
+
+        return reencode.run(
+            args.cache, args.image_folder, args.n, args.seed,
+            tower=args.vision_tower, device=args.device, as_json=args.json,
+        )  # fmt: skip
+
+    parser = _subcommand(commands, "reencode", run, "run the tower again and compare bit for bit", _IMAGES)
+    _images(parser, required=True)
+    parser.add_argument(
+        "--vision_tower", help="hub id or folder of the tower (default: the one that the cache records)"
+    )
+    device = "auto (default: the GPU if there is one, else the CPU), cpu, cuda, cuda:1, ..."
+    parser.add_argument("--device", default="auto", help=device)
+    _sample(parser, 32)
+    _json(parser)
+
+
+def _add_show(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import show
+
+        return show.run(args.cache, args.keys, args.image_folder, args.output, patch=args.patch, size=args.size)
+
+    text = "draw images and their patch features, as a PNG"
+    parser = _subcommand(commands, "show", run, text, f"{_KEY} -o a.png {_IMAGES}")
+    _keys(parser)
+    parser.add_argument("-o", "--output", required=True, help="PNG file to write")
+    _images(parser, required=True)
+    text = "also show the cosine of all patches to this one"
+    parser.add_argument("--patch", type=_patch, metavar="ROW,COLUMN", help=text)
+    parser.add_argument("--size", type=_size, default=336, help="side of each panel in pixels (default: 336)")
+
+
+def _add_report(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import report
+
+        return report.run(args.cache, args.output, args.n, args.seed, images=args.image_folder, records=args.data_path)
+
+    text = "write all of this as one HTML page"
+    parser = _subcommand(commands, "report", run, text, f"-o report.html {_IMAGES} {_DATA}")
+    parser.add_argument("-o", "--output", required=True, help="HTML file to write; it needs no other file")
+    _images(parser, required=False)
+    parser.add_argument("--data_path", help="records: adds captions and coverage")
+    _sample(parser, 24, most=_MOST_IN_REPORT)
+
+
+def _add_head(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import export
+
+        return export.run_head(args.cache, args.key, args.json)
+
+    parser = _subcommand(commands, "head", run, "print the first numbers of an image", _KEY)
+    parser.add_argument("key", metavar="KEY", help="image key: its path relative to the image folder")
+    _json(parser)
+
+
+def _add_export(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import export
+
+        if not args.to and not args.output:
+            parser.error("give -o FILE or --to FORMAT")
+        output = args.output or f"features.{args.to}"
+        suffix = output.rpartition(".")[2].lower()
+        if not args.to and suffix not in _FORMATS:
+            parser.error(f"-o {output}: the suffix is not a known format; add --to npz, safetensors or pt")
+        return export.run_export(args.cache, args.keys, output, args.to or suffix)
+
+    text = "write features as npz, safetensors or pt"
+    parser = _subcommand(commands, "export", run, text, f"{_KEY} -o a.npz")
+    _keys(parser)
+    parser.add_argument("-o", "--output", help="file to write (default: features.FORMAT)")
+    parser.add_argument("--to", choices=_FORMATS, help="format (default: the suffix of -o)")
+
+
+def _add_verify(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import check
+
+        return check.run_verify(args.cache, args.records, args.sources, args.json)
+
+    parser = _subcommand(commands, "verify", run, "check every bit; exit 1 and report what is wrong", "")
+    parser.add_argument("--records", metavar="FILE", help="also report images of these records that have no features")
+    text = "also report images in this folder or archive that were edited, replaced or deleted since extraction"
+    parser.add_argument("--sources", metavar="DIR", help=text)
+    _json(parser)
+
+
+def _add_repair(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import check
+
+        return check.run_repair(args.cache, args.records, args.dry_run, args.json)
+
+    parser = _subcommand(commands, "repair", run, "rebuild the manifest from intact shards", "--dry_run")
+    text = "if all images of these records are there, the cache counts as complete"
+    parser.add_argument("--records", metavar="FILE", help=text)
+    parser.add_argument("--dry_run", action="store_true", help="report what would be done and change nothing")
+    _json(parser)
+
+
+def _subcommand(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+) -> argparse.ArgumentParser:
+    description = f"{text[0].upper()}{text[1:]}."
+    line = _example(f"{name} {_CACHE} {example}".rstrip())
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description, **line)
     parser.add_argument("cache", metavar="CACHE", help="folder of the feature cache")
-    return parser.add_argument
+    parser.set_defaults(run=run)
+    return parser
 
 
-def _texts(example: str) -> dict[str, Any]:
+def _example(example: str) -> dict[str, Any]:
     text = f"example:\n  llava-inspect-cache {example}"
     return {"epilog": text, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 
 
-def _suffix(parser: argparse.ArgumentParser, path: str) -> str:
-    suffix = path.rpartition(".")[2].lower()
-    if suffix not in ("npz", "safetensors", "pt"):
-        parser.error(f"-o {path} ends in no known format; give --to npz, safetensors or pt")
-    return suffix
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("keys", metavar="KEY", nargs="+", help="image keys: paths relative to the image folder")
+
+
+def _images(parser: argparse.ArgumentParser, required: bool) -> None:
+    text = "folder that image keys are relative to, or its .zip or .tar"
+    parser.add_argument("--image_folder", required=required, help=text)
+
+
+def _sample(parser: argparse.ArgumentParser, count: int, most: int | None = None) -> None:
+    limit = f", at most {most}" if most else ""
+    kind = _between(1, most) if most else _positive
+    parser.add_argument("--n", type=kind, default=count, help=f"images to sample (default: {count}{limit})")
+    parser.add_argument("--seed", type=_between(0, 2**63), default=0, help="seed of the sample (default: 0)")
+
+
+def _between(low: int, high: int | None) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if value < low or (high is not None and value > high):
+            limits = f"between {low} and {high}" if high is not None else f"{low} or more"
+            raise argparse.ArgumentTypeError(f"{value} is not {limits}")
+        return value
+
+    return convert
+
+
+_positive = _between(1, None)
+_size = _between(16, 4096)
 
 
 def _patch(text: str) -> tuple[int, int]:
-    row, column = (int(part) for part in text.split(","))
+    try:
+        row, column = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a row and a column, such as 10,12") from None
     return row, column
 
 
@@ -132,17 +281,3 @@ def _plot(text: str) -> str:
     if not text.lower().endswith((".png", ".svg", ".pdf")):
         raise argparse.ArgumentTypeError(f"{text} does not end in .png, .svg or .pdf")
     return text
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def _size(text: str) -> int:
-    value = int(text)
-    if not 16 <= value <= 4096:
-        raise argparse.ArgumentTypeError(f"{value} is not between 16 and 4096")
-    return value

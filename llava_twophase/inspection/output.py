@@ -1,10 +1,12 @@
-"""Results to stdout as text that survives a pipe, a narrow terminal and any encoding; knows nothing of caches."""
+"""Print results as text or JSON, for pipes, narrow terminals and any encoding, and write result files."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,38 +19,59 @@ from llava_twophase.files import replace_file
 from llava_twophase.text import printable
 
 _BAR = 40
+NOT_RECORDED = "not recorded"
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # the command decides; rich would exit with 1, which means that a problem was found
 
 
 def console() -> Console:
-    """Return where results go; text that the output's encoding lacks is escaped, never an error."""
+    """Return the console for results; characters that its encoding does not have are escaped."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
-    return Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+    return _Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
 
 
-def print_json(values: Any, out: Console) -> None:
-    """Print one JSON object on one line."""
-    out.out(json.dumps(values, allow_nan=False), highlight=False)
+def print_result(values: Mapping[str, Any], as_json: bool, print_text: Callable[[Console], None]) -> None:
+    """Print a result as one JSON object or as text.
+
+    Args:
+        values: JSON values. Numbers that are not finite become null, because JSON has no spelling for them.
+        as_json: ``--json``.
+        print_text: Prints the text.
+    """
+    out = console()
+    if as_json:
+        out.out(json.dumps(_finite(values), allow_nan=False), highlight=False)
+    else:
+        print_text(out)
 
 
 def print_line(text: str, out: Console, style: str = "") -> None:
-    """Print one line, never broken by us: a pipe gets a line for each thing, a terminal breaks it itself."""
+    """Print one line without breaking it: in a pipe one line is one item, and a terminal breaks lines itself."""
     out.print(Text(printable(text), style), soft_wrap=True)
 
 
-def print_section(title: str, rows: dict[str, str], out: Console) -> None:
-    """Print a title and, below it, names beside values."""
+def print_section(title: str, rows: Mapping[str, str], out: Console) -> None:
+    """Print a title and, below it, names and values."""
     out.print()
     print_line(title, out, "bold")
+    print_names(rows, out)
+
+
+def print_names(rows: Mapping[str, str], out: Console) -> None:
+    """Print names and values, indented."""
     print_table(([f"  {name}", value] for name, value in rows.items()), out)
 
 
 def print_table(rows: Iterable[Sequence[str]], out: Console, header: Sequence[str] = ()) -> None:
-    """Print columns as wide as their content, folded where the terminal is narrower.
+    """Print columns that are as wide as their content, or wrapped if the terminal is narrower.
 
     Args:
-        rows: Cells; those of the first column are names, right of them numbers are aligned to the right.
-        out: Where to.
+        rows: Cells. The first column has names; other columns that have only numbers are aligned to the right.
+        out: Where to print.
         header: Names of the columns.
     """
     table = Table(box=None, show_header=bool(header), pad_edge=False, header_style="bold")
@@ -64,42 +87,70 @@ def print_table(rows: Iterable[Sequence[str]], out: Console, header: Sequence[st
     out.out("\n".join(line.rstrip() for line in capture.get().splitlines()), highlight=False)
 
 
-def bars(counts: dict[str, int]) -> list[list[str]]:
-    """Turn a histogram into rows for ``print_table``: name, count, and a bar that any encoding has."""
+def histogram_rows(counts: Mapping[str, int]) -> list[list[str]]:
+    """Return a histogram as rows for ``print_table``: name, count, and a bar of ASCII characters."""
     largest = max(counts.values(), default=0) or 1
     return [[f"  {name}", f"{count:,}", "#" * -(-_BAR * count // largest)] for name, count in counts.items()]
 
 
-def flat(value: Any, name: str = "") -> dict[str, str]:
+def flatten(value: Any, name: str = "") -> dict[str, str]:
     """Flatten nested dicts to dotted names and texts."""
     if isinstance(value, dict) and value:
-        inner = (flat(part, f"{name}.{key}" if name else str(key)) for key, part in value.items())
+        inner = (flatten(part, f"{name}.{key}" if name else str(key)) for key, part in value.items())
         return {key: text for rows in inner for key, text in rows.items()}
     return {name: value if isinstance(value, str) else repr(value)}
 
 
 def number(value: float | None) -> str:
-    """Write a measured number for people."""
+    """Format a measured number with four digits."""
     return "-" if value is None else f"{value:.4g}"
 
 
-def write_file(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a result beside its place, then rename it: a cut run leaves no half of it.
+def check_output(path: str) -> None:
+    """Check before the work that a result file can be written.
+
+    Raises:
+        UserError: Its folder is missing or read-only, or it is a folder itself.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise UserError(f"-o {path} is a folder; give a file")
+    if target.exists() and not target.is_file():  # a device
+        return
+    if not target.parent.is_dir():
+        raise UserError(f"-o {path} cannot be written: {target.parent} is not a folder; create it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise UserError(f"-o {path} cannot be written: the folder {target.parent} is read-only")
+
+
+def write_file(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a result file, which replaces an older one when it is complete.
 
     Args:
-        path: What the user gave as ``-o``; a device such as ``/dev/stdout`` is written to as it is.
+        path: ``-o`` of the command; a device such as ``/dev/stdout`` is written in place.
         write: Writes to the open file.
 
     Raises:
         UserError: It cannot be written.
     """
-    path = Path(path)
+    target = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            with path.open("wb") as file:
+        if target.exists() and not target.is_file():
+            with target.open("wb") as file:
                 write(file)
             return
-        with replace_file(path) as file:
+        with replace_file(target, unique=True) as file:
             write(file)
-    except OSError as error:
-        raise UserError(f"-o {path} cannot be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"-o {path} cannot be written: {reason or str(error).partition(chr(10))[0]}") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value

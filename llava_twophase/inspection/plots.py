@@ -14,7 +14,7 @@ import numpy as np
 from llava_twophase.errors import UserError
 from llava_twophase.inspection import output
 from llava_twophase.inspection.pictures import patch_grid
-from llava_twophase.inspection.statistics import OUTLIER_CHANNEL, OUTLIER_TOKEN, Measured
+from llava_twophase.inspection.statistics import OUTLIER_CHANNEL, OUTLIER_TOKEN, SampleStatistics
 from llava_twophase.plots import INLINE, PAPER, Colours, inline_svg, label_axes, missing_matplotlib
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Draw = Callable[["Axes", Colours], None]
 
 
-def save(path: str, measured: Measured) -> None:
+def save(path: str, measured: SampleStatistics) -> None:
     """Write the plots to one file, in the format of its suffix.
 
     Raises:
@@ -44,7 +44,7 @@ def save(path: str, measured: Measured) -> None:
     output.write_file(path, lambda file: figure.savefig(file, format=suffix.lower(), dpi=120))
 
 
-def inline(measured: Measured) -> dict[str, str]:
+def inline(measured: SampleStatistics) -> dict[str, str]:
     """Draw the plots for a page: title to SVG."""
     return {title: _inline(title, draw) for title, draw in _plots(measured).items()}
 
@@ -68,17 +68,17 @@ def _inline(name: str, draw: Draw) -> str:
     return inline_svg(figure, name)
 
 
-def _plots(measured: Measured) -> dict[str, Draw]:
+def _plots(measured: SampleStatistics) -> dict[str, Draw]:
     found = {"channels": _channels(measured), "token norms": _norms(measured)}
     norms = np.nan_to_num(measured.norms).mean(0)
     try:
-        grid = patch_grid(norms[:, None], str(measured.rows.cache.fingerprint.get("select_feature")))[..., 0]
+        grid = patch_grid(norms[:, None], measured.rows.cache.fingerprint.get("select_feature"))[..., 0]
     except UserError:
         return found
     return {**found, "mean norm by place": _places(grid)} if isqrt(grid.size) > 1 else found
 
 
-def _channels(measured: Measured) -> Draw:
+def _channels(measured: SampleStatistics) -> Draw:
     def draw(axes: Axes, colours: Colours) -> None:
         rms = measured.channel_rms
         strong = rms > OUTLIER_CHANNEL * np.median(rms)
@@ -95,7 +95,7 @@ def _channels(measured: Measured) -> Draw:
     return draw
 
 
-def _norms(measured: Measured) -> Draw:
+def _norms(measured: SampleStatistics) -> Draw:
     def draw(axes: Axes, colours: Colours) -> None:
         norms = measured.norms[np.isfinite(measured.norms)]
         if len(norms):

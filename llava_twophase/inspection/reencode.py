@@ -1,13 +1,13 @@
-"""``reencode``: the tower run again over a sample of images, against what the cache holds.
+"""``reencode``: run the tower again over a sample of images and compare with the cache.
 
-It answers whether the cache is what this machine would make now: bit for bit, or up to what dtype and device explain.
+It answers whether this machine would write the same features now: bit for bit, or up to rounding of dtype and device.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import platform
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,132 +17,186 @@ from tqdm import tqdm
 from llava_twophase.cache.fingerprint import differences
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.inspection import output
-from llava_twophase.inspection.compare import distance
-from llava_twophase.inspection.rows import Rows
+from llava_twophase.inspection.compare import distance, print_worst, worst_images
+from llava_twophase.inspection.rows import CheckedRows
+from llava_twophase.inspection.summary import not_recorded
 
 if TYPE_CHECKING:
+    import torch
+
+    from llava_twophase.vision.images import Images
     from llava_twophase.vision.tower import VisionTower
 
 EXPLAINED = 16.0
-"""Relative error, in units of the compute dtype's epsilon, up to which other kernels explain a difference: rounding
-adds up over some dozens of layers. Another layer, crop or checkpoint is far beyond it."""
+"""Relative error, in units of the compute dtype's epsilon, that other kernels can explain: rounding adds up over some
+dozens of layers. Another layer, crop or checkpoint gives far larger errors."""
 _BATCH = 8
-_WORST = 5
+_NEEDED = (
+    "tower.weights_sha256", "processor", "image_aspect_ratio", "compute_dtype", "select_layer", "select_feature",
+)  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print what came out; 1 where a difference is not explained."""
-    rows, out = Rows(args.cache), output.console()
-    values = reencode(rows, args)
-    if args.json:
-        output.print_json({"path": args.cache, **values}, out)
-    else:
-        _print(values, out)
+def run(path: str, image_folder: str, count: int, seed: int, *, tower: str | None, device: str, as_json: bool) -> int:
+    """Print the comparison; return 1 if a difference is not explained."""
+    from llava_twophase.vision.images import open_images
+
+    rows = CheckedRows(path)
+    images = open_images(image_folder)
+    values = reencode(rows, images, load_tower(rows, tower, device), count, seed)
+    output.print_result({"path": path, **values}, as_json, lambda out: _print(values, out))
     return 0 if values["verdict"] in ("equal", "explained") else 1
 
 
-def reencode(rows: Rows, args: argparse.Namespace) -> dict[str, Any]:
-    """Run the fingerprint's tower over a sample.
+@dataclass
+class _Compared:
+    # What was found so far; crops wait until they make a batch.
+    kept: list[int] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+    unverified: int = 0
+    crops: list[np.ndarray] = field(default_factory=list)
+    measured: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+
+def reencode(rows: CheckedRows, images: Images, tower: VisionTower, count: int, seed: int) -> dict[str, Any]:
+    """Run a tower over a sample.
 
     Args:
         rows: The cache.
-        args: ``image_folder``, ``n``, ``seed``, ``vision_tower`` (None for the one that provenance names), ``device``.
+        images: Where image files are.
+        tower: The tower that made the cache.
+        count: Images to sample.
+        seed: Seed of the sample.
 
     Returns:
         JSON values; ``verdict`` is ``equal``, ``explained`` or ``different``.
 
     Raises:
-        UserError: The tower is not the fingerprint's, or no image of the sample is what it was.
+        UserError: All images of the sample are missing, unreadable, or changed since extraction.
     """
-    from llava_twophase.vision.images import BadImage, decode, open_images
-
-    images = open_images(args.image_folder)
-    tower = _tower(rows, args.vision_tower, args.device)
-    picked = rows.sample(args.n, args.seed)
-    kept: list[int] = []
-    crops: list[np.ndarray] = []
-    changed: list[str] = []
-    found: dict[str, list[np.ndarray]] = {}
-    with tqdm(total=len(picked), unit="image", desc="reencode", disable=None) as bar:
-        for row, key in zip(picked.tolist(), rows.keys(picked), strict=True):
-            bar.update()
-            try:
-                data = images.read(key)
-                if hashlib.sha256(data).digest() != rows.digest(row):
-                    raise BadImage("changed")
-                crops.append(tower.preprocessor.crop(decode(data)))
-                kept.append(row)
-            except BadImage:
-                changed.append(key)
-            if len(crops) == _BATCH or (row == picked[-1] and crops):
-                for name, part in _measure(rows, np.array(kept[-len(crops) :]), crops, tower).items():
-                    found.setdefault(name, []).append(part)
-                crops = []
-    if not kept:
-        raise UserError(f"none of {len(picked)} images of {args.image_folder} is the file that was encoded")
-    return _verdict(rows, tower, kept, changed, {name: np.concatenate(parts) for name, parts in found.items()})
+    picked = rows.sample(count, seed)
+    state = _Compared()
+    for row, key in tqdm(
+        zip(picked.tolist(), rows.keys(picked), strict=True),
+        total=len(picked), unit="image", desc="reencode", disable=None,
+    ):  # fmt: skip
+        _add_image(rows, images, tower, (row, key), state)
+        if len(state.crops) == _BATCH:
+            _measure(rows, tower, state)
+    if state.crops:
+        _measure(rows, tower, state)
+    if not state.kept:
+        raise UserError(f"none of {len(picked)} images can be compared: they are missing, damaged, or changed since")
+    return _verdict(rows, tower, state)
 
 
-def _tower(rows: Rows, name: str | None, device: str) -> VisionTower:
+def load_tower(rows: CheckedRows, name: str | None, device: str) -> VisionTower:
+    """Load the tower of a cache and compare its fingerprint.
+
+    Args:
+        rows: The cache.
+        name: Hub id or folder; None for the one that the cache records.
+        device: ``auto``, or a torch device.
+
+    Raises:
+        UserError: The cache does not record enough, or this is another tower.
+    """
     import torch
 
     from llava_twophase.vision.preprocess import Preprocessor
     from llava_twophase.vision.tower import VisionTower
 
-    cache, made = rows.cache, rows.cache.fingerprint
-    name = name or cache.manifest.provenance.get("vision_tower")
+    path, made = rows.cache.path, rows.cache.fingerprint
+    dtype, layer = _settings(rows)
+    name = name or rows.cache.manifest.provenance.get("vision_tower")
     if not isinstance(name, str):
-        raise UserError(f"{cache.path} does not name its tower; give --vision_tower")
+        raise UserError(f"{path} does not record where its tower is; give it as --vision_tower")
+    device = _usable_device(device)
+    ratio, feature = str(made["image_aspect_ratio"]), str(made["select_feature"])
+    tower = VisionTower(name, Preprocessor(name, ratio), layer, feature, dtype, torch.device(device))
+    different = differences(made, tower.fingerprint(), ("the cache", "this tower"))
+    if different:
+        raise combined_error(different, f"{name} is not the tower that made {path}; give that one as --vision_tower")
+    return tower
+
+
+def _settings(rows: CheckedRows) -> tuple[torch.dtype, int]:
+    import torch
+
+    path, made = rows.cache.path, rows.cache.fingerprint
+    missing = not_recorded(made, _NEEDED)
+    if missing:
+        raise UserError(
+            f"{path} cannot be compared with a tower: its fingerprint does not record {', '.join(missing)}; "
+            "reencode needs a cache that the extraction command wrote"
+        )
+    dtype, layer = getattr(torch, str(made["compute_dtype"]), None), made["select_layer"]
+    if not isinstance(dtype, torch.dtype) or not isinstance(layer, int):
+        found = f"compute_dtype {made['compute_dtype']!r} and select_layer {layer!r}"
+        raise UserError(f"{path} records {found}; expected a torch dtype and an integer")
+    return dtype, layer
+
+
+def _usable_device(device: str) -> str:
+    import torch
+
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        dtype = getattr(torch, str(made["compute_dtype"]))
-        settings = (str(made["image_aspect_ratio"]), int(made["select_layer"]), str(made["select_feature"]))
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"the fingerprint of {cache.path} does not say how features were made: {error!r}") from None
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from None
-    tower = VisionTower(name, Preprocessor(name, settings[0]), settings[1], settings[2], dtype, device)
-    different = differences(made, tower.fingerprint(), ("the cache", "this tower"))
-    if different:
-        raise combined_error(different, f"{name} is not the tower that made {cache.path}; give it as --vision_tower")
-    return tower
+    return device
 
 
-def _measure(rows: Rows, part: np.ndarray, crops: list[np.ndarray], tower: VisionTower) -> dict[str, np.ndarray]:
+def _add_image(rows: CheckedRows, images: Images, tower: VisionTower, image: tuple[int, str], state: _Compared) -> None:
+    from llava_twophase.vision.images import BadImage, decode
+
+    row, key = image
+    source = rows.source(row)
+    try:
+        data = images.read(key)
+        if source is not None and hashlib.sha256(data).digest() != source[1]:
+            raise BadImage("it changed")
+        state.crops.append(tower.preprocessor.crop(decode(data)))
+    except BadImage:
+        state.unusable.append(key)
+        return
+    state.kept.append(row)
+    state.unverified += source is None
+
+
+def _measure(rows: CheckedRows, tower: VisionTower, state: _Compared) -> None:
     import torch
 
     codec = rows.cache.codec
-    stored = rows.stored(part)
-    fresh = tower.encode(torch.from_numpy(np.stack(crops))).cpu()  # [B, L, D]
-    again = codec.to_rows(fresh).numpy()
+    stored = rows.stored(np.array(state.kept[-len(state.crops) :]))
+    features = tower.encode(torch.from_numpy(np.stack(state.crops))).cpu()  # [B, L, D]
+    again = codec.to_rows(features).numpy()
     measured = distance(codec.to_numpy(again), codec.to_numpy(stored))
-    # What the codec itself rounds, of which two roundings of nearly equal values can differ by.
-    rounding = distance(codec.to_numpy(again), fresh.float().numpy())["relative_error"]
-    return {**measured, "rounding": rounding, "equal": (again == stored).all(1)}
+    # Rounding by the codec: two roundings of nearly equal values can differ by it.
+    rounding = distance(codec.to_numpy(again), features.float().numpy())["relative_error"]
+    for name, part in {**measured, "rounding": rounding, "equal": (again == stored).all(1)}.items():
+        state.measured.setdefault(name, []).append(part)
+    state.crops = []
 
 
-def _verdict(
-    rows: Rows, tower: VisionTower, kept: list[int], changed: list[str], found: dict[str, np.ndarray]
-) -> dict[str, Any]:
+def _verdict(rows: CheckedRows, tower: VisionTower, state: _Compared) -> dict[str, Any]:
     import torch
 
+    found = {name: np.concatenate(parts) for name, parts in state.measured.items()}
     errors = found["relative_error"]
     allowed = EXPLAINED * torch.finfo(tower.dtype).eps + found["rounding"]
-    worst = [place for place in np.argsort(-errors, kind="stable")[:_WORST] if errors[place]]
     software = rows.cache.manifest.provenance.get("software")
     software = software if isinstance(software, dict) else {}
     device = torch.cuda.get_device_name() if tower.device.type == "cuda" else platform.machine()
     equal = bool(found["equal"].all())
-    keys = rows.keys(kept)
     return {
         "verdict": "equal" if equal else "explained" if (errors <= allowed).all() else "different",
         "vision_tower": tower.name,
-        "rows": len(kept),
+        "rows": len(state.kept),
         "equal_images": int(found["equal"].sum()),
-        "changed_images": changed,
+        "changed_images": state.unusable,
+        "unverified_images": state.unverified,
         "cosine": {"mean": float(found["cosine"].mean()), "min": float(found["cosine"].min())},
         "relative_error": {"mean": float(errors.mean()), "max": float(errors.max())},
         "max_error": float(found["max_error"].max()),
@@ -150,37 +204,33 @@ def _verdict(
         "compute_dtype": str(tower.dtype).removeprefix("torch."),
         "device": {"then": software.get("device"), "now": device},
         "torch": {"then": software.get("torch"), "now": torch.__version__},
-        "worst": [[keys[place], float(found["cosine"][place]), float(errors[place])] for place in worst],
+        "worst": worst_images(rows.keys(state.kept), found),
     }
 
 
 def _print(values: dict[str, Any], out: Console) -> None:
     rows, dtype = values["rows"], values["compute_dtype"]
     verdicts = {
-        "equal": (f"bit-equal: all {rows:,} images, encoded again, are what the cache holds", "bold green"),
-        "explained": (
-            f"equal up to rounding: {dtype} and another device or version explain it",
-            "bold green",
-        ),
-        "different": (f"DIFFERENT: more than {dtype} and another device explain", "bold red"),
+        "equal": f"bit-equal: all {rows:,} images give the features in the cache",
+        "explained": f"equal up to rounding: {dtype} and another device or version explain the differences",
+        "different": f"DIFFERENT: by more than {dtype} and another device explain",
     }
-    output.print_line(*verdicts[values["verdict"]][:1], out, verdicts[values["verdict"]][1])
-    relative, cosine = values["relative_error"], values["cosine"]
+    style = "bold red" if values["verdict"] == "different" else "bold green"
+    output.print_line(verdicts[values["verdict"]], out, style)
+    relative, cosine, unusable = values["relative_error"], values["cosine"], values["changed_images"]
     shown = {
         "bit-equal images": f"{values['equal_images']:,} of {rows:,}",
-        "images changed since": f"{len(values['changed_images']):,}"
-        + (f", such as {values['changed_images'][0]}" if values["changed_images"] else ""),
+        "images missing or changed": f"{len(unusable):,}" + (f", such as {unusable[0]}" if unusable else ""),
         "cosine of tokens": f"{cosine['mean']:.6f}, of the worst image {cosine['min']:.6f}",
         "relative error": f"{relative['mean']:.3g}, of the worst image {relative['max']:.3g}; explained up to "
         f"{values['explained_up_to']:.3g}",
         "largest difference": output.number(values["max_error"]),
     }
+    if values["unverified_images"]:
+        shown["image file not recorded"] = f"{values['unverified_images']:,}"
     for name in ("device", "torch"):
-        then, now = values[name]["then"] or "not recorded", values[name]["now"]
+        then, now = values[name]["then"] or output.NOT_RECORDED, values[name]["now"]
         shown[name] = now if then == now else f"{then} then, {now} now"
     out.print()
-    output.print_table(([f"  {name}", value] for name, value in shown.items()), out)
-    if values["worst"]:
-        out.print()
-        table = ([key, f"{near:.6f}", f"{error:.3g}"] for key, near, error in values["worst"])
-        output.print_table(table, out, ("worst images", "cosine", "relative error"))
+    output.print_names(shown, out)
+    print_worst(values["worst"], out)

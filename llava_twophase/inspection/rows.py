@@ -1,10 +1,11 @@
-"""Rows of a cache for a look at them: a seeded sample, read against its checksums; knows nothing of output.
+"""Rows of a cache for inspection: a seeded sample, and reads that are compared with their checksums.
 
 Shapes: B rows read at once, L tokens, D width.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,14 +14,14 @@ import xxhash
 from tqdm import tqdm
 
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.errors import UserError
+from llava_twophase.errors import UserError, combined_error
 
-SEED = 0
 _BATCH_BYTES = 32 << 20
+_SUGGESTIONS = 3
 
 
-class Rows:
-    """A cache opened to be looked at, its extraction complete or not.
+class CheckedRows:
+    """A cache opened for inspection; its extraction may be incomplete.
 
     Args:
         path: The cache's directory.
@@ -34,51 +35,56 @@ class Rows:
 
     def __init__(self, path: str | Path) -> None:
         self.cache = FeatureCache(path, allow_incomplete=True)
-        self._names: np.ndarray | None = None
-        self._checksums: np.ndarray | None = None
-        self._digests: np.ndarray | None = None
+        self._columns: dict[str, np.ndarray] = {}
 
     @property
     def names(self) -> np.ndarray:
         """The keys of all rows, as bytes."""
-        if self._names is None:
-            self._names = self.cache.column("image_key")
-        return self._names
+        return self._column("image_key")
 
     def keys(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """Return the keys of rows."""
         return [bytes(self.names[row]).decode("utf-8", "replace") for row in rows]
 
-    def digest(self, row: int) -> bytes:
-        """Return the SHA-256 of the image file that a row was made from."""
-        if self._digests is None:
-            self._digests = self.cache.column("source_sha256")
-        return self._digests[row].tobytes()
+    def source(self, row: int) -> tuple[int, bytes] | None:
+        """Return size and SHA-256 of the image file that a row was made from, None if they were not recorded."""
+        digest = self._column("source_sha256")[row].tobytes()
+        return (int(self._column("source_size")[row]), digest) if any(digest) else None
 
-    def sample(self, count: int, seed: int = SEED) -> np.ndarray:
-        """Pick rows, all where there are no more: int64, ascending, the same for the same cache and seed."""
+    def recorded_sources(self) -> int:
+        """Return for how many rows the image file was recorded."""
+        return int(self._column("source_sha256").any(axis=1).sum())
+
+    def sample(self, count: int, seed: int) -> np.ndarray:
+        """Choose rows, all if there are no more: int64, ascending, the same for the same cache and seed."""
         chosen = np.random.default_rng(seed).choice(len(self.cache), min(count, len(self.cache)), replace=False)
         return np.sort(chosen)
 
-    def find(self, key: str) -> int:
-        """Return an image's place in row order.
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """Look up image keys from a command line: their rows, int64 ``[len(keys)]``.
+
+        A key that is not in the cache is also looked up in the other Unicode normal form: macOS decomposes accents.
 
         Raises:
-            UserError: It is not in the cache; names images that are called alike.
+            UserError: Keys are not in the cache; reports all of them, with similar keys.
         """
-        row = int(self.cache.find([key])[0])
-        if row >= 0:
-            return row
-        names = self.names
-        alike = names[np.char.endswith(names, b"/" + Path(key).name.encode("utf-8", "surrogateescape"))][:3]
-        examples = [bytes(name).decode("utf-8", "replace") for name in (alike if len(alike) else names[:3])]
-        raise UserError(
-            f"image key {key!r} is not in {self.cache.path}; a key is a path relative to the image folder, "
-            f"{'perhaps' if len(alike) else 'such as'} {' or '.join(map(repr, examples))}"
-        )
+        # In a locale that is not UTF-8, Python gives arguments as surrogates instead of their UTF-8 characters.
+        texts = [key.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") for key in keys]
+        rows = self.cache.find(texts)
+        problems = []
+        for place in np.flatnonzero(rows < 0).tolist():
+            forms = [unicodedata.normalize(form, texts[place]) for form in ("NFC", "NFD")]
+            rows[place] = self.cache.find(forms).max()
+            if rows[place] < 0:
+                problems.append(self._unknown(texts[place]))
+        if len(problems) == 1:
+            raise UserError(problems[0])
+        if problems:
+            raise combined_error(problems, f"{len(problems)} image keys are not in {self.cache.path}")
+        return rows
 
     def stored(self, rows: np.ndarray) -> np.ndarray:
-        """Read rows as they are stored, against their checksums.
+        """Read rows as they are stored and compare them with their checksums.
 
         Args:
             rows: int64 ``[B]``.
@@ -89,25 +95,26 @@ class Rows:
         Raises:
             UserError: Bytes of a row changed since they were written.
         """
-        if self._checksums is None:
-            self._checksums = self.cache.column("row_xxh3")
+        checksums = self._column("row_xxh3")
         buffer = np.empty((len(rows), self.cache.codec.row_bytes), np.uint8)
         self.cache.read_raw_rows_into(np.asarray(rows), buffer)
         for row, stored in zip(rows, buffer, strict=True):
-            if xxhash.xxh3_64_intdigest(stored) != int(self._checksums[row]):
+            if xxhash.xxh3_64_intdigest(stored) != int(checksums[row]):
                 (key,) = self.keys([row])
-                raise UserError(f"the features of {key!r} do not match their checksum; verify names all such images")
+                raise UserError(
+                    f"the features of {key!r} do not match their checksum; run verify, which reports all such images"
+                )
         return buffer
 
     def values(self, rows: np.ndarray) -> np.ndarray:
-        """Read rows as float32 ``[B, L, D]``, against their checksums."""
+        """Read rows as float32 ``[B, L, D]`` and compare them with their checksums."""
         return self.cache.codec.to_numpy(self.stored(rows))
 
     def batches(self, rows: np.ndarray, label: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Read many rows, some at a time; a progress bar goes to stderr where that is a terminal.
+        """Read many rows in batches, with a progress bar on stderr if that is a terminal.
 
         Yields:
-            The rows and their values, float32 ``[B, L, D]``.
+            The rows of a batch and their values, float32 ``[B, L, D]``.
         """
         tokens, width = self.cache.feature_shape
         batch = max(1, _BATCH_BYTES // (tokens * width * 4))
@@ -117,16 +124,16 @@ class Rows:
                 yield part, self.values(part)
                 bar.update(len(part))
 
+    def _column(self, name: str) -> np.ndarray:
+        if name not in self._columns:
+            self._columns[name] = self.cache.column(name)
+        return self._columns[name]
 
-def twins(cache: FeatureCache) -> list[np.ndarray]:
-    """Find the pictures that stand in a cache under several keys, byte for byte: their rows, the most frequent first.
-
-    By the first eight bytes of their SHA-256, which is enough: two of 558K pictures share them by chance once in 10^8.
-    """
-    digests = np.ascontiguousarray(cache.column("source_sha256")[:, :8]).view("<u8").ravel()
-    order = np.argsort(digests, kind="stable")
-    starts = np.flatnonzero(np.diff(digests[order], prepend=~digests[order[:1]]))
-    counts = np.diff(np.append(starts, len(order)))
-    groups = np.flatnonzero(counts > 1)
-    groups = groups[np.argsort(-counts[groups], kind="stable")]
-    return [order[starts[group] : starts[group] + counts[group]] for group in groups]
+    def _unknown(self, key: str) -> str:
+        ending = b"/" + Path(key).name.encode("utf-8", "surrogateescape")
+        similar = self.names[np.char.endswith(self.names, ending)][:_SUGGESTIONS]
+        examples = [bytes(name).decode("utf-8", "replace") for name in (similar if len(similar) else self.names[:3])]
+        return (
+            f"image key {key!r} is not in {self.cache.path}; a key is a path relative to the image folder, "
+            f"{'perhaps' if len(similar) else 'such as'} {' or '.join(map(repr, examples))}"
+        )

@@ -1,8 +1,7 @@
-"""``summary``: what made a cache, and how large it is, without reading features."""
+"""``summary``: what made a cache and how large it is, without reading features."""
 
 from __future__ import annotations
 
-import argparse
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,22 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.inspection import output
 from llava_twophase.text import format_bytes
 
-INCOMPLETE = "INCOMPLETE: the extraction was cut or is under way; run the same extraction command again."
+INCOMPLETE = "INCOMPLETE: the extraction was interrupted or is running; run the same extraction command again."
 _TOWERS = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP", "dinov2": "DINOv2"}
 _CROPS = {"square": "the centre square of each image", "pad": "each image padded to a square"}
 _FEATURES = {"patch": "without the CLS token", "cls_patch": "with the CLS token"}
+# What a cache of the extraction command records; a cache that a user's program wrote may record less, or other fields.
+_EXPECTED = ("tower.model_type", "image_aspect_ratio", "compute_dtype", "select_layer", "select_feature")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(path: str, as_json: bool) -> int:
     """Print a summary."""
-    values, out = summary(args.cache), output.console()
-    if args.json:
-        output.print_json(values, out)
-    else:
-        _print(values, out)
+    values = summarize(path)
+    output.print_result(values, as_json, lambda out: _print(values, out))
     return 0
 
 
-def summary(path: str | Path) -> dict[str, Any]:
+def summarize(path: str | Path) -> dict[str, Any]:
     """Describe a cache without reading its features.
 
     Args:
@@ -52,6 +50,7 @@ def summary(path: str | Path) -> dict[str, Any]:
         "schema": SCHEMA,
         "complete": cache.manifest.complete,
         "made_by": made_by(cache),
+        "not_recorded": not_recorded(cache.fingerprint, _EXPECTED),
         "images": len(cache),
         "shards": len(cache.manifest.shards),
         "bytes": sum(shard.file_bytes for shard in cache.manifest.shards),
@@ -68,35 +67,76 @@ def summary(path: str | Path) -> dict[str, Any]:
     }
 
 
+def not_recorded(fingerprint: dict[str, Any], fields: tuple[str, ...]) -> list[str]:
+    """Return the fields, as dotted names, that a fingerprint does not have."""
+
+    def has(name: str) -> bool:
+        value: Any = fingerprint
+        for part in name.split("."):
+            if not isinstance(value, dict) or value.get(part) is None:
+                return False
+            value = value[part]
+        return True
+
+    return [name for name in fields if not has(name)]
+
+
 def made_by(cache: FeatureCache) -> str:
-    """Say in one sentence what made a cache, as far as its fingerprint tells."""
+    """Return one sentence on what made a cache, and what its fingerprint does not record about that."""
     tokens, width = cache.feature_shape
     made = cache.fingerprint
-    tower = made.get("tower")
+    shape = f"{tokens} tokens of {width} for each image, stored as {cache.dtype}"
+    if len(not_recorded(made, _EXPECTED)) == len(_EXPECTED):
+        return f"A program of its own made these features ({_own_name(made)}): {shape}."
+    feature = made.get("select_feature")
+    kept = _FEATURES.get(str(feature), f"({feature})" if feature is not None else f"(select_feature {_MISSING})")
+    dtype, layer = _recorded(made, "compute_dtype", "a dtype"), _recorded(made, "select_layer", "a layer")
+    seen = _seen(made.get("image_aspect_ratio"))
+    return f"{_tower(cache)} saw {seen} in {dtype}; kept is its hidden state {layer} {kept}: {shape}."
+
+
+_MISSING = f"{output.NOT_RECORDED} in the fingerprint"
+
+
+def _tower(cache: FeatureCache) -> str:
+    tower = cache.fingerprint.get("tower")
     tower = tower if isinstance(tower, dict) else {}
-    kind = _TOWERS.get(str(tower.get("model_type")), str(tower.get("model_type", "unknown")))
-    named = cache.manifest.provenance.get("vision_tower")
-    ratio, feature = made.get("image_aspect_ratio"), made.get("select_feature")
-    dtype, layer = made.get("compute_dtype", "an unknown dtype"), made.get("select_layer", "?")
-    return (
-        f"A {kind} tower{f' ({named})' if named else ''} of {tower.get('num_hidden_layers', '?')} layers saw "
-        f"{_CROPS.get(str(ratio), f'images as {ratio}')} in {dtype}; kept is its hidden state "
-        f"{layer} {_FEATURES.get(str(feature), f'({feature})')}: "
-        f"{tokens} tokens of {width} for each image, stored as {cache.dtype}."
-    )
+    kind = tower.get("model_type")
+    name = cache.manifest.provenance.get("vision_tower")
+    layers = tower.get("num_hidden_layers")
+    of_layers = f" of {layers} layers" if layers is not None else ""
+    known = f"A {_TOWERS.get(str(kind), str(kind))} tower" if kind is not None else f"A tower (model_type {_MISSING})"
+    return f"{known}{f' ({name})' if name else ''}{of_layers}"
+
+
+def _seen(ratio: Any) -> str:
+    return _CROPS.get(str(ratio), f"images as {ratio}" if ratio is not None else f"images (crop {_MISSING})")
+
+
+def _recorded(made: dict[str, Any], name: str, what: str) -> str:
+    return str(made[name]) if made.get(name) is not None else f"{what} ({_MISSING})"
+
+
+def _own_name(made: dict[str, Any]) -> str:
+    fields = output.flatten(made) if made else {}
+    shown = ", ".join(f"{name} {text}" for name, text in list(fields.items())[:4])
+    return f"its fingerprint: {shown}{', ...' if len(fields) > 4 else ''}" if shown else "its fingerprint is empty"
 
 
 def codec_in_words(values: dict[str, Any]) -> str:
-    """Say how features are stored, and what that saves."""
-    if values["storage_dtype"] not in QUANTISED:
-        return f"{values['storage_dtype']}, the tower's values bit for bit"
-    return f"{values['storage_dtype']} with scales, {values['of_bfloat16']:.0%} of bfloat16's size, rounded"
+    """Return how features are stored, and what that saves."""
+    storage = values["storage_dtype"]
+    if storage in QUANTISED:
+        return f"{storage} with scales, {values['of_bfloat16']:.0%} of bfloat16's size, rounded"
+    if values["fingerprint"].get("compute_dtype") == storage:
+        return f"{storage}, the tower's values bit for bit"
+    return f"{storage}, without quantisation"
 
 
 def in_words(values: dict[str, Any]) -> dict[str, str]:
-    """Turn a summary into names and texts, for the terminal and the report."""
+    """Return a summary as names and texts, for the terminal and the report."""
     per_image = format_bytes(values["bytes_per_image"])
-    return {
+    rows = {
         "images": f"{values['images']:,}",
         "complete": "yes" if values["complete"] else "no",
         "quarantined": f"{values['quarantined']:,}",
@@ -107,6 +147,9 @@ def in_words(values: dict[str, Any]) -> dict[str, str]:
         "age": _ago(values["age_seconds"]),
         "schema": str(values["schema"]),
     }
+    if values["not_recorded"]:
+        rows[output.NOT_RECORDED] = ", ".join(values["not_recorded"])
+    return rows
 
 
 def _print(values: dict[str, Any], out: Console) -> None:
@@ -114,9 +157,10 @@ def _print(values: dict[str, Any], out: Console) -> None:
     if not values["complete"]:
         output.print_line(INCOMPLETE, out, "bold red")
     out.print()
-    output.print_table(([f"  {name}", value] for name, value in in_words(values).items()), out)
-    output.print_section("fingerprint: changes a value, so it is compared", output.flat(values["fingerprint"]), out)
-    output.print_section("provenance: only recorded", output.flat(values["provenance"]), out)
+    output.print_names(in_words(values), out)
+    title = "fingerprint: changes a value, so it is compared"
+    output.print_section(title, output.flatten(values["fingerprint"]), out)
+    output.print_section("provenance: only recorded", output.flatten(values["provenance"]), out)
 
 
 def _age(cache: FeatureCache) -> int:
@@ -124,7 +168,7 @@ def _age(cache: FeatureCache) -> int:
     try:
         then = datetime.fromisoformat(cache.manifest.provenance["created"])
         return max(0, int((now - then).total_seconds()))
-    except (KeyError, TypeError, ValueError):  # a clock of its own, or none: when the manifest was last replaced
+    except (KeyError, TypeError, ValueError):  # without a valid date: when the manifest was last replaced
         return max(0, int(now.timestamp() - (cache.path / MANIFEST).stat().st_mtime))
 
 

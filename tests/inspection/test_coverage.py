@@ -1,4 +1,4 @@
-"""A cache beside its records: counts by hand, truncation by the trainer's own template, exit codes."""
+"""``coverage``: counts by hand, truncation compared with training's template, exit codes."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from cache.make import SHAPE, fingerprint_of, make_cache, rows, write
 from drawn import make_record, write_records
-from helpers import run
+from inspection.command import inspect
 from llava_twophase.cache.format import SHARDS
 from llava_twophase.cache.quarantine import Quarantined, write_quarantine
 from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter, sha256
@@ -15,15 +15,13 @@ from llava_twophase.records import load_records
 
 
 def coverage(cache, path, *flags, expect=0):
-    result = run(
-        ["python", "pipelines/inspect_cache.py", "coverage", cache, "--data_path", path, *flags], expect=expect
-    )
+    result = inspect("coverage", cache, "--data_path", path, *flags, expect=expect)
     return json.loads(result.stdout) if "--json" in flags else result.stdout
 
 
 @pytest.fixture
 def cache(tmp_path):
-    """Six images; the last two are one picture, and the records do not name the fourth."""
+    """Six images; the last two are duplicates, and the fourth has no record."""
     path, keys = tmp_path / "cache", [f"{letter}.jpg" for letter in "abcdef"]
     (path / SHARDS).mkdir(parents=True)
     writer = ShardWriter(
@@ -48,7 +46,7 @@ def records(tmp_path):
     return write_records([*made, make_record("again", "b.jpg", "one two")], tmp_path / "records.json")
 
 
-def test_all_is_counted(cache, records):
+def test_coverage_counts_by_kind(cache, records):
     values = coverage(cache, records, "--json")
     expected = {
         "records": 6, "records_with_features": 6, "images": 5, "images_with_features": 5, "images_without_features": 0,
@@ -76,12 +74,13 @@ def test_records_without_features_exit_with_1(cache, records, tmp_path):
     assert text.startswith(f"5 of 7 images of {path} have features\n") and "run the extraction command" in text
 
 
-def test_a_quarantined_image_alone_is_no_problem(cache, records, tmp_path):
+def test_quarantined_image_is_not_a_problem(cache, records, tmp_path):
     more = [*json.loads(records.read_text(encoding="utf-8")), make_record("y", "bad.jpg", "b")]
-    assert "images quarantined           1" in coverage(cache, write_records(more, tmp_path / "more.json"))
+    words = coverage(cache, write_records(more, tmp_path / "more.json")).split()
+    assert "images quarantined 1" in " ".join(words)
 
 
-def test_truncated_captions_are_those_that_training_cuts(image_set, tiny_llama, tmp_path):
+def test_truncated_counts_what_training_truncates(image_set, tiny_llama, tmp_path):
     from transformers import AutoTokenizer
 
     from llava_twophase.train.data.conversation import PlainTemplate
@@ -98,7 +97,7 @@ def test_truncated_captions_are_those_that_training_cuts(image_set, tiny_llama, 
         assert (found["captions"], found["room"], found["examples"]) == (len(cut), room, cut[:5])
 
 
-def test_truncation_by_the_command(tmp_path, tiny_llama, image_set):
+def test_coverage_counts_truncated_captions(tmp_path, tiny_llama, image_set):
     keys = list(dict.fromkeys(record["image"] for record in image_set.records))
     cache, made, _ = make_cache(tmp_path / "cache", counts=(len(keys),))
     records = [make_record(key, key, "a red circle on a pale ground") for key in made]
@@ -114,8 +113,7 @@ def test_truncation_by_the_command(tmp_path, tiny_llama, image_set):
         (["--model_name_or_path", "{llama}", "--model_max_length", "9"], "leaves no room for a caption"),
     ],
 )
-def test_what_cannot_be_counted_is_one_error(flags, message, cache, records, tiny_llama):
+def test_tokenizer_or_room_that_is_missing_is_one_error(flags, message, cache, records, tiny_llama):
     flags = [flag.format(llama=tiny_llama) for flag in flags]
-    command = ["python", "pipelines/inspect_cache.py", "coverage", cache, "--data_path", records, *flags]
-    result = run(command, expect=1)
+    result = inspect("coverage", cache, "--data_path", records, *flags, expect=1)
     assert result.stderr.startswith("error: ") and message in result.stderr and result.stdout == ""

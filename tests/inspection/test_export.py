@@ -1,4 +1,4 @@
-"""export and head: the very values, in files that other programs read."""
+"""``export`` and ``head``: exact values, in files that other programs read."""
 
 import json
 
@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from cache.make import STORAGES, fingerprint_of, make_cache
-from helpers import run
+from inspection.command import inspect
 from llava_twophase.cache.reader import FeatureCache
-
-SCRIPT = "pipelines/inspect_cache.py"
 
 
 def read(path):
@@ -32,11 +30,11 @@ def read(path):
 
 @pytest.mark.parametrize("dtype", STORAGES)
 @pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt"])
-def test_values_keys_and_fingerprint_are_exported(suffix, dtype, tmp_path):
+def test_export_writes_values_keys_and_fingerprint(suffix, dtype, tmp_path):
     cache, keys, _ = make_cache(tmp_path / "cache", dtype=dtype)
     wanted = [keys[6], keys[0], keys[6]]
     path = tmp_path / f"features.{suffix}"
-    result = run(["python", SCRIPT, "export", cache, *wanted, "-o", path])
+    result = inspect("export", cache, *wanted, "-o", path)
     features, kind, names, fingerprint = read(path)
     np.testing.assert_array_equal(features, FeatureCache(cache).read(wanted))
     assert (names, fingerprint) == (wanted, fingerprint_of(dtype))
@@ -46,40 +44,39 @@ def test_values_keys_and_fingerprint_are_exported(suffix, dtype, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_format_of_another_name(tmp_path):
+def test_export_to_a_format_that_is_not_the_suffix(tmp_path):
     cache, keys, _ = make_cache(tmp_path / "cache")
-    run(["python", SCRIPT, "export", cache, keys[0], "-o", tmp_path / "features", "--to", "npz"])
+    inspect("export", cache, keys[0], "-o", tmp_path / "features", "--to", "npz")
     with np.load(tmp_path / "features") as file:
         assert file["features"].shape == (1, 9, 32)
 
 
-def test_a_format_alone_names_the_file(tmp_path):
-    from helpers import ROOT
-
+def test_export_without_a_file_uses_the_format(tmp_path, monkeypatch):
     cache, keys, _ = make_cache(tmp_path / "cache")
-    result = run(["python", ROOT / SCRIPT, "export", cache, keys[0], "--to", "npz"], cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = inspect("export", cache, keys[0], "--to", "npz")
     assert result.stdout.startswith("wrote features.npz: ") and (tmp_path / "features.npz").is_file()
-    assert "give -o FILE or --to FORMAT" in run(["python", SCRIPT, "export", cache, keys[0]], expect=2).stderr
+    assert "give -o FILE or --to FORMAT" in inspect("export", cache, keys[0], expect=2).stderr
 
 
-def test_where_nothing_can_be_written(tmp_path):
+def test_export_into_a_missing_folder_is_one_error(tmp_path):
     cache, keys, _ = make_cache(tmp_path / "cache")
-    result = run(["python", SCRIPT, "export", cache, keys[0], "-o", tmp_path / "no" / "f.npz"], expect=1)
-    assert result.stderr.startswith("error: -o ") and "No such file" in result.stderr
+    result = inspect("export", cache, keys[0], "-o", tmp_path / "no" / "f.npz", expect=1)
+    assert result.stderr.startswith("error: -o ") and "is not a folder" in result.stderr
 
 
-def test_an_unknown_key_names_one_that_is_there(tmp_path):
+def test_unknown_key_suggests_a_similar_one(tmp_path):
     cache, keys, _ = make_cache(tmp_path / "cache")
-    result = run(["python", SCRIPT, "export", cache, "x/picture 0.jpg", "-o", tmp_path / "f.npz"], expect=1)
+    result = inspect("export", cache, "x/picture 0.jpg", "-o", tmp_path / "f.npz", expect=1)
     assert f"perhaps {keys[0]!r}" in result.stderr
 
 
-def test_head_shows_numbers(tmp_path):
+def test_head_prints_numbers(tmp_path):
     cache, keys, _ = make_cache(tmp_path / "cache", dtype="float32")
     values = FeatureCache(cache).read([keys[2]])[0]
-    lines = run(["python", SCRIPT, "head", cache, keys[2]]).stdout.splitlines()
+    lines = inspect("head", cache, keys[2]).stdout.splitlines()
     assert lines[0] == keys[2] and "  row          2 of 8" in lines and "  features     9 tokens x 32, float32" in lines
     assert lines[-1].split() == ["5", *(f"{value:.4f}" for value in values[5, :8])]
-    found = json.loads(run(["python", SCRIPT, "head", cache, keys[2], "--json"]).stdout)
+    found = json.loads(inspect("head", cache, keys[2], "--json").stdout)
     np.testing.assert_array_equal(np.array(found["values"], np.float32), values)
     assert found["row"] == 2 and found["source_size"] == len(keys[2])

@@ -1,4 +1,4 @@
-"""The tower run again over the cache's own images: bit-equal, different, or refused."""
+"""``reencode``: bit-equal, different, or refused."""
 
 import json
 import shutil
@@ -6,9 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
+import tiny
 from cache.make import reseal, set_row
 from drawn import COLOURS, draw
 from helpers import run
+from inspection.command import inspect
 
 EXTRACT = "pipelines/extract_features.py"
 
@@ -22,36 +24,33 @@ def extract(image_set, tower, cache, *flags):
 
 
 def reencode(cache, images, *flags, expect=0):
-    command = ["python", "pipelines/inspect_cache.py", "reencode", cache, "--image_folder", images, *flags]
-    result = run(command, expect=expect)
+    result = inspect("reencode", cache, "--image_folder", images, *flags, expect=expect)
     return json.loads(result.stdout) if "--json" in flags else result
 
 
 @pytest.mark.parametrize("storage", ["auto", "int8"])
-def test_every_odd_picture_is_bit_equal(storage, image_set, tiny_clip, tmp_path):
+def test_odd_images_are_bit_equal(storage, image_set, tiny_clip, tmp_path):
     cache = extract(image_set, tiny_clip, tmp_path / "cache", "--storage_dtype", storage)
     values = reencode(cache, image_set.folder, "--json")
     assert values["verdict"] == "equal" and values["rows"] == values["equal_images"] == len(image_set.keys)
     assert values["changed_images"] == values["worst"] == [] and values["compute_dtype"] == "bfloat16"
     text = reencode(cache, image_set.folder).stdout
-    assert text.startswith(f"bit-equal: all {len(image_set.keys)} images, encoded again, are what the cache holds\n")
+    assert text.startswith(f"bit-equal: all {len(image_set.keys)} images give the features in the cache\n")
 
 
-def test_padding_and_another_layer_and_tower(plain_set, tiny_dinov2, tmp_path):
+def test_padding_another_layer_and_another_tower_are_bit_equal(plain_set, tiny_dinov2, tmp_path):
     flags = ("--image_aspect_ratio", "pad", "--mm_vision_select_layer", "3", "--mm_vision_select_feature", "cls_patch")
     cache = extract(plain_set, tiny_dinov2, tmp_path / "cache", "--compute_dtype", "fp32", *flags)
     assert reencode(cache, plain_set.folder, "--n", "5", "--json")["equal_images"] == 5
 
 
-def test_a_tower_that_moved_is_given(original, tmp_path):
+def test_tower_that_moved_is_given(original, tmp_path):
     shutil.copytree(original.tower, tmp_path / "elsewhere")
     values = reencode(original.cache, original.images, "--vision_tower", tmp_path / "elsewhere", "--json")
     assert values["verdict"] == "equal"
 
 
 def test_other_weights_are_refused_by_field(original, tmp_path):
-    import tiny
-
     other = tiny.write_clip(tmp_path / "other", seed=9)
     result = reencode(original.cache, original.images, "--vision_tower", other, expect=1)
     assert result.stdout == "" and "is not the tower that made" in result.stderr
@@ -63,22 +62,22 @@ def test_another_kind_of_tower_is_refused(original, tiny_siglip):
     assert "tower.model_type: the cache has 'clip_vision_model', this tower 'siglip_vision_model'" in result.stderr
 
 
-def test_changed_and_missing_images_are_left_out_and_named(made):
+def test_changed_and_missing_images_are_skipped_and_reported(made):
     (made.images / made.keys[0]).unlink()
     draw((50, 50), COLOURS["red"]).save(made.images / made.keys[1])
     values = reencode(made.cache, made.images, "--json")
     assert sorted(values["changed_images"]) == sorted(made.keys[:2]) and values["equal_images"] == values["rows"] == 10
 
 
-def test_no_image_left_is_an_error(made, tmp_path):
+def test_sample_without_usable_images_is_an_error(made, tmp_path):
     (tmp_path / "nothing").mkdir()
     result = reencode(made.cache, tmp_path / "nothing", expect=1)
     assert "none of 12 images" in result.stderr
 
 
 @pytest.mark.parametrize(("scale", "verdict"), [(1.002, "explained"), (1.3, "different")])
-def test_differences_are_judged_by_the_compute_dtype(scale, verdict, made):
-    """Rows and checksums changed together, as another machine or another layer would have made them."""
+def test_verdict_depends_on_the_compute_dtype(scale, verdict, made):
+    """Rows and checksums changed together, as another machine or another layer would write them."""
     bits = np.fromfile(made.cache / "shards/shard-000000.h5", np.uint8)
 
     def edit(data, header):
@@ -94,7 +93,7 @@ def test_differences_are_judged_by_the_compute_dtype(scale, verdict, made):
     assert values["worst"][0][0] == made.keys[0] and values["device"]["then"] == values["device"]["now"]
 
 
-def test_a_device_that_is_not_there(original):
+def test_device_that_does_not_exist_is_refused(original):
     assert (
         "--device cuda:99 cannot be used"
         in reencode(original.cache, original.images, "--device", "cuda:99", expect=1).stderr

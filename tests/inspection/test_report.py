@@ -1,4 +1,4 @@
-"""The report: one file that needs no other, and that a browser draws on a desktop, on a phone and in the dark."""
+"""``report``: one file that needs no other, and that a browser draws on a desktop, on a phone and in the dark."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cache.make import FINGERPRINT, make_shard, rows, write
-from helpers import run
+from inspection.command import inspect
 from llava_twophase.cache.format import SHARDS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -42,20 +42,20 @@ class Tags(HTMLParser):
 
 def report(made, folder, *flags):
     path = folder / "report.html"
-    run(["python", "pipelines/inspect_cache.py", "report", made.cache, "-o", path, *flags])
+    inspect("report", made.cache, "-o", path, *flags)
     return path
 
 
 @pytest.fixture(scope="module")
-def whole(original, tmp_path_factory):
-    """A report with pictures and captions."""
+def complete(original, tmp_path_factory):
+    """A report with images and captions."""
     flags = ("--image_folder", original.images, "--data_path", original.records)
     return report(original, tmp_path_factory.mktemp("report"), *flags)
 
 
-def test_it_needs_nothing_beside_it(whole):
+def test_report_needs_no_other_file(complete):
     pytest.importorskip("matplotlib")
-    text = whole.read_text(encoding="utf-8")
+    text = complete.read_text(encoding="utf-8")
     tags = Tags(text)
     assert tags.problems == [] and tags.open == []
     links = [value for _, attributes in tags.found for name, value in attributes.items() if name in ("src", "href")]
@@ -66,8 +66,8 @@ def test_it_needs_nothing_beside_it(whole):
     assert len(ids) == len(set(ids))
 
 
-def test_it_shows_every_sampled_image_with_its_captions(whole, original):
-    text = whole.read_text(encoding="utf-8")
+def test_report_shows_every_sampled_image_with_its_captions(complete, original):
+    text = complete.read_text(encoding="utf-8")
     cards = re.findall(r'<article class="card">.*?</article>', text, flags=re.DOTALL)
     captions = {
         record["image"]: record["conversations"][1]["value"] for record in json.loads(original.records.read_text())
@@ -81,41 +81,41 @@ def test_it_shows_every_sampled_image_with_its_captions(whole, original):
         assert [picture.size for picture in pictures] == [(224, 224), (4, 4), (4, 4)]
 
 
-def test_plots_take_the_pages_colours(whole):
+def test_plots_have_the_colours_of_the_page(complete):
     pytest.importorskip("matplotlib")
-    plots = re.findall(r"<svg.*?</svg>", whole.read_text(encoding="utf-8"), flags=re.DOTALL)
+    plots = re.findall(r"<svg.*?</svg>", complete.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(plots) == 4
     assert all("currentColor" in plot and "#01020" not in plot for plot in plots)
     assert sum("var(--series)" in plot for plot in plots) == 3
 
 
-def test_without_images_and_records(original, tmp_path):
+def test_report_without_images_and_records(original, tmp_path):
     text = report(original, tmp_path, "--n", "3").read_text(encoding="utf-8")
     assert text.count('class="card"') == 3 and text.count("<img") == 6 and "Coverage" not in text
 
 
-def test_text_is_escaped(tmp_path):
+def test_report_escapes_text(tmp_path):
     cache = tmp_path / "cache"
     (cache / SHARDS).mkdir(parents=True)
     fingerprint = {**FINGERPRINT, "note": "</script><script>alert(1)</script>"}
     key = "<img src=x onerror=alert(1)>\x1b.jpg"
     write(cache, [make_shard(cache / SHARDS / "shard-000000.h5", [key, "b.jpg"], rows(2), fingerprint=fingerprint)],
           fingerprint=fingerprint)  # fmt: skip
-    run(["python", "pipelines/inspect_cache.py", "report", cache, "-o", tmp_path / "r.html"])
+    inspect("report", cache, "-o", tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "&lt;img src=x onerror=alert(1)&gt;\\x1b.jpg" in text
     assert text.count("<script>") == 1 and "<img src=x" not in text and "\x1b" not in text
 
 
-def test_missing_pictures_leave_the_rest(made, tmp_path):
+def test_report_with_a_missing_image_shows_the_others(made, tmp_path):
     (made.images / made.keys[0]).unlink()
     flags = ("--image_folder", made.images, "--data_path", made.records)
     text = report(made, tmp_path, *flags).read_text(encoding="utf-8")
-    assert text.count('class="card"') == 12 and "the picture cannot be read" in text
+    assert text.count('class="card"') == 12 and "the image: cannot be read" in text
 
 
 def screenshot(page, path, size, dark=False):
-    """What a browser without a network draws: RGB array [height, width, 3]."""
+    """The page as a browser without a network draws it: RGB array [height, width, 3]."""
     flags = ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={size}",
@@ -128,10 +128,10 @@ def screenshot(page, path, size, dark=False):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed; on Debian: apt-get install chromium")
-def test_a_browser_draws_it(whole, tmp_path):
-    desktop = screenshot(whole, tmp_path / "desktop.png", "1200,4000")
-    dark = screenshot(whole, tmp_path / "dark.png", "1200,4000", dark=True)
-    phone = screenshot(whole, tmp_path / "phone.png", "390,4000")
+def test_browser_draws_the_report(complete, tmp_path):
+    desktop = screenshot(complete, tmp_path / "desktop.png", "1200,4000")
+    dark = screenshot(complete, tmp_path / "dark.png", "1200,4000", dark=True)
+    phone = screenshot(complete, tmp_path / "phone.png", "390,4000")
     assert desktop[5, 5].min() > 240 and dark[5, 5].max() < 60
     # Something is drawn from edge to edge but nothing beyond: a page too wide for a phone would be scaled down.
     assert phone.shape[1] == 390 and (phone[:, 380:] < 128).mean() < 0.01
