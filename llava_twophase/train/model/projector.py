@@ -1,4 +1,4 @@
-"""``mm_projector``: the module, and its file as LLaVA writes and reads it; knows nothing of LLMs or training.
+"""``mm_projector``: the module, and its file as LLaVA writes and reads it.
 
 Shapes: B images, L patch tokens, D tower width, H LLM width.
 """
@@ -15,7 +15,7 @@ from llava_twophase.errors import UserError
 from llava_twophase.files import replace_file
 
 FILE = "mm_projector.bin"
-# LLaVA's loader strips this and loads with strict=False, so another prefix would leave random weights without a word.
+# LLaVA's loader strips this and loads with strict=False, so another prefix would silently leave random weights.
 _PREFIX = "model.mm_projector."
 
 
@@ -31,7 +31,7 @@ def build_projector(kind: str, in_features: int, out_features: int) -> nn.Module
         A module ``[B, L, D] -> [B, L, H]``.
 
     Raises:
-        UserError: An unknown kind, or ``identity``, which has nothing to train.
+        UserError: The kind is unknown, or ``identity``, which has nothing to train.
     """
     if kind == "linear":
         return nn.Linear(in_features, out_features)
@@ -50,11 +50,11 @@ def build_projector(kind: str, in_features: int, out_features: int) -> nn.Module
 
 
 def save_projector(projector: nn.Module, folder: Path) -> Path:
-    """Write ``mm_projector.bin``: a plain dict of CPU tensors under LLaVA's names, replaced by rename.
+    """Write ``mm_projector.bin``, a plain dict of CPU tensors under LLaVA's names, atomically.
 
     Args:
         projector: The trained module; its weights keep their dtype, as in LLaVA.
-        folder: Where the file goes.
+        folder: Folder of the file.
 
     Returns:
         The file's path.
@@ -75,16 +75,16 @@ def load_projector(path: str | Path, projector: nn.Module) -> None:
         projector: Receives the weights, cast to its own dtype.
 
     Raises:
-        UserError: The file cannot be read, or its names or shapes are not the module's.
+        UserError: The file cannot be read, or its names or shapes differ from the module's.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler meets
+    except Exception as error:  # torch.load raises errors of many types
         raise UserError(f"{path} cannot be read as a projector file: {error}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, expected a dict of projector weights")
-    marked = {str(name): tensor for name, tensor in state.items() if "mm_projector." in str(name)}
-    found = {name.split("mm_projector.")[-1]: tensor for name, tensor in marked.items()}
+    named = {str(name): tensor for name, tensor in state.items() if "mm_projector." in str(name)}
+    found = {name.split("mm_projector.")[-1]: tensor for name, tensor in named.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if shapes != expected:
