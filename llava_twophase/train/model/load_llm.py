@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from llava_twophase.compat import apply_liger, deepspeed_config, is_zero3_enabled
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.train.arguments import Arguments
+from llava_twophase.train.model.llm_config import require_bitsandbytes
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +122,7 @@ def require_bits(arguments: Arguments) -> None:
     bits = arguments.training.bits
     if bits == 16:
         return
-    if find_spec("bitsandbytes") is None:
-        raise UserError(f"--bits {bits} needs bitsandbytes: pip install bitsandbytes, or omit --bits")
-    if not torch.cuda.is_available():
-        raise UserError(f"--bits {bits} needs a CUDA device; omit --bits")
+    require_bitsandbytes(f"--bits {bits}", "omit --bits")
     if is_zero3_enabled():
         raise UserError(f"--bits {bits} does not work with ZeRO-3; use --deepspeed pipelines/zero2.json")
 
