@@ -25,6 +25,7 @@ from llava_twophase.train.data.conversation import PlainTemplate
 from llava_twophase.train.data.row_limits import RowLengths, measure_rows
 from llava_twophase.train.data.source import FeatureSource, open_source
 from llava_twophase.train.data.tokenizer import load_caption_tokenizer
+from llava_twophase.train.model.llm_config import require_llm
 from llava_twophase.train.model.load_llm import require_bits, require_generation_config, require_liger
 from llava_twophase.train.model.projector import build_projector, load_projector
 
@@ -234,16 +235,17 @@ def _load_records(arguments: Arguments) -> tuple[list[Record], list[Record]]:
 
 def _load_text(arguments: Arguments) -> tuple[Any, Any]:
     name, cache_dir = arguments.model.model_name_or_path, arguments.training.cache_dir
+    config = require_llm(name, _from_hub(AutoConfig, name, cache_dir))
+    return config, _from_hub(AutoTokenizer, name, cache_dir)
+
+
+def _from_hub(kind: Any, name: str, cache_dir: str | None) -> Any:
     try:
-        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
-        tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
-    except Exception as error:  # of all kinds, as these files may hold anything
+        return kind.from_pretrained(name, cache_dir=cache_dir)
+    except Exception as error:  # these files may hold anything, so errors are of many types
         raise UserError(
             f"--model_name_or_path {name}: its config or tokenizer cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-    if not hasattr(config.get_text_config(), "num_attention_heads"):
-        raise UserError(f"--model_name_or_path {name}: {config.model_type} is no transformer; give an LLM that is one")
-    return config, tokenizer
 
 
 def _template(arguments: Arguments, tokenizer: Any, image_tokens: int) -> PlainTemplate:

@@ -93,7 +93,7 @@ def read_causal_lm(name: str, options: dict[str, Any]) -> Any:
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {type(error).__name__}: {error}") from error
     llm, found = loaded
     if found["missing_keys"]:
-        # transformers only warns of it, and the projector would learn to serve a layer of noise.
+        # transformers draws them at random and only warns.
         raise combined_error(
             sorted(found["missing_keys"]), f"--model_name_or_path {name} is incomplete: it lacks weights"
         )

@@ -39,7 +39,7 @@ def change_config(folder, **changes):
         ("tokenizer.json", "{}", "its config or tokenizer cannot be loaded: KeyError"),
         ("tokenizer_config.json", "[]", "its config or tokenizer cannot be loaded: AttributeError"),
         ("config.json", "{}", "its config or tokenizer cannot be loaded"),
-        ("config.json", '{"model_type": "mamba"}', "mamba is no transformer"),
+        ("config.json", '{"model_type": "mamba"}', "mamba is not a transformer"),
         ("generation_config.json", "[]", "its generation_config.json is invalid"),
         ("generation_config.json", '{"early_stopping": "maybe"}', "its generation_config.json is invalid"),
     ],
@@ -60,6 +60,13 @@ def test_check_inputs_refuses_unreadable_files(folder, arguments, name, content,
 def test_check_inputs_refuses_an_invalid_config(folder, arguments, changes, message):
     change_config(folder, **changes)
     with pytest.raises(UserError, match=message):
+        check_inputs(arguments())
+
+
+def test_check_inputs_refuses_a_vision_tower(folder, arguments, tiny_clip):
+    shutil.rmtree(folder)
+    shutil.copytree(tiny_clip, folder)
+    with pytest.raises(UserError, match=r"type clip_vision_model, expected a causal LM .*--vision_tower"):
         check_inputs(arguments())
 
 
