@@ -1,6 +1,6 @@
-r"""LLaVA's JSON or JSONL to validated records; knows nothing of images, tokens or caches.
+r"""Load LLaVA's JSON or JSON Lines as validated records.
 
-One raw record of LLaVA-Pretrain::
+A record of LLaVA-Pretrain::
 
     {"id": "004539375", "image": "00453/004539375.jpg", "conversations": [
         {"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"},
@@ -9,15 +9,19 @@ One raw record of LLaVA-Pretrain::
 
 from __future__ import annotations
 
-import json
+import os
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from llava_twophase.constants import IMAGE_TOKEN
 from llava_twophase.errors import UserError, combined_error
+from llava_twophase.json_file import read_json_records
+
+_NAME_LENGTH = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +29,9 @@ class Record:
     """One entry of the data file.
 
     Attributes:
-        image: Image key, the picture's path relative to the image folder, with forward slashes.
+        image: Image key: the path relative to the image folder, with forward slashes.
         caption: The gpt turn, unstripped.
-        prompt: The human turn; stage 1 replaces it by the image token, only grouped sampling counts its words.
+        prompt: The human turn. Stage 1 replaces it by the image token; only length-grouped sampling counts its words.
     """
 
     image: str
@@ -35,110 +39,148 @@ class Record:
     prompt: str
 
 
-def load_records(path: str | Path, flag: str = "--data_path") -> list[Record]:
+def load_records(path: str | Path, flag: str = "--data_path", image_folder: str | Path | None = None) -> list[Record]:
     """Read and check a data file.
 
     Args:
-        path: A JSON list or JSON lines, UTF-8 whatever the locale says; told apart by content.
-        flag: What named it, for errors.
+        path: A JSON list or JSON Lines, in UTF-8 whatever the locale.
+        flag: The command-line flag that gave it, for errors.
+        image_folder: The folder to which absolute image paths are made relative.
 
     Returns:
         The records in file order.
 
     Raises:
-        UserError: The file is missing, empty or not JSON, or records are bad: all of them, by position and id.
+        UserError: The file is missing, empty or not JSON, or records are not valid: all are counted, and the first are
+            listed with position and id.
     """
     records: list[Record] = []
     problems: list[str] = []
-    for position, raw in enumerate(_read_json(Path(path), flag)):
+    for position, raw in enumerate(read_json_records(Path(path), flag)):
+        if position == 0:
+            _refuse_chat_layout(raw, path)
         try:
-            records.append(_record(raw))
+            records.append(_record(raw, image_folder))
         except UserError as error:
-            name = f" (id {raw['id']!r})" if isinstance(raw, dict) and "id" in raw else ""
-            problems.append(f"record {position}{name}: {error}")
+            problems.append(f"record {position}{_id(raw)}: {error}")
     if problems:
-        raise combined_error(problems, f"{path} has {len(problems)} bad records; mend or remove them")
+        raise combined_error(problems, f"{path} has {len(problems)} bad records; fix or remove them")
     if not records:
-        raise UserError(f"{path} holds no records; expected LLaVA's list of id, image and conversations")
+        raise UserError(f"{path} has no records; expected LLaVA's list of id, image and conversations")
     return records
 
 
 def image_keys(records: Sequence[Record]) -> list[str]:
-    """Give each image key once, in the order of its first record."""
+    """Return each image key once, in the order of its first record."""
     return list(dict.fromkeys(record.image for record in records))
 
 
-def normalize_key(image: str) -> str:
+def normalize_key(image: str, image_folder: str | Path | None = None) -> str:
     """Turn a record's image path into its image key.
 
     Args:
-        image: Path relative to the image folder, as the record has it.
+        image: The path as the record has it.
+        image_folder: The folder to which an absolute path is made relative.
 
     Returns:
-        The same path without ``.`` parts and doubled slashes.
+        The path relative to the folder, without ``.`` parts and repeated slashes.
 
     Raises:
-        UserError: The path is absolute, leaves the image folder, or cannot be a key.
+        UserError: The path is outside the image folder, or cannot be a key.
     """
     if "\0" in image or not image.strip():
-        raise UserError(f"image path {image!r} is empty or holds a NUL byte")
+        raise UserError(f"image path {image!r} is empty or has a NUL byte")
     if not _is_text(image):
         raise UserError(f"image path {image!r} is not valid Unicode")
     key = posixpath.normpath(image)
-    if posixpath.isabs(key) or key in (".", "..") or key.startswith("../"):
+    if posixpath.isabs(key):
+        return _relative(key, image_folder)
+    if key in (".", "..") or key.startswith("../"):
         raise UserError(f"image path {image!r} must stay inside --image_folder: make it relative to that folder")
     return key
 
 
-def _record(raw: Any) -> Record:
+def _relative(path: str, folder: str | Path | None) -> str:
+    # LLaVA reads any absolute path; here it needs a key, so it must be inside the image folder.
+    if folder is None:
+        raise UserError(
+            f"image path {path!r} is absolute: give --image_folder, the folder that it is in, or make it relative to it"
+        )
+    parent, name = posixpath.split(path)
+    for parents, root in ((parent, os.path.abspath(folder)), (_real(parent), _real(str(folder)))):
+        key = posixpath.relpath(posixpath.join(parents, name), root)
+        if key not in (".", "..") and not key.startswith("../"):
+            return key
+    raise UserError(f"image path {path!r} must stay inside --image_folder {folder}; move or link the image there")
+
+
+@lru_cache(maxsize=4096)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _refuse_chat_layout(raw: Any, path: str | Path) -> None:
+    if isinstance(raw, dict) and "messages" in raw and "conversations" not in raw:
+        raise UserError(
+            f"{path} has records with {_shown(sorted(raw))}, the layout of chat data; expected "
+            '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}, '
+            '{"from": "gpt", "value": "a caption"}]}'
+        )
+
+
+def _record(raw: Any, image_folder: str | Path | None) -> Record:
     if not isinstance(raw, dict):
         raise UserError(f"is {type(raw).__name__}, expected an object with image and conversations")
-    image = raw.get("image")
-    if not isinstance(image, str):
-        raise UserError("has no image; stage 1 trains on image-caption pairs only")
-    turns = raw.get("conversations")
-    if not isinstance(turns, list) or len(turns) != 2:
-        found = f"{len(turns)} turns" if isinstance(turns, list) else "no list of turns"
-        raise UserError(f"has {found} in conversations, expected exactly two (human, gpt)")
-    texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns]
-    prompt, caption = texts
-    if not isinstance(prompt, str) or not isinstance(caption, str):
-        raise UserError("a turn has no text under 'value'")
+    image = _image(raw)
+    prompt, caption = _turns(raw)
     if IMAGE_TOKEN not in prompt:
-        raise UserError(f"its human turn has no {IMAGE_TOKEN}, so LLaVA would not show it the picture")
+        raise UserError(f"its human turn has no {IMAGE_TOKEN}, so LLaVA would not use the image")
     if IMAGE_TOKEN in caption:
-        raise UserError(f"its caption holds {IMAGE_TOKEN}, which would take another picture's features; remove it")
+        raise UserError(f"its caption holds {IMAGE_TOKEN}, which would take the features of another image; remove it")
     if not (_is_text(caption) and _is_text(prompt)):
-        raise UserError("a turn holds half a surrogate pair, which no tokenizer can read")
-    return Record(normalize_key(image), caption, prompt)
+        raise UserError("a turn has a lone surrogate, which no tokenizer can read")
+    return Record(normalize_key(image, image_folder), caption, prompt)
+
+
+def _image(raw: dict[str, Any]) -> str:
+    image = raw.get("image")
+    if isinstance(image, list):
+        if len(image) > 1:
+            raise UserError(f"has {len(image)} images; stage 1 trains on one image per record")
+        image = image[0] if image else None
+    if image is None:
+        known = "" if "conversations" in raw else f" (its keys are {_shown(sorted(map(str, raw)))})"
+        raise UserError(f"has no image{known}; stage 1 trains on pairs of image and caption only")
+    if not isinstance(image, str):
+        raise UserError(f"has no image path: image is {_shown(image)}")
+    return image
+
+
+def _turns(raw: dict[str, Any]) -> tuple[str, str]:
+    turns = raw.get("conversations")
+    if not isinstance(turns, list):
+        raise UserError(f"has no list of turns in conversations (its keys are {_shown(sorted(map(str, raw)))})")
+    if len(turns) != 2:
+        raise UserError(f"has {len(turns)} turns in conversations, expected exactly two (human, gpt)")
+    prompt, caption = (turn.get("value") if isinstance(turn, dict) else None for turn in turns)
+    if not isinstance(prompt, str) or not isinstance(caption, str):
+        raise UserError(f"a turn has no text under 'value': {_shown(turns)}")
+    return prompt, caption
+
+
+def _id(raw: Any) -> str:
+    return f" (id {_shown(raw['id'])})" if isinstance(raw, dict) and "id" in raw else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _NAME_LENGTH else f"{text[:_NAME_LENGTH]}..."
 
 
 def _is_text(value: str) -> bool:
-    # JSON can spell lone surrogates, which UTF-8 cannot.
+    # JSON can have lone surrogates, which UTF-8 cannot encode.
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _read_json(path: Path, flag: str) -> Iterator[Any]:
-    if not path.is_file():
-        raise UserError(f"{flag} {path} does not exist or is not a file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error}); convert it first") from None
-    if text.lstrip().startswith("["):
-        try:
-            yield from json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
-        return
-    # Only "\n" ends a JSON line; str.splitlines would also split at U+2028 inside a caption.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not valid JSON: {error}") from None
