@@ -127,7 +127,7 @@ def storage_dtype(compute: str, storage: str) -> str:
 def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     args.compute = COMPUTE_DTYPES[args.compute_dtype]
     args.storage = storage_dtype(args.compute_dtype, args.storage_dtype)
-    records = load_records(args.data_path)
+    records = load_records(args.data_path, image_folder=args.image_folder)
     # torch is imported only now, so that --help and bad records answer at once.
     from llava_twophase.extract.run import run
 

@@ -107,7 +107,7 @@ def _check(arguments: Arguments, skip: Collection[str] = ()) -> tuple[dict[str, 
         ("bits", require_bits, ("bits",)),
         ("liger", require_liger, ("use_liger_kernel",)),
         ("output", _require_output, ("output_dir",)),
-        ("records", _load_records, ("data_path", "eval_data_path", "eval_fraction")),
+        ("records", _load_records, ("data_path", "eval_data_path", "eval_fraction", "image_folder")),
         ("source", open_source, ("feature_cache", "image_folder", "vision_tower", "mm_vision_select_layer")),
         ("text", _load_text, ("model_name_or_path",)),
         ("generation_config", require_generation_config, ("model_name_or_path",)),
@@ -221,9 +221,9 @@ def _require_space(arguments: Arguments, weights: int) -> None:
 
 def _load_records(arguments: Arguments) -> tuple[list[Record], list[Record]]:
     data = arguments.data
-    records = load_records(data.data_path)
+    records = load_records(data.data_path, image_folder=data.image_folder)
     if data.eval_data_path is not None:
-        return records, load_records(data.eval_data_path, "--eval_data_path")
+        return records, load_records(data.eval_data_path, "--eval_data_path", data.image_folder)
     held_out = round(data.eval_fraction * len(records))
     if not held_out:
         return records, []
