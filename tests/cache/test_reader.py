@@ -3,7 +3,6 @@
 import os
 import pickle
 import shutil
-import threading
 
 import numpy as np
 import pytest
@@ -156,42 +155,6 @@ def test_a_spawned_worker_reads_the_right_rows(small):
     script = path.parent / "spawn.py"
     script.write_text(code, encoding="utf-8")
     assert run(["python", script, path, *keys]).stdout.strip() == stored.tobytes().hex()
-
-
-def open_descriptors():
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
-def test_few_files_are_open_however_many_shards(tmp_path):
-    path, keys, stored = make_cache(tmp_path / "cache", counts=(1,) * 100)
-    before = open_descriptors()
-    cache = FeatureCache(path)
-    for _ in range(2):
-        np.testing.assert_array_equal(cache.read_raw(keys), stored)
-    assert open_descriptors() - before <= 64
-    cache.close()
-    assert open_descriptors() == before
-    np.testing.assert_array_equal(cache.read_raw(keys[:3]), stored[:3])
-
-
-def test_threads_share_a_cache_of_more_shards_than_open_files(tmp_path):
-    path, keys, stored = make_cache(tmp_path / "cache", counts=(1,) * 90)
-    cache, wrong = FeatureCache(path), []
-
-    def read(seed):
-        random = np.random.default_rng(seed)
-        for _ in range(60):
-            picked = random.integers(0, len(keys), 40)
-            if not np.array_equal(cache.read_raw([keys[row] for row in picked]), stored[picked]):
-                wrong.append(seed)
-
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
 
 
 def test_a_cache_on_a_read_only_medium_opens(small):
