@@ -35,12 +35,12 @@ def test_compiled_layers_and_another_attention_keep_the_losses(trained):
     table = run(
         ["python", "pipelines/compare_runs.py", trained.root / "plain", trained.root / "compiled", "--plot", plot]
     )
-    assert {"attn_implementation", "torch_compile", "eager", "loss,"} <= set(table.stdout.split())
+    assert {"attn_implementation", "torch_compile", "eager", "loss"} <= set(table.stdout.split())
     assert f"{sum(plain) / 6:.4f}" in table.stdout and "seed" not in table.stdout
     if find_spec("matplotlib"):
         assert plot.read_bytes().startswith(b"\x89PNG")
     said = run(["python", "pipelines/compare_runs.py", trained.root], expect=1).stderr
-    assert "is no finished run: arguments.json cannot be read" in said
+    assert "is not a finished run: arguments.json cannot be read" in said
 
 
 def test_liger_without_a_gpu_is_refused_before_the_llm_loads(trained):
