@@ -27,7 +27,8 @@ $(STAMP): pyproject.toml constraints.txt tests/golden/requirements.txt
 	@echo "creating $(VENV) and installing the pinned versions (2 to 5 minutes, about 2 GB; pip prints nothing until the end)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,plots,demo]'
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement tests/golden/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --target $(VENV)/peers/mistral-common \
+		--requirement tests/golden/requirements.txt
 	@touch $@
 
 test: lint type ## lint, type check, then every test (PYTEST_ARGS="-n 2")

@@ -1,7 +1,6 @@
 """What LLaVA's own stage 1 computed, through the public commands; provenance in tests/golden/llava/README.md."""
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import sys
@@ -44,9 +43,9 @@ RUNS = golden("runs.json")
 
 
 def tokenizer_model():
-    spec = importlib.util.find_spec("mistral_common")
-    assert spec is not None, "the golden tokenizer is missing: run 'make venv' (tests/golden/requirements.txt)"
-    path = Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
+    # In a folder of its own: without its dependencies, transformers would try to use the package and fail.
+    path = Path(sys.prefix) / "peers" / "mistral-common" / "mistral_common" / "data" / "tokenizer.model.v1"
+    assert path.is_file(), "the golden tokenizer is missing: run 'make venv' (tests/golden/requirements.txt)"
     assert hashlib.sha256(path.read_bytes()).hexdigest() == TOKENIZER_SHA256
     return path
 
