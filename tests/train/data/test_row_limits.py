@@ -76,6 +76,9 @@ def test_find_id_out_of_range_reports_record_and_token(template_of, tiny_llama, 
 
 def test_find_id_out_of_range_with_ordinary_tokens_outside(template_of):
     template = template_of()
-    first, second = template("a red circle")[0][-3:-1]
-    found = find_id_out_of_range(records_of(["", "a red circle"]), template, min(first, second))
-    assert found is not None and found.record == 1 and found.id >= min(first, second)
+    captions = ["", "a red circle"]
+    largest = [max(template(caption)[0]) for caption in captions]
+    assert largest[0] < largest[1]
+    found = find_id_out_of_range(records_of(captions), template, largest[0] + 1)
+    assert found is not None and found.record == 1 and found.id > largest[0]
+    assert find_id_out_of_range(records_of(captions), template, largest[1] + 1) is None
