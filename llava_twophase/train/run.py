@@ -118,4 +118,4 @@ def _samples(arguments: Arguments, inputs: Inputs, model: LlavaProjectorModel) -
         return []
     records = inputs.eval_records[: data.sample_captions]
     folder = Path(str(arguments.training.output_dir))
-    return [CaptionSamples(model, inputs.template, inputs.tokenizer, records, inputs.source, data.image_folder, folder)]
+    return [CaptionSamples(model, inputs.template, inputs.tokenizer, records, inputs.source, folder)]

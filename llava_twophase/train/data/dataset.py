@@ -7,10 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import Dataset
 
+from llava_twophase.errors import UserError
 from llava_twophase.records import Record
 from llava_twophase.train.data.conversation import PlainTemplate
 from llava_twophase.train.data.prefetch import PrefetchDataset
 from llava_twophase.train.data.source import Collate, FeatureSource
+
+
+class SampleError(UserError):
+    """A sample that cannot be used.
+
+    A data loader raises an error of a worker again with the worker's traceback as its message. Only the original
+    message is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class CaptionDataset(Dataset[dict[str, torch.Tensor]]):
@@ -34,8 +46,17 @@ class CaptionDataset(Dataset[dict[str, torch.Tensor]]):
 
         Returns:
             ``input_ids`` and ``labels``, int64 ``[T]``, and either ``features [L, D]`` or ``crops uint8 [S, S, 3]``.
+
+        Raises:
+            SampleError: The image cannot be used.
         """
-        return {**self.tokenize(index), **self._source.sample(self._records[index].image)}
+        record = self._records[index]
+        try:
+            return {**self.tokenize(index), **self._source.sample(record.image)}
+        except UserError as error:
+            raise SampleError(
+                f"{error}; fix the image, or remove its record, whose caption is {record.caption[:60]!r}"
+            ) from None
 
     def tokenize(self, index: int) -> dict[str, torch.Tensor]:
         """Return ``input_ids`` and ``labels`` of one sample, int64 ``[T]``."""

@@ -1,6 +1,6 @@
 """Where the patch features of a training run come from: the ``FeatureSource`` protocol and its cached implementation.
 
-``on_the_fly.py`` holds the other implementation, which is imported only by a run without ``--feature_cache``.
+``on_the_fly.py`` holds the other implementation. A run with ``--feature_cache`` does not import it.
 
 Shapes: B samples, L patch tokens, D tower width.
 """
@@ -8,19 +8,25 @@ Shapes: B samples, L patch tokens, D tower width.
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from llava_twophase.cache.fingerprint import differences
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.errors import combined_error
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.prefetch import Batch, PrefetchDataset
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from llava_twophase.train.data.on_the_fly import Thumbnails
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +67,11 @@ class FeatureSource(Protocol):
         """Turn ``uint8 [B, S, S, 3]`` into ``[B, L, D]`` in the training step; None where samples have features."""
 
     def usable(self, records: list[Record]) -> list[Record]:
-        """Return the records to train on: without those of quarantined images where the user asks for it."""
+        """Return the records to train on: without those of quarantined images if the user asks for it.
+
+        Raises:
+            UserError: No record remains.
+        """
 
     def require(self, keys: Sequence[str]) -> None:
         """Check that every image has features or can have them.
@@ -82,6 +92,9 @@ class FeatureSource(Protocol):
 
     def read(self, keys: Sequence[str], device: torch.device) -> torch.Tensor:
         """Return the features of some images, ``[B, L, D]`` on the device."""
+
+    def thumbnails(self, keys: Sequence[str]) -> list[Image.Image] | None:
+        """Return small pictures of some images for an HTML page; None if the images are not at hand."""
 
     def prefetch(
         self,
@@ -117,16 +130,23 @@ def open_source(arguments: Arguments) -> FeatureSource:
         select_feature=model.mm_vision_select_feature,
         image_aspect_ratio=data.image_aspect_ratio,
     )
-    if data.feature_cache is not None:
-        return CachedFeatures(FeatureCache(data.feature_cache), settings, data.drop_quarantined)
-    from llava_twophase.train.data.on_the_fly import OnTheFlyFeatures
+    if data.feature_cache is None:
+        from llava_twophase.train.data.on_the_fly import OnTheFlyFeatures
 
-    return OnTheFlyFeatures(
-        image_folder=str(data.image_folder),
-        settings=settings,
-        dtype=arguments.tower_dtype,
-        device=arguments.training.device,
-    )
+        if data.drop_quarantined:
+            logger.warning("--drop_quarantined has no effect without --feature_cache: there is no quarantine")
+        return OnTheFlyFeatures(
+            image_folder=str(data.image_folder),
+            settings=settings,
+            dtype=arguments.tower_dtype,
+            device=arguments.training.device,
+        )
+    thumbnails = None
+    if data.sample_captions and data.image_folder is not None:
+        from llava_twophase.train.data.on_the_fly import Thumbnails
+
+        thumbnails = Thumbnails.open(data.image_folder)
+    return CachedFeatures(FeatureCache(data.feature_cache), settings, data.drop_quarantined, thumbnails)
 
 
 class CachedFeatures:
@@ -136,13 +156,21 @@ class CachedFeatures:
         cache: The cache.
         settings: The run's flags, compared with the cache's fingerprint.
         drop_quarantined: Drop records of quarantined images.
+        thumbnails: Reads the images themselves, None if they are not at hand.
 
     Raises:
         UserError: A field of the fingerprint differs from its flag.
     """
 
-    def __init__(self, cache: FeatureCache, settings: TowerSettings, drop_quarantined: bool = False) -> None:
+    def __init__(
+        self,
+        cache: FeatureCache,
+        settings: TowerSettings,
+        drop_quarantined: bool = False,
+        thumbnails: Thumbnails | None = None,
+    ) -> None:
         self._cache, self._drop_quarantined = cache, drop_quarantined
+        self._thumbnails = thumbnails
         _check_settings(cache, settings)
 
     @property
@@ -161,12 +189,20 @@ class CachedFeatures:
         return None
 
     def usable(self, records: list[Record]) -> list[Record]:
-        """Return the records without those of quarantined images, if ``drop_quarantined`` is set."""
-        if not self._drop_quarantined or not records:
+        """Return the records without those of quarantined images, if ``drop_quarantined`` is set.
+
+        Raises:
+            UserError: No record remains.
+        """
+        if not self._drop_quarantined:
             return records
-        quarantined = read_quarantine(self._cache.path)
+        # An image that was quarantined once may have features by now.
+        quarantined = set(self._cache.missing(list(read_quarantine(self._cache.path))))
         kept = [record for record in records if record.image not in quarantined]
-        logger.warning("--drop_quarantined: %d of %d records dropped", len(records) - len(kept), len(records))
+        if len(kept) < len(records):
+            logger.info("--drop_quarantined: %d of %d records dropped", len(records) - len(kept), len(records))
+        if records and not kept:
+            raise UserError(f"--drop_quarantined drops all {len(records)} records: {self._cache.path} has none of them")
         return kept
 
     def require(self, keys: Sequence[str]) -> None:
@@ -176,28 +212,25 @@ class CachedFeatures:
             UserError: Some do not; all are counted and the first are listed.
         """
         missing = self._cache.missing(keys)
-        if not missing:
-            return
-        path = self._cache.path
-        quarantined = read_quarantine(path).keys() & set(missing)
-        hint = (
-            f"{len(quarantined)} of them are in its quarantine.jsonl: --drop_quarantined True drops their records"
-            if quarantined
-            else "extract them first"
-        )
-        raise combined_error(missing, f"{len(missing)} of {len(keys)} images have no features in {path}; {hint}")
+        if missing:
+            heading = f"{len(missing)} of {len(keys)} images have no features in {self._cache.path}"
+            raise combined_error(missing, f"{heading}; {self._advice(missing)}")
 
     def load(self) -> tuple[int, int]:
         """Return the feature shape: tokens and width of one image."""
         return self._cache.feature_shape
 
     def sample(self, key: str) -> dict[str, torch.Tensor]:
-        """Return ``features [L, D]`` of one image, in the storage dtype where it is exact, else float32."""
+        """Return ``features [L, D]`` of one image, in the storage dtype if it is exact, else float32."""
         return {"features": self._cache.read_tensor([key])[0]}
 
     def read(self, keys: Sequence[str], device: torch.device) -> torch.Tensor:
         """Return the features of some images, ``[B, L, D]`` on the device."""
         return self._cache.read_tensor(keys).to(device)
+
+    def thumbnails(self, keys: Sequence[str]) -> list[Image.Image] | None:
+        """Return small pictures of some images; None without ``--image_folder``."""
+        return None if self._thumbnails is None else self._thumbnails.read(keys)
 
     def prefetch(
         self,
@@ -208,8 +241,20 @@ class CachedFeatures:
         batches_in_use: int,
         device: torch.device,
     ) -> PrefetchDataset:
-        """Return a dataset that reads batches with threads while the step before computes."""
+        """Return a dataset that reads batches with threads while the previous step computes."""
         return PrefetchDataset(tokenize, collate, self._cache, keys, batch_size, batches_in_use, device)
+
+    def _advice(self, missing: Sequence[str]) -> str:
+        quarantined = read_quarantine(self._cache.path).keys() & set(missing)
+        if quarantined:
+            found = f"{len(quarantined)} of them are in its quarantine.jsonl"
+            return f"{found}: --drop_quarantined True drops their records"
+        for form in ("NFC", "NFD"):
+            others = [unicodedata.normalize(form, key) for key in missing]
+            present = len(others) - len(self._cache.missing(others))
+            if present:
+                return f"{present} of them are there in Unicode form {form}: normalize the image paths of the records"
+        return "extract them first"
 
 
 def _check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
@@ -241,5 +286,5 @@ def _check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
 
 
 def _from_the_end(layer: Any, layers: Any) -> Any:
-    # One spelling for one layer: hidden state 23 of a tower of 24 layers is -2.
+    # One number for one layer: hidden state 23 of a tower of 24 layers is -2.
     return layer - layers - 1 if isinstance(layer, int) and isinstance(layers, int) and layer >= 0 else layer

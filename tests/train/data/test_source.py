@@ -1,14 +1,25 @@
 """Where features come from: a cache compared with the flags, or the tower."""
 
 import logging
+import shutil
+import unicodedata
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
 from cache.make import FINGERPRINT, make_cache
+from llava_twophase.cache.quarantine import Quarantined, write_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
+from llava_twophase.records import Record, load_records
+from llava_twophase.train.data.collator import collate
+from llava_twophase.train.data.conversation import PlainTemplate
+from llava_twophase.train.data.dataset import CaptionDataset
+from llava_twophase.train.data.on_the_fly import OnTheFlyFeatures
 from llava_twophase.train.data.source import CachedFeatures, TowerSettings
+from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 
 SETTINGS = TowerSettings("my/tower", select_layer=-2, select_feature="patch", image_aspect_ratio="square")
 CPU = torch.device("cpu")
@@ -78,3 +89,73 @@ def test_cached_features_lists_images_without_features(source_of):
     with pytest.raises(UserError, match=r"1 of 2 images have no features in .*; extract them first") as caught:
         source.require([present, "absent.jpg"])
     assert "absent.jpg" in str(caught.value)
+
+
+@pytest.fixture
+def quarantining(tmp_path):
+    """A source that drops records of quarantined images: one is in the cache by now, one is not."""
+    path, keys, _ = make_cache(tmp_path / "cache", fingerprint=FINGERPRINT)
+    write_quarantine(path, [Quarantined(keys[0], "was empty"), Quarantined("bad.jpg", "is empty")])
+    return CachedFeatures(FeatureCache(path), SETTINGS, drop_quarantined=True), keys
+
+
+def record(key):
+    return Record(key, "a caption", "<image>")
+
+
+def test_usable_drops_records_of_images_without_features(quarantining, caplog):
+    caplog.set_level(logging.INFO)
+    source, keys = quarantining
+    records = [record(keys[0]), record("bad.jpg"), record(keys[1])]
+    assert source.usable(records) == [records[0], records[2]]
+    assert caplog.messages == ["--drop_quarantined: 1 of 3 records dropped"]
+
+
+def test_usable_logs_nothing_if_nothing_is_dropped(quarantining, caplog):
+    caplog.set_level(logging.INFO)
+    source, keys = quarantining
+    assert source.usable([]) == [] and source.usable([record(keys[1])]) == [record(keys[1])]
+    assert caplog.messages == []
+
+
+def test_usable_refuses_to_drop_every_record(quarantining):
+    source, _ = quarantining
+    with pytest.raises(UserError, match="--drop_quarantined drops all 2 records"):
+        source.usable([record("bad.jpg"), record("bad.jpg")])
+
+
+def test_require_names_the_flag_for_quarantined_images(quarantining):
+    source, _ = quarantining
+    with pytest.raises(UserError, match="1 of them are in its quarantine.jsonl: --drop_quarantined True"):
+        source.require(["bad.jpg", "other.jpg"])
+
+
+def test_require_names_the_other_unicode_form(source_of):
+    source = source_of(FINGERPRINT)
+    keys = [unicodedata.normalize("NFD", key) for key in list(source._cache.keys())]
+    missing = len(source._cache.missing(keys))
+    assert missing
+    with pytest.raises(UserError, match=f"{missing} of them are there in Unicode form NFC: normalize the image paths"):
+        source.require(keys)
+
+
+def test_require_accepts_an_image_of_several_records(source_of):
+    source = source_of(FINGERPRINT)
+    key = next(iter(source._cache.keys()))
+    source.require([key, key])
+
+
+def test_bad_image_on_the_fly_is_reported_with_its_record_from_a_worker(plain_set, tiny_clip, tiny_llama, tmp_path):
+    shutil.copytree(plain_set.folder, tmp_path / "images")
+    records = load_records(plain_set.json)
+    (tmp_path / "images" / records[2].image).write_bytes(b"<html>not found</html>")
+    settings = TowerSettings(str(tiny_clip), -2, "patch", "square")
+    source = OnTheFlyFeatures(str(tmp_path / "images"), settings, torch.float32, "cpu")
+    tokenizer = load_caption_tokenizer(str(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama))
+    dataset = CaptionDataset(records, PlainTemplate(tokenizer, 512, 16), source)
+    for workers in (0, 1):
+        with pytest.raises(UserError) as caught:
+            list(DataLoader(dataset, 2, collate_fn=collate, num_workers=workers))
+        message = str(caught.value)
+        assert message.startswith(f"image {records[2].image}: ") and "Traceback" not in message
+        assert message.endswith(f"or remove its record, whose caption is {records[2].caption[:60]!r}")
