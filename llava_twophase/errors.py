@@ -1,4 +1,4 @@
-"""Errors that a user can mend, as opposed to bugs; knows nothing of what raises them."""
+"""Errors that a user can fix, as opposed to bugs, and how commands print them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ class UserError(ValueError):
 
 
 def combined_error(problems: Iterable[str], heading: str, shown: int = 20) -> UserError:
-    """Make one error of many problems, so that a user mends them in one go.
+    """Combine problems into one error, so that a user can fix all of them at once.
 
     Args:
         problems: One line each.
         heading: What they have in common, without a final colon.
-        shown: How many of them to spell out.
-
-    Returns:
-        An error that counts all and shows the first ones.
+        shown: The number of problems that are listed; the others are counted.
     """
     lines = list(problems)
     more = [f"... and {len(lines) - shown} more"] if len(lines) > shown else []
@@ -32,14 +29,14 @@ def combined_error(problems: Iterable[str], heading: str, shown: int = 20) -> Us
 
 
 def run_command(command: Callable[[], int], interrupted: str = RESUMABLE) -> int:
-    """Run a command's body and turn what a user can mend into one line on stderr.
+    """Run the body of a command, and print a ``UserError`` as one message on stderr.
 
     Args:
         command: Does the work and returns the exit code.
         interrupted: Printed after Ctrl-C.
 
     Returns:
-        What the body returned; 1 after a ``UserError``; 130 after Ctrl-C.
+        The exit code: 1 after a ``UserError``, 130 after Ctrl-C.
     """
     try:
         return command()

@@ -74,7 +74,7 @@ def read_manifest(cache: Path) -> Manifest:
     """
     path = cache / MANIFEST
     if not path.is_file():
-        raise UserError(f"{cache} is no feature cache: it has no {MANIFEST}")
+        raise UserError(f"{cache} is not a feature cache: it has no {MANIFEST}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

@@ -26,7 +26,7 @@ def existing_manifest(cache: Path) -> Manifest | None:
     if (cache / MANIFEST).is_file():
         return read_manifest(cache)
     if cache.exists() and (not cache.is_dir() or any(path.name not in _OURS for path in cache.iterdir())):
-        raise UserError(f"--feature_cache {cache} exists and is no feature cache; give a new or empty folder")
+        raise UserError(f"--feature_cache {cache} exists and is not a feature cache; give a new or empty folder")
     return None
 
 

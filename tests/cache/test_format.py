@@ -1,4 +1,4 @@
-"""The format: version 1 stays readable for good, its bytes do not move, other versions are refused by name."""
+"""The format: version 1 is read and written byte for byte; other versions are refused."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def plain_values(file, dtype):
 
 
 @pytest.mark.parametrize("dtype", GOLDEN_STORAGES)
-def test_todays_reader_reads_version_1(dtype):
+def test_reader_reads_version_1(dtype):
     cache = FeatureCache(GOLDEN / dtype)
     assert list(cache.keys()) == GOLDEN_KEYS
     assert (cache.feature_shape, cache.dtype) == (GOLDEN_SHAPE, dtype)
@@ -71,29 +71,29 @@ def test_todays_reader_reads_version_1(dtype):
 
 
 @pytest.mark.parametrize("dtype", GOLDEN_STORAGES)
-def test_todays_verify_accepts_version_1(dtype):
+def test_verify_accepts_version_1(dtype):
     assert verify(GOLDEN / dtype) == []
 
 
 @pytest.mark.parametrize("name", ["manifest.json", SHARD])
 @pytest.mark.parametrize("dtype", GOLDEN_STORAGES)
-def test_todays_writer_makes_the_golden_bytes(dtype, name, tmp_path):
+def test_writer_writes_the_golden_bytes(dtype, name, tmp_path):
     make_golden(tmp_path / "cache", dtype)
     same = (tmp_path / "cache" / name).read_bytes() == (GOLDEN / dtype / name).read_bytes()
     found = h5py.version.hdf5_version
     if not same and found != GOLDEN_HDF5:
-        pytest.skip(f"HDF5 {found} lays out its metadata otherwise than {GOLDEN_HDF5}; values are tested anyway")
+        pytest.skip(f"HDF5 {found} writes other metadata than {GOLDEN_HDF5}; values are still tested")
     assert same, f"{name} differs from the golden file: version 1 of the format must not change"
 
 
-def test_the_golden_files_themselves_did_not_change():
+def test_golden_files_did_not_change():
     files = [GOLDEN / dtype / name for dtype in GOLDEN_STORAGES for name in ("manifest.json", SHARD)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     assert digest == "0004ff701dcba2c5eeb7c8f9c190ad01b274acf3e96adc62e08a4816ec08536f"
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
-def test_plain_hdf5_holds_the_values_at_the_offsets_of_the_header(dtype, tmp_path):
+def test_h5py_finds_the_values_at_the_offsets_of_the_header(dtype, tmp_path):
     cache, keys, _ = make_cache(tmp_path / "cache", counts=(5,), dtype=dtype)
     header = read_header(cache / SHARD)
     with h5py.File(cache / SHARD) as file:
@@ -110,7 +110,7 @@ def test_plain_hdf5_holds_the_values_at_the_offsets_of_the_header(dtype, tmp_pat
 
 
 @pytest.mark.parametrize("schema", [2, 0, "1", True, None])
-def test_an_unknown_schema_is_refused_by_name(schema, tmp_path):
+def test_unknown_schema_is_refused_with_its_value(schema, tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     edit_header(cache / SHARD, schema=schema)
     expected = rf"shard-000000\.h5 has schema version {schema!r}; this llava-twophase reads version 1"
@@ -122,7 +122,7 @@ def test_an_unknown_schema_is_refused_by_name(schema, tmp_path):
         FeatureCache(cache)
 
 
-def test_another_format_or_storage_is_refused_by_name(tmp_path):
+def test_unknown_format_or_storage_is_refused_with_its_value(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     edit_header(cache / SHARD, storage="fp8")
     with pytest.raises(UserError, match="stores features as 'fp8'; this llava-twophase reads bfloat16, float16"):
@@ -152,7 +152,7 @@ def test_another_format_or_storage_is_refused_by_name(tmp_path):
     ],
     ids=str,
 )
-def test_a_lying_header_is_refused(features, tmp_path):
+def test_header_with_a_wrong_dataset_is_refused(features, tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache", counts=(5,))
     datasets = json.loads((cache / SHARD).read_bytes()[:USER_BLOCK])["datasets"]
     edit_header(cache / SHARD, datasets={**datasets, "features": {**datasets["features"], **features}})
@@ -161,7 +161,7 @@ def test_a_lying_header_is_refused(features, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])
-def test_a_header_holds_exactly_the_datasets_of_the_format(change, tmp_path):
+def test_header_with_other_datasets_is_refused(change, tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache", counts=(5,))
     datasets = json.loads((cache / SHARD).read_bytes()[:USER_BLOCK])["datasets"]
     if change == "missing":
@@ -176,7 +176,7 @@ def test_a_header_holds_exactly_the_datasets_of_the_format(change, tmp_path):
 @pytest.mark.parametrize(
     "block", [b"", b"{", b"\xff" * USER_BLOCK, b"[" * USER_BLOCK, b"[1]", b"null", b"{}"], ids=repr
 )
-def test_what_is_no_header_is_refused(block):
+def test_decode_header_refuses_other_bytes(block):
     with pytest.raises(UserError, match=r"^the file "):
         decode_header(block, "the file")
 
@@ -197,7 +197,7 @@ def test_what_is_no_header_is_refused(block):
     ],
     ids=str,
 )
-def test_a_damaged_manifest_is_refused(change, tmp_path):
+def test_damaged_manifest_is_refused(change, tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     content = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
     (cache / "manifest.json").write_text(json.dumps({**content, **change}), encoding="utf-8")
@@ -205,7 +205,7 @@ def test_a_damaged_manifest_is_refused(change, tmp_path):
         FeatureCache(cache)
 
 
-def test_readers_ignore_what_they_do_not_know(tmp_path):
+def test_reader_ignores_unknown_keys(tmp_path):
     cache, keys, stored = make_cache(tmp_path / "cache", counts=(5,))
     edit_header(cache / SHARD, later="more")
     content = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
@@ -213,7 +213,7 @@ def test_readers_ignore_what_they_do_not_know(tmp_path):
     np.testing.assert_array_equal(FeatureCache(cache).read_raw(keys), stored)
 
 
-def test_a_command_that_was_no_utf8_survives_the_manifest(tmp_path):
+def test_manifest_keeps_a_command_that_is_not_utf8(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     manifest = read_manifest(cache)
     manifest.provenance["command"] = "extract --data_path \udcff.json"
@@ -221,13 +221,13 @@ def test_a_command_that_was_no_utf8_survives_the_manifest(tmp_path):
     assert read_manifest(cache).provenance["command"] == "extract --data_path \udcff.json"
 
 
-def test_the_specification_is_in_the_docstring():
+def test_docstring_has_the_specification():
     rules = re.findall(r"^    \d+\. ", cache_format.__doc__, flags=re.MULTILINE)
     assert len(rules) == 15
     assert "MUST" in cache_format.__doc__ and "MAY" in cache_format.__doc__
 
 
-def test_resealing_an_unchanged_shard_changes_nothing(tmp_path):
+def test_reseal_of_an_unchanged_shard_changes_nothing(tmp_path):
     # The tests of verify rely on it.
     cache, _, _ = make_cache(tmp_path / "cache")
     before = (cache / SHARD).read_bytes()

@@ -1,4 +1,4 @@
-"""The key index: right rows whatever the hashes do, and arrays only."""
+"""KeyIndex: right rows for any hashes, and no Python object per key."""
 
 import numpy as np
 import pytest
@@ -25,12 +25,12 @@ SHARDS = [[f"{shard}/{'é' * shard}{row}.jpg" for row in range(50 + shard)] for 
 KEYS = [key for keys in SHARDS for key in keys]
 
 
-# Real hashes; hashes that agree in all but their low bits, which hold the row; hashes that are all the same.
+# Real hashes; hashes that differ only in their low bits, which the index does not keep; hashes that are all equal.
 DIGESTS = [xxhash.xxh3_64_intdigest, lambda name: len(name) << 40 | sum(name) & 15, lambda name: 7]
 
 
 @pytest.mark.parametrize("digest", DIGESTS, ids=["xxh3", "alike", "equal"])
-def test_every_key_is_found_and_no_other(digest, monkeypatch):
+def test_find_returns_rows_of_known_keys_only(digest, monkeypatch):
     index = build(SHARDS, digest)
     monkeypatch.setattr(index_module.xxhash, "xxh3_64_intdigest", digest)
     assert len(index) == len(KEYS) and list(index.names()) == [key.encode() for key in KEYS]
@@ -43,26 +43,26 @@ def test_every_key_is_found_and_no_other(digest, monkeypatch):
 
 @pytest.mark.parametrize("digest", DIGESTS, ids=["xxh3", "alike", "equal"])
 @pytest.mark.parametrize("places", [(0, 0), (0, 4), (2, 3)])
-def test_a_key_that_stands_twice_is_refused(digest, places):
+def test_key_index_refuses_duplicate_keys(digest, places):
     shards = [list(keys) for keys in SHARDS]
     for place in places:
-        shards[place].append("twin.jpg")
-    with pytest.raises(UserError, match=r"image key 'twin\.jpg' is listed twice"):
+        shards[place].append("same.jpg")
+    with pytest.raises(UserError, match=r"image key 'same\.jpg' is listed twice"):
         build(shards, digest)
 
 
-def test_one_key_alone():
+def test_find_in_an_index_of_one_key():
     index = build([["a.jpg"]])
     assert index.find(["a.jpg", "b.jpg"]).tolist() == [0, -1]
 
 
-def test_rows_know_their_shard():
+def test_shards_returns_the_shard_of_each_row():
     index = build(SHARDS)
     assert index.starts.tolist() == [0, 50, 101, 153, 206, 260]
     assert index.shards(np.array([0, 49, 50, 259])).tolist() == [0, 0, 1, 4]
 
 
-def test_a_key_costs_eight_bytes_beside_its_name():
+def test_key_index_takes_eight_bytes_per_key_besides_names():
     index = build([[f"{row:07d}.jpg" for row in range(shard, shard + 10_000)] for shard in range(0, 100_000, 10_000)])
     arrays = [value.nbytes for value in vars(index).values() if isinstance(value, np.ndarray)]
     assert sum(arrays) < 8.1 * len(index)

@@ -1,4 +1,4 @@
-"""Rows by image key: right whatever the order, the process and the thread; wrong input is refused, never read."""
+"""FeatureCache: right rows in any order, process and thread; caches and keys that are not valid are refused."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ def small(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
-def test_rows_come_back_bit_for_bit_in_any_order_and_repeated(dtype, tmp_path):
+def test_read_raw_returns_rows_bit_for_bit_in_any_order(dtype, tmp_path):
     path, keys, stored = make_cache(tmp_path / "cache", counts=(5, 1, 3), dtype=dtype)
     cache = FeatureCache(path)
     assert (len(cache), list(cache.keys()), cache.dtype, cache.feature_shape) == (9, keys, dtype, SHAPE)
@@ -32,7 +32,7 @@ def test_rows_come_back_bit_for_bit_in_any_order_and_repeated(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
-def test_tensors_hold_the_same_values_as_numpy(dtype, tmp_path):
+def test_read_tensor_equals_read(dtype, tmp_path):
     torch = pytest.importorskip("torch")
     path, keys, stored = make_cache(tmp_path / "cache", dtype=dtype)
     cache = FeatureCache(path)
@@ -46,7 +46,7 @@ def test_tensors_hold_the_same_values_as_numpy(dtype, tmp_path):
         np.testing.assert_array_equal(tensor.view(torch.uint16).numpy(), stored)
 
 
-def test_rows_go_into_the_callers_memory(small):
+def test_read_raw_into_fills_the_buffer(small):
     path, keys, stored = small
     buffer = np.zeros((2, *SHAPE), np.uint16)
     FeatureCache(path).read_raw_into([keys[6], keys[0]], buffer)
@@ -64,31 +64,31 @@ def test_rows_go_into_the_callers_memory(small):
     ],
     ids=["too many rows", "too few rows", "another itemsize", "transposed", "strided"],
 )
-def test_a_buffer_that_does_not_fit_is_refused(buffer, small):
+def test_read_raw_into_refuses_a_buffer_that_does_not_fit(buffer, small):
     path, keys, _ = small
     with pytest.raises(ValueError, match="C-contiguous"):
         FeatureCache(path).read_raw_into(keys[:2], buffer)
     assert not buffer.any()
 
 
-def test_no_keys_are_no_rows(small):
+def test_read_raw_without_keys_returns_no_rows(small):
     assert FeatureCache(small[0]).read_raw([]).shape == (0, *SHAPE)
 
 
-def test_membership(small):
+def test_contains_is_true_only_for_exact_keys(small):
     path, keys, _ = small
     cache = FeatureCache(path)
     assert all(key in cache for key in keys)
     assert all(key not in cache for key in ("", "nothing.jpg", keys[0] + "\0", keys[0] + " ", "\ud800", 3, None))
 
 
-def test_an_absent_key_is_named(small):
+def test_read_raw_reports_an_unknown_key(small):
     path, keys, _ = small
     with pytest.raises(UserError, match=r"image key '00000/none\.jpg' is not in the feature cache"):
         FeatureCache(path).read_raw([keys[0], "00000/none.jpg"])
 
 
-def test_keys_of_several_lengths_and_shards_are_told_apart(tmp_path):
+def test_read_raw_distinguishes_keys_of_several_lengths_and_shards(tmp_path):
     cache = tmp_path / "cache"
     (cache / SHARDS).mkdir(parents=True)
     first, second = ["a", "aa", "é" * 40], ["aaa", "b"]
@@ -123,12 +123,12 @@ print(codes)
 """
 
 
-def test_forked_children_and_their_parent_read_the_right_rows(small):
+def test_read_raw_is_right_in_forked_processes(small):
     # A process of its own: pytest's has threads, which fork would not copy.
     assert run(["python", "-c", CHILD, small[0]]).stdout.startswith("[0, 0, 0, 0]")
 
 
-def test_a_pickled_cache_reads_in_another_process(small, tmp_path):
+def test_pickled_cache_reads_in_another_process(small, tmp_path):
     path, keys, stored = small
     cache = FeatureCache(path)
     cache.read_raw(keys)
@@ -141,7 +141,7 @@ def test_a_pickled_cache_reads_in_another_process(small, tmp_path):
     assert run(["python", "-c", code, tmp_path / "pickle", *keys]).stdout == stored.tobytes().hex()
 
 
-def test_a_spawned_worker_reads_the_right_rows(small):
+def test_read_raw_is_right_in_a_spawned_process(small):
     path, keys, stored = small
     code = (
         "import multiprocessing, sys\n"
@@ -157,7 +157,7 @@ def test_a_spawned_worker_reads_the_right_rows(small):
     assert run(["python", script, path, *keys]).stdout.strip() == stored.tobytes().hex()
 
 
-def test_a_cache_on_a_read_only_medium_opens(small):
+def test_cache_opens_on_a_read_only_disk(small):
     path, keys, stored = small
     for file in [*(path / SHARDS).iterdir(), path / "manifest.json"]:
         file.chmod(0o444)
@@ -170,19 +170,19 @@ def test_a_cache_on_a_read_only_medium_opens(small):
         (path / SHARDS).chmod(0o755)
 
 
-def test_an_incomplete_cache_is_refused_unless_asked_for(tmp_path):
+def test_incomplete_cache_is_refused_without_allow_incomplete(tmp_path):
     path, keys, stored = make_cache(tmp_path / "cache", complete=False)
     with pytest.raises(UserError, match="incomplete.*run the same extraction command again"):
         FeatureCache(path)
     np.testing.assert_array_equal(FeatureCache(path, allow_incomplete=True).read_raw(keys), stored)
 
 
-def test_what_is_no_cache_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"is no feature cache: it has no manifest\.json"):
+def test_folder_without_manifest_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is not a feature cache: it has no manifest\.json"):
         FeatureCache(tmp_path)
 
 
-def test_a_missing_shard_is_named(small):
+def test_missing_shard_is_reported(small):
     path, _, _ = small
     (path / SHARDS / "shard-000001.h5").unlink()
     with pytest.raises(UserError, match=r"shard-000001\.h5 cannot be read: No such file"):
@@ -190,14 +190,14 @@ def test_a_missing_shard_is_named(small):
 
 
 @pytest.mark.parametrize("size", [0, 100, 4096, 40000])
-def test_a_truncated_shard_is_named(size, small):
+def test_truncated_shard_is_reported(size, small):
     path, _, _ = small
     os.truncate(path / SHARDS / "shard-000001.h5", size)
     with pytest.raises(UserError, match=r"shard-000001\.h5"):
         FeatureCache(path)
 
 
-def test_a_shard_cut_while_it_is_open_is_named(small):
+def test_shard_truncated_while_open_is_reported(small):
     path, keys, _ = small
     cache = FeatureCache(path)
     os.truncate(path / SHARDS / "shard-000001.h5", 70000)
@@ -205,14 +205,14 @@ def test_a_shard_cut_while_it_is_open_is_named(small):
         cache.read_raw(keys)
 
 
-def test_another_caches_shard_is_refused(small, tmp_path):
+def test_shard_of_another_cache_is_refused(small, tmp_path):
     other, _, _ = make_cache(tmp_path / "other", fingerprint={"select_layer": -1})
     shutil.copy(other / SHARDS / "shard-000001.h5", small[0] / SHARDS)
     with pytest.raises(UserError, match=r"shard-000001\.h5"):
         FeatureCache(small[0])
 
 
-def test_a_shard_of_another_fingerprint_is_refused_even_when_listed(small):
+def test_listed_shard_with_another_fingerprint_is_refused(small):
     path = small[0]
     shard = path / SHARDS / "shard-000001.h5"
     entry = make_shard(shard, keys_of(1, 3), rows(3), fingerprint={"select_layer": -1})
@@ -223,7 +223,7 @@ def test_a_shard_of_another_fingerprint_is_refused_even_when_listed(small):
 
 
 @pytest.mark.parametrize("places", ["one shard", "two shards"])
-def test_a_key_that_stands_twice_is_refused(places, tmp_path):
+def test_duplicate_key_is_refused(places, tmp_path):
     cache = tmp_path / "cache"
     (cache / SHARDS).mkdir(parents=True)
     names = [["a.jpg", "b.jpg", "a.jpg"]] if places == "one shard" else [["a.jpg", "b.jpg"], ["c.jpg", "a.jpg"]]
@@ -236,7 +236,7 @@ def test_a_key_that_stands_twice_is_refused(places, tmp_path):
         FeatureCache(cache)
 
 
-def test_shards_of_several_shapes_are_refused(tmp_path):
+def test_shards_of_different_shapes_are_refused(tmp_path):
     cache = tmp_path / "cache"
     (cache / SHARDS).mkdir(parents=True)
     entries = [

@@ -141,7 +141,7 @@ def test_a_truncated_shard_is_named(server, command, whole, tmp_path):
 def test_a_folder_that_is_no_cache_is_left_alone(server, command, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "thesis.tex").write_text("precious", encoding="utf-8")
-    assert "is no feature cache" in server.run(command(), expect=1)
+    assert "is not a feature cache" in server.run(command(), expect=1)
     assert files(tmp_path / "cache") == {"thesis.tex": b"precious"}
 
 

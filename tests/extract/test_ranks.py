@@ -127,7 +127,7 @@ def test_rank_0_that_fails_ends_the_others(server, command, tmp_path):
     (tmp_path / "cache" / "thesis.tex").touch()
     runs = start_ranks(server, command(), 3)
     assert [rank.wait() for rank in runs] == [1, 1, 1]
-    assert all("is no feature cache" in rank.log() for rank in runs)
+    assert all("is not a feature cache" in rank.log() for rank in runs)
 
 
 def test_torchrun_ends_when_a_rank_is_killed(command, tmp_path):

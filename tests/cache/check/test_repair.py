@@ -1,4 +1,4 @@
-"""The manifest made anew: from the very shards, refused or moved aside where they are not whole; nothing is deleted."""
+"""repair: the manifest is rebuilt from intact shards; other shards are moved aside, and nothing is deleted."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def flip(path, place):
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
-def test_a_lost_manifest_comes_back(dtype, tmp_path):
+def test_repair_rebuilds_a_lost_manifest(dtype, tmp_path):
     cache, keys, stored = make_cache(tmp_path / "cache", dtype=dtype)
     before = read_manifest(cache)
     (cache / "manifest.json").unlink()
@@ -42,14 +42,14 @@ def test_a_lost_manifest_comes_back(dtype, tmp_path):
     np.testing.assert_array_equal(FeatureCache(cache).read_raw(keys), stored)
 
 
-def test_a_good_cache_is_left_alone(tmp_path):
+def test_repair_does_not_change_an_intact_cache(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     before = (cache / "manifest.json").stat().st_mtime_ns
     assert not repair(cache).changed and (cache / "manifest.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("place", [10, USER_BLOCK + 20, -5])
-def test_a_damaged_shard_is_moved_aside(place, tmp_path):
+def test_repair_moves_a_damaged_shard_aside(place, tmp_path):
     cache, keys, stored = make_cache(tmp_path / "cache", counts=(5, 3, 2))
     whole = (cache / SHARDS / "shard-000001.h5").read_bytes()
     flip(cache / SHARDS / "shard-000001.h5", place)
@@ -67,7 +67,7 @@ def test_a_damaged_shard_is_moved_aside(place, tmp_path):
     assert {path.name for path in (cache / "damaged").iterdir()} == {"shard-000001.h5", "shard-000001.h5.1"}
 
 
-def test_a_missing_shard_is_listed(tmp_path):
+def test_repair_lists_a_missing_shard(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache", counts=(5, 3, 2))
     (cache / SHARDS / "shard-000001.h5").unlink()
     assert repair(cache).lost == {"shard-000001.h5": "it is missing"}
@@ -75,7 +75,7 @@ def test_a_missing_shard_is_listed(tmp_path):
     assert repair(cache).lost == {"shard-000001.h5": "it is missing"}
 
 
-def test_another_caches_shard_is_moved_aside(tmp_path):
+def test_repair_moves_a_shard_of_another_cache_aside(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     other = {**fingerprint_of("bfloat16"), "select_layer": -3}
     make_shard(cache / SHARDS / "shard-000002.h5", keys_of(7, 4), rows(4), fingerprint=other)
@@ -85,21 +85,21 @@ def test_another_caches_shard_is_moved_aside(tmp_path):
     assert done.manifest.fingerprint == fingerprint_of("bfloat16")
 
 
-def test_a_shard_whose_keys_stand_in_another_is_moved_aside(tmp_path):
+def test_repair_moves_a_shard_with_duplicate_keys_aside(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     shutil.copy(cache / SHARDS / "shard-000000.h5", cache / SHARDS / "shard-000002.h5")
     assert repair(cache).aside == ["shard-000002.h5"]
     assert len(FeatureCache(cache, allow_incomplete=True)) == 8
 
 
-def test_shards_sealed_since_are_taken_in(tmp_path):
+def test_repair_adds_shards_that_the_manifest_does_not_list(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache", complete=False)
     make_shard(cache / SHARDS / "shard-000002.h5", keys_of(7, 4), rows(4))
     done = repair(cache)
     assert len(done.manifest.shards) == 3 and done.lost == {} and not done.manifest.complete
 
 
-def test_a_damaged_manifest_keeps_what_can_be_read(tmp_path):
+def test_repair_keeps_what_a_damaged_manifest_states(tmp_path):
     cache, keys, _ = make_cache(tmp_path / "cache")
     content = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
     content["shards"][0]["rows"] = 4
@@ -110,7 +110,7 @@ def test_a_damaged_manifest_keeps_what_can_be_read(tmp_path):
     assert done.manifest.complete and len(FeatureCache(cache)) == len(keys)
 
 
-def test_a_fingerprint_that_no_shard_bears_out_is_replaced(tmp_path):
+def test_repair_replaces_a_fingerprint_that_no_shard_has(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     content = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
     content["fingerprint"]["select_layer"] = -1
@@ -119,7 +119,7 @@ def test_a_fingerprint_that_no_shard_bears_out_is_replaced(tmp_path):
     assert verify(cache) == [] or not read_manifest(cache).complete
 
 
-def test_records_decide_whether_it_is_complete(tmp_path):
+def test_repair_with_records_decides_whether_the_cache_is_complete(tmp_path):
     cache, keys, _ = make_cache(tmp_path / "cache", complete=False)
     assert not plan_repair(cache, [*keys, "new.jpg"]).manifest.complete
     line = json.dumps({"key": "new.jpg", "reason": "empty", "source_size": None, "source_sha256": None})
@@ -127,7 +127,7 @@ def test_records_decide_whether_it_is_complete(tmp_path):
     assert plan_repair(cache, [*keys, "new.jpg"]).manifest.complete
 
 
-def test_another_schema_is_refused(tmp_path):
+def test_plan_repair_refuses_another_schema(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     content = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
     (cache / "manifest.json").write_text(json.dumps({**content, "schema": 2}), encoding="utf-8")
@@ -136,7 +136,7 @@ def test_another_schema_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["no folder", "empty", "all damaged"])
-def test_nothing_to_repair_from(state, tmp_path):
+def test_plan_repair_refuses_a_cache_without_intact_shards(state, tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache", counts=(5,))
     if state == "no folder":
         shutil.rmtree(cache / SHARDS)
@@ -149,14 +149,14 @@ def test_nothing_to_repair_from(state, tmp_path):
     assert (cache / "manifest.json").exists() and not (cache / "damaged").exists()
 
 
-def test_a_link_out_of_the_cache_is_not_followed(tmp_path):
+def test_plan_repair_does_not_follow_links(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     outside = shutil.move(cache / SHARDS / "shard-000001.h5", tmp_path / "outside.h5")
     (cache / SHARDS / "shard-000001.h5").symlink_to(outside)
     assert "it is a link" in plan_repair(cache).lost["shard-000001.h5"]
 
 
-def test_a_number_far_off_names_no_billion_files(tmp_path):
+def test_plan_repair_does_not_list_gaps_before_a_huge_number(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     shard = cache / SHARDS / "shard-000001.h5"
     shard.rename(shard.with_name("shard-999999999.h5"))

@@ -1,4 +1,4 @@
-"""Every fault of a cache is found and named, by its file; hostile files are refused without a crash or a hang."""
+"""verify: every fault of a cache is reported with its file; hostile files cause neither a crash nor a hang."""
 
 import json
 import os
@@ -60,11 +60,11 @@ def flip(path, position, bit):
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
-def test_a_good_cache_has_no_problems(dtype, tmp_path, checker):
+def test_verify_accepts_an_intact_cache(dtype, tmp_path, checker):
     assert verify(make_cache(tmp_path / "cache", dtype=dtype)[0], checker) == []
 
 
-def test_more_rows_than_a_batch(tmp_path, checker):
+def test_verify_checks_every_batch_of_rows(tmp_path, checker):
     cache, keys, _ = make_cache(tmp_path / "cache", counts=(150,))
     assert verify(cache, checker) == []
     start = read_header(cache / SHARD).datasets["features"].offset
@@ -76,7 +76,7 @@ def test_more_rows_than_a_batch(tmp_path, checker):
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
-def test_one_flipped_bit_anywhere_is_found(dtype, tmp_path, checker):
+def test_verify_finds_one_flipped_bit_anywhere(dtype, tmp_path, checker):
     cache, _, _ = make_cache(tmp_path / "cache", counts=(3,), dtype=dtype)
     path = cache / SHARD
     header, size = read_header(path), path.stat().st_size
@@ -103,7 +103,7 @@ def test_one_flipped_bit_anywhere_is_found(dtype, tmp_path, checker):
     assert verify(cache, checker) == []
 
 
-def test_every_bit_of_the_header_counts(cache, checker):
+def test_verify_finds_a_flipped_bit_in_the_header(cache, checker):
     missed = []
     for position in range(0, 900, 3):
         flip(cache / SHARD, position, position % 8)
@@ -113,7 +113,7 @@ def test_every_bit_of_the_header_counts(cache, checker):
     assert missed == []
 
 
-def test_a_flipped_bit_in_a_row_names_the_image(cache, checker):
+def test_verify_reports_the_image_of_a_flipped_bit(cache, checker):
     header = read_header(cache / SHARD)
     flip(cache / SHARD, header.datasets["features"].offset + 3 * SHAPE[0] * SHAPE[1] * 2 + 5, 2)
     problem = only_problem(cache, checker)
@@ -122,57 +122,57 @@ def test_a_flipped_bit_in_a_row_names_the_image(cache, checker):
 
 
 @pytest.mark.parametrize("size", [0, 1, USER_BLOCK - 1, USER_BLOCK, 30000, -1])
-def test_a_truncated_shard(size, cache, checker):
+def test_verify_reports_a_truncated_shard(size, cache, checker):
     os.truncate(cache / SHARD, size if size >= 0 else (cache / SHARD).stat().st_size - 1)
     problem = only_problem(cache, checker)
     assert problem.file == SHARD and problem.what.startswith("it is truncated")
 
 
-def test_a_shard_that_grew(cache, checker):
+def test_verify_reports_a_shard_that_is_too_long(cache, checker):
     with (cache / SHARD).open("ab") as file:
         file.write(b"\0")
     assert "too long" in only_problem(cache, checker).what
 
 
-def test_a_missing_shard(cache, checker):
+def test_verify_reports_a_missing_shard(cache, checker):
     (cache / SHARD).unlink()
     assert only_problem(cache, checker) == Problem(SHARD, "it is missing", verify(cache, checker)[0].fix)
 
 
-def test_a_missing_folder(cache, checker):
+def test_verify_reports_a_missing_folder_of_shards(cache, checker):
     shutil.rmtree(cache / SHARDS)
     assert "No such file" in only_problem(cache, checker).what
 
 
-def test_an_extra_shard(cache, checker):
+def test_verify_reports_an_unlisted_shard(cache, checker):
     shutil.copy(cache / SHARD, cache / SHARDS / "shard-000009.h5")
     problem = only_problem(cache, checker)
     assert problem.file == "shards/shard-000009.h5" and "extra" in problem.what and not problem.note
 
 
-def test_a_left_over_work_file_is_a_note(cache, checker):
+def test_verify_notes_a_leftover_work_file(cache, checker):
     (cache / SHARDS / "shard-000002.h5.0a1b2c3d.tmp").write_bytes(b"half")
     problem = only_problem(cache, checker)
     assert problem.note and problem.file == "shards/shard-000002.h5.0a1b2c3d.tmp"
 
 
-def test_an_incomplete_cache(tmp_path, checker):
+def test_verify_reports_an_incomplete_cache(tmp_path, checker):
     cache, _, _ = make_cache(tmp_path / "cache", complete=False)
     problem = only_problem(cache, checker)
     assert problem.file == "manifest.json" and not problem.note
-    # Sealed since the manifest was written: the next run takes it in.
+    # Sealed since the manifest was written: the next run adds it.
     shutil.copy(cache / SHARD, cache / SHARDS / "shard-000009.h5")
     assert [problem.note for problem in verify(cache, checker)] == [False, True]
 
 
-def test_values_that_are_not_finite(cache, checker):
+def test_verify_reports_values_that_are_not_finite(cache, checker):
     stored = rows(5)[2]
     stored[4, 7] = 0x7FC0
     reseal(cache, 0, lambda data, header: set_row(data, header, 2, stored))
     assert only_problem(cache, checker).what == "the features of '00000/éépicture 2.jpg' are not finite"
 
 
-def test_another_fingerprint(cache, checker):
+def test_verify_reports_a_shard_with_another_fingerprint(cache, checker):
     entries = [
         make_shard(cache / SHARDS / "shard-000000.h5", keys_of(0, 5), rows(5)),
         make_shard(cache / SHARDS / "shard-000001.h5", keys_of(1, 3), rows(3), fingerprint={"select_layer": -1}),
@@ -183,7 +183,7 @@ def test_another_fingerprint(cache, checker):
 
 
 @pytest.mark.parametrize(("name", "value"), [("rows", 4), ("file_bytes", 1), ("xxh3_128", "0" * 32)])
-def test_manifest_and_shard_disagree(name, value, cache, checker):
+def test_verify_reports_a_shard_that_differs_from_the_manifest(name, value, cache, checker):
     content = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
     content["shards"][1][name] = value
     (cache / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
@@ -191,7 +191,7 @@ def test_manifest_and_shard_disagree(name, value, cache, checker):
     assert problem.file == "shards/shard-000001.h5" and name in problem.what and repr(value).strip("'") in problem.what
 
 
-def test_swapped_shards(cache, checker):
+def test_verify_reports_swapped_shards(cache, checker):
     first, second = (cache / SHARDS / f"shard-00000{number}.h5" for number in (0, 1))
     first.rename(cache / "aside")
     second.rename(first)
@@ -199,14 +199,14 @@ def test_swapped_shards(cache, checker):
     assert {problem.file for problem in verify(cache, checker)} == {SHARD, "shards/shard-000001.h5"}
 
 
-def test_a_shard_listed_twice(cache, checker):
+def test_verify_reports_a_shard_that_is_listed_twice(cache, checker):
     content = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
     content["shards"].append(content["shards"][0])
     (cache / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
     assert "2 times" in only_problem(cache, checker).what
 
 
-def test_shards_of_several_shapes(cache, checker):
+def test_verify_reports_shards_of_different_shapes(cache, checker):
     entries = [
         make_shard(cache / SHARDS / "shard-000000.h5", keys_of(0, 5), rows(5)),
         make_shard(cache / SHARDS / "shard-000001.h5", keys_of(1, 3), rows(3, shape=(4, 32)), shape=(4, 32)),
@@ -215,7 +215,7 @@ def test_shards_of_several_shapes(cache, checker):
     assert "first shard" in only_problem(cache, checker).what
 
 
-def test_the_hash_of_a_key(cache, checker):
+def test_verify_reports_a_wrong_key_hash(cache, checker):
     reseal(cache, 0, lambda data, header: set_number(data, header, "key_xxh3", 1, 7))
     assert only_problem(cache, checker).what == "key_xxh3 of '00000/épicture 1.jpg' is not its hash"
 
@@ -223,7 +223,7 @@ def test_the_hash_of_a_key(cache, checker):
 @pytest.mark.parametrize(
     "key", ["/etc/passwd", "../secret.jpg", "a/../../b.jpg", "a//b.jpg", "./a.jpg", "..", " ", "a/"]
 )
-def test_keys_that_are_no_relative_path(key, tmp_path, checker):
+def test_verify_reports_a_key_that_is_not_a_relative_path(key, tmp_path, checker):
     cache = tmp_path / "cache"
     (cache / SHARDS).mkdir(parents=True)
     write(cache, [make_shard(cache / SHARD, ["a.jpg", key], rows(2))])
@@ -231,7 +231,7 @@ def test_keys_that_are_no_relative_path(key, tmp_path, checker):
 
 
 @pytest.mark.parametrize("name", [b"\xff\xfe.jpg", b"a\0b.jpg", b""])
-def test_keys_that_are_no_text(name, cache, checker):
+def test_verify_reports_a_key_that_is_not_text(name, cache, checker):
     def edit(data, header):
         column = header.datasets["image_key"]
         data[column.offset : column.offset + column.row_bytes] = name.ljust(column.row_bytes, b"\0")
@@ -241,7 +241,7 @@ def test_keys_that_are_no_text(name, cache, checker):
 
 
 @pytest.mark.parametrize("places", ["one shard", "two shards"])
-def test_a_key_twice(places, tmp_path, checker):
+def test_verify_reports_duplicate_keys(places, tmp_path, checker):
     cache = tmp_path / "cache"
     (cache / SHARDS).mkdir(parents=True)
     names = [["a.jpg", "b.jpg", "a.jpg"]] if places == "one shard" else [["a.jpg", "b.jpg"], ["c.jpg", "a.jpg"]]
@@ -252,7 +252,7 @@ def test_a_key_twice(places, tmp_path, checker):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_channels_that_are_not_the_fingerprints(dtype, tmp_path, checker):
+def test_verify_reports_channels_that_differ_from_the_fingerprint(dtype, tmp_path, checker):
     cache, _, _ = make_cache(tmp_path / "cache", dtype=dtype)
 
     def edit(data, header):
@@ -263,7 +263,7 @@ def test_channels_that_are_not_the_fingerprints(dtype, tmp_path, checker):
     assert problem.file == "shards/shard-000001.h5" and "channel_std" in problem.what
 
 
-def test_hdf5_metadata_that_say_something_else(cache, checker):
+def test_verify_reports_hdf5_metadata_that_differ_from_the_header(cache, checker):
     # The offset of /features in its object header: other tools would read other bytes than we do.
     def edit(data, header):
         offset = header.datasets["features"].offset - USER_BLOCK
@@ -274,7 +274,7 @@ def test_hdf5_metadata_that_say_something_else(cache, checker):
     assert only_problem(cache, checker).what == "the HDF5 metadata of features differ from the header"
 
 
-def test_links_in_the_shard(cache, checker):
+def test_verify_reports_hdf5_links(cache, checker):
     def edit(data, header):
         place = data.index(b"row_xxh3\0", USER_BLOCK)
         data[place : place + 8] = b"row_xxh4"
@@ -283,19 +283,19 @@ def test_links_in_the_shard(cache, checker):
     assert "links" in only_problem(cache, checker).what
 
 
-def test_a_crash_of_hdf5_is_a_problem(cache, monkeypatch):
+def test_verify_reports_a_crash_of_hdf5(cache, monkeypatch):
     monkeypatch.setattr(hdf5, "__name__", "llava_twophase.no_such_module")
     problems = verify(cache)
     assert [problem.what for problem in problems] == ["HDF5 crashes on its metadata"] * 2
 
 
-def test_a_hang_of_hdf5_is_a_problem(cache, monkeypatch):
+def test_verify_reports_a_hang_of_hdf5(cache, monkeypatch):
     monkeypatch.setattr(hdf5, "SECONDS", 0.0)
     assert {problem.what for problem in verify(cache)} == {"HDF5 hangs on its metadata"}
 
 
 @pytest.mark.parametrize("name", ["manifest.json", SHARD, SHARDS, "quarantine.jsonl"])
-def test_nothing_outside_the_cache_is_read(name, cache, checker, tmp_path):
+def test_verify_reads_nothing_outside_the_cache(name, cache, checker, tmp_path):
     outside = tmp_path / "outside"
     if (cache / name).exists():
         (cache / name).rename(outside)
@@ -306,13 +306,13 @@ def test_nothing_outside_the_cache_is_read(name, cache, checker, tmp_path):
     assert problem.file == name and "leads out of the cache" in problem.what
 
 
-def test_a_cache_reached_by_a_link_is_fine(cache, checker, tmp_path):
+def test_verify_accepts_a_link_to_the_cache(cache, checker, tmp_path):
     (tmp_path / "link").symlink_to(cache)
     assert verify(tmp_path / "link", checker) == []
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_a_shard_that_is_no_file(kind, cache, checker):
+def test_verify_reports_a_shard_that_is_not_a_file(kind, cache, checker):
     (cache / SHARD).unlink()
     if kind == "pipe":
         os.mkfifo(cache / SHARD)
@@ -322,27 +322,27 @@ def test_a_shard_that_is_no_file(kind, cache, checker):
     assert problem.file == SHARD and "cannot be read" in problem.what
 
 
-def test_an_unknown_schema(cache, checker):
+def test_verify_reports_an_unknown_schema(cache, checker):
     content = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
     (cache / "manifest.json").write_text(json.dumps({**content, "schema": 2}), encoding="utf-8")
     assert "schema version 2; this llava-twophase reads version 1" in only_problem(cache, checker).what
 
 
-def test_a_damaged_quarantine(cache, checker):
+def test_verify_reports_a_damaged_quarantine(cache, checker):
     (cache / "quarantine.jsonl").write_text("{\n", encoding="utf-8")
     assert only_problem(cache, checker).file == "quarantine.jsonl"
 
 
-def test_a_path_that_is_no_folder(tmp_path):
+def test_verify_refuses_a_path_that_is_not_a_folder(tmp_path):
     with pytest.raises(UserError, match="is not a folder; expected a feature cache"):
         verify(tmp_path / "nothing")
 
 
-def test_an_empty_folder(tmp_path):
-    assert "is no feature cache" in verify(tmp_path)[0].what
+def test_verify_reports_an_empty_folder(tmp_path):
+    assert "is not a feature cache" in verify(tmp_path)[0].what
 
 
-def test_mutated_manifests_never_crash(cache, checker):
+def test_verify_and_reader_survive_mutated_manifests(cache, checker):
     original = (cache / "manifest.json").read_bytes()
     chance, refused = random.Random(0), 0
     for _ in range(300):
@@ -359,7 +359,7 @@ def test_mutated_manifests_never_crash(cache, checker):
     assert refused > 200
 
 
-def test_mutated_and_resealed_shards_never_crash_and_never_change_a_row_unseen(tmp_path, checker):
+def test_verify_finds_every_changed_row_of_mutated_shards(tmp_path, checker):
     cache, keys, stored = make_cache(tmp_path / "cache", counts=(5,))
     original, manifest = (cache / SHARD).read_bytes(), (cache / "manifest.json").read_bytes()
     chance = random.Random(0)
@@ -377,12 +377,12 @@ def test_mutated_and_resealed_shards_never_crash_and_never_change_a_row_unseen(t
             np.testing.assert_array_equal(FeatureCache(cache).read_raw(keys), stored)
 
 
-def test_absurd_sizes_are_refused(cache, checker, monkeypatch):
+def test_verify_reports_absurd_sizes(cache, checker, monkeypatch):
     monkeypatch.setattr("llava_twophase.cache.check.verify._LIMIT", 100)
     assert {problem.what for problem in verify(cache, checker)} >= {"it states absurd sizes: 5 rows of 576 bytes"}
 
 
-def test_a_short_run_of_the_fuzz_script(tmp_path, checker, monkeypatch):
+def test_fuzz_script_finds_no_fault_in_a_short_run(tmp_path, checker, monkeypatch):
     from benchmarks.fuzz_cache import fuzz
 
     monkeypatch.setattr(hdf5, "SECONDS", 4.0)
@@ -391,6 +391,6 @@ def test_a_short_run_of_the_fuzz_script(tmp_path, checker, monkeypatch):
 
 
 @pytest.mark.parametrize("key", [[], {}, [["a"]]], ids=str)
-def test_a_quarantine_whose_key_is_no_text(key, cache, checker):
+def test_verify_reports_a_quarantine_with_a_key_that_is_not_text(key, cache, checker):
     (cache / "quarantine.jsonl").write_text(json.dumps({"key": key, "reason": "x"}), encoding="utf-8")
     assert "is damaged" in only_problem(cache, checker).what

@@ -1,0 +1,38 @@
+"""Errors for users: one message on stderr and an exit code, never a traceback."""
+
+import pytest
+
+from llava_twophase.errors import RESUMABLE, UserError, combined_error, run_command
+
+
+def test_combined_error_lists_the_first_problems_and_counts_the_others():
+    error = combined_error((f"problem {number}" for number in range(5)), "5 problems", shown=2)
+    assert isinstance(error, UserError)
+    assert str(error) == "5 problems:\n  problem 0\n  problem 1\n  ... and 3 more"
+    assert str(combined_error(["one"], "a problem")) == "a problem:\n  one"
+
+
+def test_run_command_returns_the_exit_code_of_the_command(capsys):
+    assert run_command(lambda: 3) == 3
+    assert capsys.readouterr() == ("", "")
+
+
+def test_run_command_prints_a_user_error_and_returns_1(capsys):
+    def fail():
+        raise UserError("no such file")
+
+    assert run_command(fail) == 1
+    assert capsys.readouterr() == ("", "error: no such file\n")
+
+
+def test_run_command_returns_130_after_ctrl_c(capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert run_command(interrupt) == 130 and run_command(interrupt, "stopped") == 130
+    assert capsys.readouterr().err == f"{RESUMABLE}\nstopped\n"
+
+
+def test_run_command_does_not_hide_bugs():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)
