@@ -20,8 +20,8 @@ help: ## list these targets
 venv: $(STAMP) ## set up .venv with the pinned versions of constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt tests/golden/requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "error: $(PYTHON) is older than Python 3.10; name another with: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than Python 3.11; give another one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' \
 		|| { echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@echo "creating $(VENV) and installing the pinned versions (2 to 5 minutes, about 2 GB; pip prints nothing until the end)"

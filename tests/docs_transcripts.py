@@ -61,8 +61,10 @@ def output(command, folder):
     name, *flags = shlex.split(command.replace("\\\n", " "))
     together = ["sh", "-c", 'exec "$@" 2>&1', "sh", sys.executable, ROOT / SCRIPTS[name], *flags]
     text = run(together, cwd=folder, expect=None, COLUMNS="110", PYTHONUNBUFFERED="1").stdout
-    lines = [(PROGRESS.sub("", line), line) for line in re.split(r"[\r\n]", text)[:-1]]
-    return "".join(f"{kept.rstrip()}\n" for kept, line in lines if kept.strip() or not line)
+    lines = text.splitlines()  # run() has made a line of each state of a progress bar
+    bars = any(map(PROGRESS.match, lines))
+    kept = [PROGRESS.sub("", line).rstrip() for line in lines]
+    return "".join(f"{line}\n" for line in kept if line or not bars)
 
 
 def blocks(page):

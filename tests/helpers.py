@@ -9,14 +9,10 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pytest requires it where the standard library has none
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     libraries = ("torch", "transformers", "pillow", "numpy", "h5py")
     seconds = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
     return {
-        "created": datetime.fromtimestamp(seconds, timezone.utc).isoformat(),
+        "created": datetime.fromtimestamp(seconds, UTC).isoformat(),
         "command": shlex.join(["llava-extract-features", *sys.argv[1:]]),
         "vision_tower": args.vision_tower,
         "software": {

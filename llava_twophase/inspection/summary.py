@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def _print(values: dict[str, Any], out: Console) -> None:
 
 
 def _age(cache: FeatureCache) -> int:
-    now = datetime.now(timezone.utc)
+    now = datetime.now(UTC)
     try:
         then = datetime.fromisoformat(cache.manifest.provenance["created"])
         return max(0, int((now - then).total_seconds()))
