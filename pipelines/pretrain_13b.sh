@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The published LLaVA-1.5 13B stage-1 recipe as two commands: extract the patch features once, train from them.
-# Change what stands on top through the environment: MODEL=lmsys/vicuna-7b-v1.5 OUTPUT=... bash pipelines/pretrain_13b.sh
-# A second run with another learning rate, projector or LLM skips straight to phase two: its features are there already.
+# Environment variables change the settings below: MODEL=lmsys/vicuna-7b-v1.5 OUTPUT=... bash pipelines/pretrain_13b.sh
+# A second run with another learning rate, projector or LLM starts with phase two: the features are already in the cache.
 set -euo pipefail
 
 MODEL=${MODEL:-lmsys/vicuna-13b-v1.5}
@@ -14,7 +14,7 @@ REPORT_TO=${REPORT_TO:-wandb}                                # pip install llava
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Phase one: the frozen tower, once. bf16 is what LLaVA's tower runs in under --bf16 True.
+# Phase one: the frozen tower, once. LLaVA's tower runs in bf16 under --bf16 True.
 python pipelines/extract_features.py \
     --data_path "$DATA" \
     --image_folder "$IMAGES" \

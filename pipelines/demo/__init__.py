@@ -1,1 +1,1 @@
-"""The demo: both phases and the inspection on real weights, from `make demo`; the package knows nothing of it."""
+"""The demo: both phases and inspection on real weights, run by `make demo`."""

@@ -1,6 +1,6 @@
-"""What the trained projector is worth on pictures it never saw: the right image against a wrong one, and captions.
+"""Evaluate the trained projector on held-out pictures: losses with the right and a wrong image, and captions.
 
-Features come from the cache, as in training; the tower is not loaded.
+Features are read from the cache, as in training; the tower is not loaded.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +22,7 @@ from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel
 from llava_twophase.train.model.load_llm import LoadedLLM
 from llava_twophase.train.model.projector import FILE, build_projector, load_projector
+from pipelines.demo.commands import PROJECTOR, Models
 
 BATCH = 32
 LONGEST_CAPTION = 32  # generated tokens
@@ -33,7 +35,7 @@ class Evaluation:
     Attributes:
         right_image_loss: Mean over caption tokens, each record with its own image.
         wrong_image_loss: The same captions, each with the image of another record whose caption differs.
-        exact_captions: Part of the greedily generated captions that equal the true one, 0 to 1.
+        exact_captions: Fraction of the greedily generated captions that equal the true one, 0 to 1.
         records: The held-out records, in file order.
         generated: One caption for each.
     """
@@ -46,14 +48,16 @@ class Evaluation:
 
 
 class _Trained:
-    """The LLM, the trained projector and what turns captions into ids."""
+    """The LLM, its tokenizer and the trained projector."""
 
-    def __init__(self, cache: FeatureCache, llm: str, projector: Path, kind: str, dtype: torch.dtype) -> None:
+    def __init__(self, cache: FeatureCache, models: Models, projector: Path) -> None:
         self.cache = cache
-        self.tokenizer = AutoTokenizer.from_pretrained(llm)
+        llm = str(models.llm)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(llm)
+        dtype = torch.bfloat16 if models.dtype == "bf16" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype).eval()
         tokens, width = cache.feature_shape
-        module = build_projector(kind, width, model.config.hidden_size)
+        module = build_projector(PROJECTOR, width, model.config.hidden_size)
         load_projector(projector, module)
         self.template = PlainTemplate(load_caption_tokenizer(llm, self.tokenizer), 2048, tokens)
         self.model = LlavaProjectorModel(FrozenLLM(LoadedLLM(model), self.template.image_position), module).eval()
@@ -82,11 +86,12 @@ class _Trained:
         return captions
 
     def _generate(self, features: torch.Tensor) -> torch.Tensor:
-        """Return generated ids, `[B, T]`, for features `[B, L, D]`; what follows a newline is to be dropped."""
+        """Return generated ids, `[B, T]`, for features `[B, L, D]`; the caller drops what follows a newline."""
         empty, _ = self.template("")  # [BOS, IMAGE, newline], or without BOS
         prompt, newline = torch.tensor([empty[: self.template.image_position + 1]] * len(features)), empty[-1]
         inputs = {"inputs_embeds": self.model.splice(prompt, features)}  # [B, L, H]
-        past, written = None, []
+        past: Any = None
+        written: list[torch.Tensor] = []
         ended = torch.zeros(len(features), dtype=torch.bool)
         while len(written) < LONGEST_CAPTION and not ended.all():
             # An index, not a count: as in training, a slice of the hidden states would make lm_head copy its weight.
@@ -100,7 +105,7 @@ class _Trained:
 
 
 def wrong_partners(captions: Sequence[str]) -> list[int]:
-    """Return for each caption the position of the next one, cyclically, that says something else.
+    """Return for each caption the position of the next different one, cyclically.
 
     Raises:
         ValueError: All captions are the same, so there is no wrong image.
@@ -116,26 +121,26 @@ def wrong_partners(captions: Sequence[str]) -> list[int]:
     return partners
 
 
-@torch.inference_mode()
-def evaluate(cache: Path, data: Path, llm: str, trained: Path, kind: str, dtype: torch.dtype) -> Evaluation:
+def evaluate(cache: Path, data: Path, models: Models, trained: Path) -> Evaluation:
     """Measure the trained projector on held-out records.
 
     Args:
         cache: Feature cache that has their images.
         data: Held-out records.
-        llm: Folder of the frozen LLM.
+        models: The frozen LLM and its dtype.
         trained: Output folder of the training command.
-        kind: The projector's type, such as mlp2x_gelu.
-        dtype: The LLM's.
     """
     records = load_records(data)
-    model = _Trained(FeatureCache(cache), llm, trained / FILE, kind, dtype)
     captions, keys = [record.caption for record in records], [record.image for record in records]
-    generated = model.generate(keys)
+    with torch.inference_mode():
+        model = _Trained(FeatureCache(cache), models, trained / FILE)
+        generated = model.generate(keys)
+        right = model.loss(captions, keys)
+        wrong = model.loss(captions, [keys[position] for position in wrong_partners(captions)])
     exact = sum(text == caption for text, caption in zip(generated, captions, strict=True))
     return Evaluation(
-        right_image_loss=model.loss(captions, keys),
-        wrong_image_loss=model.loss(captions, [keys[position] for position in wrong_partners(captions)]),
+        right_image_loss=right,
+        wrong_image_loss=wrong,
         exact_captions=exact / len(records),
         records=records,
         generated=generated,

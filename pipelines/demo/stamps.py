@@ -36,7 +36,7 @@ def fetch_stamps() -> Path:
         return folder / INSIDE
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
-            raise UserError(f"DATA=stamps needs {tool} (Debian or Ubuntu), which is not here; use DATA=scenes")
+            raise UserError(f"DATA=stamps needs {tool} (Debian or Ubuntu), which is not installed; use DATA=scenes")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".stamps-", dir=folder.parent) as scratch:
         logger.info("fetching %s with apt-get download (about 160 MB)", PACKAGE)
@@ -64,7 +64,7 @@ def pair_stamps(stamps: Path) -> list[tuple[Path, str]]:
         stamps: Folder searched with its subfolders.
 
     Returns:
-        (picture, caption) in path order; pictures without a caption are left out.
+        (picture, caption) in path order; pictures without a caption are skipped.
     """
     pairs = []
     for picture in sorted(stamps.rglob("*.png")):
@@ -97,7 +97,7 @@ def write_stamps(
     records = []
     for source, caption in pairs:
         picture = on_white(source)
-        if picture.tobytes() in seen:  # some stamps are there twice; a copy must not be on both sides of the split
+        if picture.tobytes() in seen:  # some stamps are duplicates; they must not be in both splits
             continue
         seen.add(picture.tobytes())
         key = source.relative_to(stamps).as_posix()
@@ -111,7 +111,7 @@ def write_stamps(
 
 
 def on_white(path: Path) -> Image.Image:
-    """Return a stamp on a white square: what lies under transparency is arbitrary, and plain RGB would show it."""
+    """Return a stamp on a white square: the colour of transparent pixels is arbitrary, and plain RGB would show it."""
     with Image.open(path) as opened:
         stamp = opened.convert("RGBA")
     stamp.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)

@@ -54,7 +54,7 @@ def smollm2_folder(gguf_path: Path) -> Path:
 
 
 def _converted(name: str, convert: Callable[[Path], None]) -> Path:
-    """Return the model folder `name`; it is converted in a scratch folder and renamed when whole."""
+    """Return the model folder `name`; it is converted in a temporary folder and renamed when complete."""
     folder = cache_folder() / "models" / name
     if folder.exists():
         return folder
@@ -88,7 +88,7 @@ def convert_dinov2(onnx_path: Path, folder: Path, crop: int) -> None:
     state = {name: torch.from_numpy(array.copy()) for name, array in dinov2_arrays(onnx_path).items()}
     # The mask token serves DINOv2's own training only; an exported graph has none.
     state["embeddings.mask_token"] = torch.zeros(1, DINOV2_CONFIG["hidden_size"])
-    model.load_state_dict(state)  # strict: every tensor of the model must have been found
+    model.load_state_dict(state)  # strict: every tensor of the model must be found
     model.save_pretrained(folder)
     processor = {
         "image_processor_type": "BitImageProcessor",
@@ -147,7 +147,7 @@ def convert_smollm2(gguf_path: Path, folder: Path) -> None:
         gguf_path: `SmolLM2-135M-Instruct.Q4_1.gguf`.
         folder: Existing empty folder; receives config.json, model.safetensors (bfloat16) and the tokenizer's files.
     """
-    import gguf  # noqa: F401  (transformers needs it; asked for here so that our error names a missing package)
+    import gguf  # noqa: F401  (transformers needs it; imported here so that the error names the missing package)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -158,6 +158,6 @@ def convert_smollm2(gguf_path: Path, folder: Path) -> None:
     config.pop("quantization_config", None)
     plain = LlamaForCausalLM(LlamaConfig.from_dict(config))
     plain.load_state_dict(quantised.state_dict())
-    plain.bfloat16()  # as SmolLM2 was published; four-bit values lose nothing that matters
+    plain.bfloat16()  # as SmolLM2 was published; the values have four bits
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(name, gguf_file=file).save_pretrained(folder)
