@@ -152,9 +152,10 @@ def _problem(folder: Path, flag: str, error: Exception) -> str | None:
 
 
 def _concerns(folder: Path, error: OSError) -> bool:
-    # A write to an open file names no path; only the kind of the error tells that a disk is the cause.
+    # The error of a write to an open file has no path: only its number shows that a disk is the cause. h5py puts the
+    # path into its message.
     if error.filename is None:
-        return error.errno in _DISK
+        return error.errno in _DISK or str(folder) in str(error)
     path = os.path.abspath(os.fsdecode(error.filename))
     return Path(path).is_relative_to(os.path.abspath(folder))
 

@@ -121,6 +121,7 @@ def test_require_writable_refuses_a_file_as_folder(tmp_path):
         (OSError(errno.EROFS, "Read-only", "out/a"), "cannot be written: make it writable or give another"),
         (OSError(errno.EIO, "I/O error"), "cannot be written: fix the cause, then run again"),
         (FileNotFoundError(errno.ENOENT, "No such file", "out/a"), "was deleted or moved during the run"),
+        (FileNotFoundError(errno.ENOENT, "Unable to create file (name = 'out/a')"), "deleted or moved during the run"),
         (OSError(errno.EROFS, "Read-only", "elsewhere/a"), None),
         (ConnectionResetError(errno.ECONNRESET, "reset"), None),
         (RuntimeError("a bug"), None),

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a cache holds and what made it, replaced by rename; knows nothing of shards' insides."""
+"""``manifest.json``: the shards of a cache and what made them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Manifest:
         fingerprint: What changes a feature value.
         provenance: What is recorded and never compared.
         images_per_shard: Rows of a full shard.
-        complete: Whether the last extraction came to its end.
-        channels: For int8 and int4, what ``codec.Channels.to_json`` gives; the same for every rank and after a resume.
+        complete: Whether the last extraction was finished.
+        channels: For int8 and int4, the result of ``codec.Channels.to_json``.
         plan: The last extraction's plan: ``first_shard`` and ``digest``, see ``extract/plan.py``. ``software`` is what
             the plan's shards record as theirs; without it, they record that of ``provenance``.
         shards: The sealed shards.
@@ -70,7 +70,7 @@ def read_manifest(cache: Path) -> Manifest:
     """Read and check a cache's manifest.
 
     Raises:
-        UserError: There is none, or it is damaged, or of another format or schema.
+        UserError: The cache has no manifest, or it is damaged, or of another format or schema.
     """
     path = cache / MANIFEST
     if not path.is_file():
@@ -78,7 +78,7 @@ def read_manifest(cache: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

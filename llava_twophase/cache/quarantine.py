@@ -1,12 +1,12 @@
-"""``quarantine.jsonl``: the images that an extraction left out, and why; knows nothing of how images are read.
+"""``quarantine.jsonl``: the images that an extraction could not use, and why.
 
-One JSON object a line, UTF-8, in the order of image keys::
+One JSON object per line, UTF-8, in the order of image keys::
 
     {"key": "00453/004539375.jpg", "reason": "cannot be decoded: ...", "source_sha256": "9f86...", "source_size": 4711}
 
-``source_sha256`` (hex) and ``source_size`` are those of the file as it was found, null where it could not be read. An
-image that stands here is tried again only when they have changed. While an extraction is under way, each shard's part
-waits beside it as ``shards/shard-NNNNNN.h5.quarantine.jsonl``, so that a shard and its part survive a kill together.
+``source_sha256`` (hex) and ``source_size`` are those of the file when it was read, null if it could not be read. A
+quarantined image is tried again only after they have changed. During an extraction, each shard's part of the quarantine
+is a file beside it, ``shards/shard-NNNNNN.h5.quarantine.jsonl``, so that a killed run keeps both or neither.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ PART = ".quarantine.jsonl"
 
 @dataclass(frozen=True)
 class Quarantined:
-    """One image that was left out.
+    """One image that could not be used.
 
     Attributes:
         key: Image key.
         reason: Why.
-        source_size: The file's bytes, None where it could not be read.
-        source_sha256: Their SHA-256 (hex), or None.
+        source_size: The file's size in bytes; None if it could not be read.
+        source_sha256: Its SHA-256 (hex), or None.
     """
 
     key: str
@@ -41,13 +41,13 @@ class Quarantined:
 
 
 def read_quarantine(cache: str | Path) -> dict[str, Quarantined]:
-    """Read which images a cache leaves out.
+    """Read which images are quarantined in a cache.
 
     Args:
         cache: The cache's directory.
 
     Returns:
-        Image key to entry, in file order; empty where nothing was left out.
+        Image key to entry, in file order; empty if no image is quarantined.
 
     Raises:
         UserError: The file is damaged.
@@ -56,17 +56,17 @@ def read_quarantine(cache: str | Path) -> dict[str, Quarantined]:
 
 
 def write_quarantine(cache: Path, entries: Iterable[Quarantined]) -> None:
-    """Replace ``quarantine.jsonl`` by rename; without entries there is none."""
+    """Replace ``quarantine.jsonl``; without entries, remove it."""
     _write(cache / QUARANTINE, entries)
 
 
 def write_part(shard: Path, entries: Iterable[Quarantined]) -> None:
-    """Keep what a shard leaves out beside it, before it is sealed; without entries, remove an earlier run's part."""
+    """Write a shard's part of the quarantine, before the shard is sealed; without entries, remove an earlier part."""
     _write(shard.with_name(shard.name + PART), entries)
 
 
 def read_parts(cache: Path) -> dict[str, dict[str, Quarantined]]:
-    """Read the parts of an extraction under way: shard file name to what it leaves out."""
+    """Read the parts of an unfinished extraction: shard file name to its quarantined images."""
     parts = sorted((cache / SHARDS).glob(f"shard-*{PART}"))
     return {path.name.removesuffix(PART): _read(path) for path in parts}
 
@@ -76,7 +76,7 @@ def merge_parts(cache: Path, tried: Iterable[str]) -> None:
 
     Args:
         cache: The cache's directory.
-        tried: Image keys of the extraction: each is cached now, or stands in a part. Other entries stay as they are.
+        tried: Image keys of the extraction. Their older entries are removed; each is cached now or is in a part.
     """
     entries = read_quarantine(cache)
     for key in tried:

@@ -31,6 +31,7 @@ class CacheSession:
 
     Args:
         cache: The cache's directory; it is created if it does not exist.
+        read: Whether to read and check the manifest. ``repair`` does not: it replaces a damaged one.
 
     Attributes:
         found: The manifest as it was when the lock was taken; None if the cache is new.
@@ -39,14 +40,15 @@ class CacheSession:
         UserError: Another process is writing to the cache, or the folder is not a feature cache.
     """
 
-    def __init__(self, cache: Path) -> None:
-        self.cache = cache
+    def __init__(self, cache: Path, read: bool = True) -> None:
+        self.cache, self._read = cache, read
         self.found: Manifest | None = None
         self._current: Manifest | None = None
         self._lock = -1
 
     def __enter__(self) -> CacheSession:
-        existing_manifest(self.cache)  # refuses a folder that is not a cache, before anything is created in it
+        if self._read:
+            existing_manifest(self.cache)  # refuses a folder that is not a cache, before anything is created in it
         (self.cache / SHARDS).mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.cache / SHARDS, os.O_RDONLY)
         try:
@@ -57,7 +59,8 @@ class CacheSession:
         except OSError as error:
             logger.debug("%s cannot be locked: %s", self.cache, error)
         try:
-            self.found = self._current = existing_manifest(self.cache)
+            if self._read:
+                self.found = self._current = existing_manifest(self.cache)
         except UserError:
             os.close(self._lock)
             raise

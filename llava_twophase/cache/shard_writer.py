@@ -1,4 +1,4 @@
-"""One shard, sealed by fsync and rename, or absent; knows nothing of images, towers or the manifest's other shards."""
+"""Writes one shard: rows into a work file, which is sealed by fsync and rename."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ShardSpec:
         feature_shape: Tokens and width of one row.
         storage_dtype: A key of ``STORAGE_DTYPES``.
         fingerprint: What changes a feature value.
-        provenance: What is recorded; free of hosts and dates, so that equal work gives equal bytes.
+        provenance: What is only recorded. It holds no hosts or dates, so that equal work gives equal bytes.
         channels: For int8 and int4.
     """
 
@@ -44,7 +44,7 @@ class ShardSpec:
 
     @property
     def codec(self) -> Codec:
-        """What makes stored rows of features."""
+        """The codec that makes stored rows from features."""
         return Codec(self.storage_dtype, self.feature_shape, self.channels)
 
     @property
@@ -53,35 +53,33 @@ class ShardSpec:
         return self.codec.row_bytes
 
 
-class NotFinite(UserError):
+class NotFiniteError(UserError):
     """Features hold inf or NaN.
 
     Attributes:
-        rows: int64, which rows of the ones to append.
+        rows: int64, the positions of these rows among the rows to append.
     """
 
     def __init__(self, keys: Sequence[str], rows: np.ndarray) -> None:
-        super().__init__(
-            f"the tower's features of {list(keys[:5])} are not finite; try --compute_dtype bf16 or fp32 "
-            "(fp16 overflows above 65504)"
-        )
+        super().__init__(f"the features of {list(keys[:5])} are not finite: they hold inf or NaN")
         self.rows = rows
 
 
 class ShardWriter:
     """Writes the rows of one shard in order, then seals it.
 
-    HDF5 lays out the file once, empty; every value is then written at its offset, so that a kill leaves nothing that
-    looks like a shard, and equal rows give an equal file byte for byte.
+    HDF5 lays out an empty file, and every value is then written at its offset. So a killed process leaves nothing that
+    looks like a shard, and equal rows give an equal file, byte for byte.
 
     Args:
-        path: The sealed file's path; the work file beside it ends in ``.tmp``, and its name is this process's own.
-        keys: Image keys, one for each row to come but for those that ``leave_out`` names.
+        path: The sealed file's path. The work file beside it ends in ``.tmp``, and no other process uses its name.
+        keys: The image key of each row to append.
         spec: What all shards share.
     """
 
     def __init__(self, path: Path, keys: Sequence[str], spec: ShardSpec) -> None:
-        self.path, self._spec, self._codec = path, spec, spec.codec
+        self.path = path
+        self._spec, self._codec = spec, spec.codec
         self._keys = list(keys)
         self._descriptor = -1
         self._lay_out()
@@ -91,8 +89,8 @@ class ShardWriter:
         }
         self._written = 0
 
-    def leave_out(self, key: str) -> None:
-        """Say that a key which is not yet written gets no row: the shard is as if it had not been asked for."""
+    def drop(self, key: str) -> None:
+        """Drop a key that has not been written yet: the shard becomes the one that is written without it."""
         self._keys.remove(key)
 
     def append(self, rows: np.ndarray, sources: Sequence[tuple[int, bytes]]) -> None:
@@ -104,7 +102,7 @@ class ShardWriter:
             sources: Size in bytes and SHA-256 of each image file.
 
         Raises:
-            NotFinite: Values that are not finite, by image; none of these rows is written.
+            NotFiniteError: Some values are not finite; none of these rows is written.
         """
         rows = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
         assert rows.shape[1] == self._codec.row_bytes
@@ -112,7 +110,7 @@ class ShardWriter:
         finite = self._codec.finite(rows)
         if not finite.all():
             bad = np.flatnonzero(~finite)
-            raise NotFinite([self._keys[first + row] for row in bad], bad)
+            raise NotFiniteError([self._keys[first + row] for row in bad], bad)
         start = 0
         for name in ROW_PARTS:
             if name in self._datasets:
@@ -126,7 +124,7 @@ class ShardWriter:
         self._written = last
 
     def seal(self) -> ShardEntry:
-        """Write the columns and the header, sync, rename, sync the folder.
+        """Write the columns and the header, sync the file, rename it and sync the folder.
 
         Returns:
             The shard's entry for the manifest.
@@ -149,7 +147,7 @@ class ShardWriter:
         return ShardEntry(self.path.name, header.rows, size, digest)
 
     def discard(self) -> None:
-        """Give up: close and remove the work file."""
+        """Close and remove the work file, if there is one."""
         self._close()
         self._aside.unlink(missing_ok=True)
 
@@ -159,7 +157,7 @@ class ShardWriter:
         self._descriptor = -1
 
     def _lay_out(self) -> None:
-        # A name of its own: a rank of an earlier run that still lives must not write into this one's file.
+        # A random name: a rank of an earlier run that is still alive must not write into this file.
         self._aside = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.tmp")
         spec = self._spec
         key_bytes = max(len(key.encode("utf-8")) for key in self._keys)
@@ -170,7 +168,7 @@ class ShardWriter:
         self._descriptor = os.open(self._aside, os.O_RDWR)
 
     def _shrink(self) -> None:
-        # Rows were left out, which is rare: lay out the file anew and move what was written.
+        # Keys were dropped, which is rare: lay out the file again and copy what was written.
         before, descriptor, aside = self._datasets, self._descriptor, self._aside
         self._lay_out()
         for name in ROW_PARTS:

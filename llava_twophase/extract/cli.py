@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from llava_twophase.cache.format import QUANTISED
-from llava_twophase.distributed import Ranks, ranks_from_environment
+from llava_twophase.cpu import available_cpus
+from llava_twophase.distributed import ranks_from_environment
 from llava_twophase.errors import UserError, run_command
+from llava_twophase.extract.config import ExtractConfig
 from llava_twophase.records import load_records
+from llava_twophase.versions import require_supported
 
 COMPUTE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 STORAGE_DTYPES = {**COMPUTE_DTYPES, "int8": "int8", "int4": "int4"}
@@ -34,76 +37,96 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 a problem was found, 2 wrong usage (raised by argparse), 130 interrupted.
     """
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.json and not args.plan:
-        parser.error("--json goes with --plan")
-    if args.llm and not args.plan:
-        parser.error("--llm goes with --plan")
-    if args.runs and not args.llm:
-        parser.error("--runs goes with --llm")
-    ranks = ranks_from_environment()
-    level = logging.INFO if ranks.is_main else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    return run_command(lambda: _run(args, ranks))
+    args = _parse(argv)
+    return run_command(lambda: _run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's argument parser."""
     parser = argparse.ArgumentParser(
         prog="llava-extract-features",
-        description="Phase one: run the vision tower once over the images and keep its patch features on disk. "
-        "Run it again to go on after a kill, or to add the images of new records.",
+        description="Phase one: run the vision tower once over the images and store its patch features on disk. "
+        "Run the same command again to resume an interrupted extraction, or to add the images of new records.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--data_path", required=True, help="records, LLaVA's JSON list or JSON lines")
+    add("--data_path", required=True, help="records: LLaVA's JSON list, or JSON lines")
     add(
         "--image_folder",
         required=True,
-        help="what the records' image paths are relative to: a folder, or a .zip or uncompressed .tar of one",
+        help="folder that the records' image paths are relative to, or a .zip or uncompressed .tar of it",
     )
     add("--vision_tower", required=True, help="CLIP, SigLIP or DINOv2 tower: hub id or local folder")
-    add("--feature_cache", required=True, help="folder of the cache, made where absent, continued where present")
-    add("--mm_vision_select_layer", type=int, default=-2, help="hidden state to keep (default: -2, the last but one)")
+    add("--feature_cache", required=True, help="directory of the cache; it is created, resumed or extended")
+    add("--mm_vision_select_layer", type=int, default=-2, help="hidden state to store (default: -2, the last but one)")
     add("--mm_vision_select_feature", choices=("patch", "cls_patch"), default="patch", help="patch drops the CLS token")
     add("--image_aspect_ratio", choices=("square", "pad"), default="square", help="as in LLaVA (default: square)")
-    add("--compute_dtype", choices=tuple(COMPUTE_DTYPES), default="bf16", help="of the tower (default: bf16)")
+    add("--compute_dtype", choices=tuple(COMPUTE_DTYPES), default="bf16", help="dtype of the tower (default: bf16)")
     add(
         "--storage_dtype",
         choices=("auto", *STORAGE_DTYPES),
         default="auto",
-        help="of the cache: the compute dtype, exactly (auto), or int8 or int4, half and 28 %% of bf16's size",
+        help="dtype of the cache: auto (default) stores the compute dtype exactly; int8 and int4 take 50 %% and 28 %% "
+        "of bf16's size",
     )
     add("--batch_size", type=_positive, default=32, help="images of one forward pass (default: 32)")
     add(
         "--num_workers",
         type=_not_negative,
-        default=min(8, os.cpu_count() or 1),
-        help="decoding processes (default: one a core)",
+        default=min(8, available_cpus()),
+        help="processes that decode images (default: one per available CPU, at most 8)",
     )
     add(
         "--on_bad_image",
         choices=("fail", "skip"),
         default="fail",
-        help="fail (default): name all images that cannot be used and stop, before the tower loads where that can be "
-        "known; skip: leave them out and list them in the cache's quarantine.jsonl",
+        help="fail (default): report all images that cannot be used and stop, before the tower loads if the first "
+        "bytes of the files show it; skip: list them in the cache's quarantine.jsonl and continue",
     )
     add("--images_per_shard", type=_positive, default=1024, help="rows of one HDF5 file (default: 1024)")
     add("--device", default="auto", help="auto (default: this rank's GPU, else the CPU), cpu, cuda, cuda:1, ...")
-    add("--plan", action="store_true", help="say what is to do, how large and how long, write nothing, and stop")
-    add("--json", action="store_true", help="with --plan: as one JSON object")
+    add("--plan", action="store_true", help="report work, disk space and time, write nothing, and stop")
+    add("--json", action="store_true", help="with --plan: print one JSON object, with all images that cannot be used")
     add(
         "--llm",
-        help="with --plan: say when the cache pays beside training this LLM: 135M, 0.5B, 1.1B, 7B, 13B, or a model",
+        help="with --plan: compute when the cache breaks even for training this LLM: 135M, 0.5B, 1.1B, 7B, 13B, or a "
+        "model",
     )
     add("--runs", type=_positive, help="with --llm: training runs of one epoch that will use the cache (default: 3)")
     return parser
 
 
-def storage_dtype(compute: str, storage: str) -> str:
+def make_config(args: argparse.Namespace) -> ExtractConfig:
+    """Make the settings from parsed arguments.
+
+    Raises:
+        UserError: The storage dtype cannot hold the compute dtype's values.
+    """
+    return ExtractConfig(
+        data_path=args.data_path,
+        image_folder=args.image_folder,
+        vision_tower=args.vision_tower,
+        feature_cache=Path(args.feature_cache),
+        select_layer=args.mm_vision_select_layer,
+        select_feature=args.mm_vision_select_feature,
+        image_aspect_ratio=args.image_aspect_ratio,
+        compute_dtype=COMPUTE_DTYPES[args.compute_dtype],
+        storage_dtype=choose_storage_dtype(args.compute_dtype, args.storage_dtype),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        skip_bad=args.on_bad_image == "skip",
+        images_per_shard=args.images_per_shard,
+        device=args.device,
+        plan=args.plan,
+        json=args.json,
+        llm=args.llm,
+        runs=args.runs or 3,
+    )
+
+
+def choose_storage_dtype(compute: str, storage: str) -> str:
     """Choose the storage dtype.
 
     Args:
@@ -114,7 +137,7 @@ def storage_dtype(compute: str, storage: str) -> str:
         Its long name.
 
     Raises:
-        UserError: It would round what the tower computed, without int8's and int4's scales.
+        UserError: It would round the tower's values, without the scales of int8 and int4.
     """
     if storage in ("auto", compute) or storage in QUANTISED or storage == "fp32":
         return STORAGE_DTYPES[compute if storage == "auto" else storage]
@@ -124,14 +147,29 @@ def storage_dtype(compute: str, storage: str) -> str:
     )
 
 
-def _run(args: argparse.Namespace, ranks: Ranks) -> int:
-    args.compute = COMPUTE_DTYPES[args.compute_dtype]
-    args.storage = storage_dtype(args.compute_dtype, args.storage_dtype)
-    records = load_records(args.data_path, image_folder=args.image_folder)
-    # torch is imported only now, so that --help and bad records answer at once.
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.json and not args.plan:
+        parser.error("--json needs --plan")
+    if args.llm and not args.plan:
+        parser.error("--llm needs --plan")
+    if args.runs and not args.llm:
+        parser.error("--runs needs --llm")
+    return args
+
+
+def _run(args: argparse.Namespace) -> int:
+    ranks = ranks_from_environment()
+    level = logging.INFO if ranks.is_main else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    config = make_config(args)
+    require_supported("torch", "transformers")
+    records = load_records(config.data_path, image_folder=config.image_folder)
+    # torch is imported only now, so that --help and bad records are answered at once.
     from llava_twophase.extract.run import run
 
-    return run(args, records, ranks)
+    return run(config, records, ranks)
 
 
 def _not_negative(text: str) -> int:

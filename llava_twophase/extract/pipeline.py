@@ -88,7 +88,7 @@ def extract(
         for shard, keys, batch in _decoded_batches(work, images, tower, options, timings):
             if batch.bad and not options.skip_bad:
                 raise _unusable(batch)
-            queue.leave_out(shard, batch.bad)
+            queue.quarantine(shard, batch.bad)
             rows = run_tower(batch.crops) if batch.keys else None
             queue.append(shard, batch.keys, batch.sources, rows)
             if keys[-1] == shard.keys[-1]:

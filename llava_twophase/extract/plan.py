@@ -1,28 +1,24 @@
-"""Which images are missing and into which shards they go, before any work; knows nothing of pixels or towers.
+"""Plans an extraction: which images are not cached yet, and which shards they go into.
 
-A plan's shards depend on the records and on what earlier, finished extractions left, never on ranks or on what a cut
-run sealed or left out: so a run that goes on writes the shards that an uninterrupted one would have written.
+A plan's shards depend on the records and on earlier, finished extractions. They do not depend on the number of ranks,
+or on what an interrupted run sealed or quarantined, so a resumed run writes the shards of an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from llava_twophase.cache.format import SHARDS, shard_name
+from llava_twophase.cache.format import shard_name
 from llava_twophase.cache.manifest import Manifest, ShardEntry
 from llava_twophase.cache.quarantine import Quarantined, read_parts, read_quarantine
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.shard_files import check_shard, read_header
-
-logger = logging.getLogger(__name__)
+from llava_twophase.cache.session import next_shard_number, sealed_shards, shard_number
 
 StillBad = Callable[[Sequence[Quarantined]], set[str]]
-"""Tells which quarantined images have not changed since."""
+"""Returns which quarantined images have not changed since they were tried."""
 
 
 @dataclass(frozen=True)
@@ -35,138 +31,120 @@ class ShardWork:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an extraction has to do.
+    """The work of an extraction.
 
     Attributes:
-        first_shard: Number of the plan's first shard; the ones before are finished.
-        digest: Identifies the plan: its images in order and its shard size.
-        goes_on: Whether a cut run had begun with this very plan.
-        work: Shards still to write.
-        cached: Images of the records that are in sealed shards.
-        left_out: Images of the records that are quarantined and have not changed since.
-        sealed: The shards that are there.
+        first_shard: Number of the plan's first shard; earlier shards are finished.
+        digest: Identifies the plan by its images in order and its shard size.
+        resumes: Whether the last extraction had this plan.
+        work: Shards to write.
+        cached: Number of images of the records that are in sealed shards.
+        quarantined: Images of the records that are quarantined and have not changed since.
+        sealed: The shards that exist.
     """
 
     first_shard: int
     digest: str
-    goes_on: bool = False
+    resumes: bool = False
     work: list[ShardWork] = field(default_factory=list)
     cached: int = 0
-    left_out: list[Quarantined] = field(default_factory=list)
+    quarantined: list[Quarantined] = field(default_factory=list)
     sealed: list[ShardEntry] = field(default_factory=list)
 
     @property
     def keys(self) -> list[str]:
-        """Images still to encode."""
+        """Images to encode."""
         return [key for shard in self.work for key in shard.keys]
 
 
 def make_plan(
     cache: Path, manifest: Manifest | None, keys: Sequence[str], images_per_shard: int, still_bad: StillBad
 ) -> Plan:
-    """Plan what is missing; nothing is written.
+    """Plan an extraction; nothing is written.
 
     Args:
         cache: The cache's directory.
-        manifest: Its manifest, or None where there is no cache yet.
+        manifest: Its manifest, or None for a new cache.
         keys: Image keys of the records, each once.
         images_per_shard: Rows of a full shard.
-        still_bad: Tells which quarantined images need no new attempt.
+        still_bad: Returns which quarantined images need no new attempt.
 
     Returns:
-        The plan; without work where all is cached.
+        The plan; without work if all images are cached.
     """
     if manifest is None:
-        digest, work = _shards(keys, 0, images_per_shard)
-        return Plan(0, digest, work=work)
-    sealed, parts, quarantine = sealed_shards(cache, manifest), read_parts(cache), read_quarantine(cache)
-    # Also the plan of a complete cache, so that a shard that was lost comes back under its own number.
-    if manifest.plan:
-        first = int(manifest.plan["first_shard"])
-        cached = _cached(cache, manifest, keys, [entry for entry in sealed if shard_number(entry.file) < first])
-        bad = _known_bad(quarantine.values(), cached, still_bad)
-        digest, work = _shards(_without(keys, cached, bad), first, images_per_shard)
-        if digest == manifest.plan["digest"]:
-            done = {shard_number(entry.file) for entry in sealed}
-            left = [shard for shard in work if shard.number not in done and not _all_bad(shard, parts)]
-            for part in parts.values():
-                bad.update(part)
-            cached = _cached(cache, manifest, keys, sealed)
-            return Plan(first, digest, True, left, len(cached), _of(keys, bad), sealed)
-    # Another set of records (or shard size) than the cut run had: what it sealed stays, the rest goes into new shards.
-    cached = _cached(cache, manifest, keys, sealed)
-    for part in parts.values():
-        quarantine.update(part)
-    bad = _known_bad(quarantine.values(), cached, still_bad)
-    first = 1 + max((shard_number(entry.file) for entry in sealed), default=-1)
-    digest, work = _shards(_without(keys, cached, bad), first, images_per_shard)
-    return Plan(first, digest, False, work, len(cached), _of(keys, bad), sealed)
+        return _divide(keys, 0, images_per_shard)
+    contents = _Contents(cache, manifest, still_bad)
+    return contents.resumed_plan(keys, images_per_shard) or contents.new_plan(keys, images_per_shard)
 
 
-def sealed_shards(cache: Path, manifest: Manifest, known: Iterable[ShardEntry] = ()) -> list[ShardEntry]:
-    """List the sealed shards by number: those of the manifest that are there, and those sealed since it was written.
+class _Contents:
+    # What a cache holds, compared with the records.
 
-    Args:
-        cache: The cache's directory.
-        manifest: Its manifest.
-        known: Entries that have been checked already.
+    def __init__(self, cache: Path, manifest: Manifest, still_bad: StillBad) -> None:
+        self._cache, self._manifest, self._still_bad = cache, manifest, still_bad
+        self._sealed = sealed_shards(cache, manifest)
+        self._parts = read_parts(cache)
+        self._quarantine = read_quarantine(cache)
 
-    Raises:
-        UserError: A shard is damaged, or belongs to another cache.
-    """
-    checked = {entry.file: entry for entry in known}
-    listed = {**{entry.file: entry for entry in manifest.shards}, **checked}
-    for path in sorted((cache / SHARDS).glob("shard-*.h5")):
-        if path.name not in listed and re.fullmatch(r"shard-\d{6,}\.h5", path.name):
-            header = read_header(path)
-            listed[path.name] = ShardEntry(path.name, header.rows, header.file_bytes, header.xxh3_128)
-    for entry in list(listed.values()):
-        if not (cache / SHARDS / entry.file).exists():
-            logger.warning("%s is gone from %s: its images will be extracted again", entry.file, cache / SHARDS)
-            del listed[entry.file]
-        elif entry.file not in checked:
-            check_shard(cache, entry, manifest.fingerprint)
-    return sorted(listed.values(), key=lambda entry: shard_number(entry.file))
+    def resumed_plan(self, keys: Sequence[str], images_per_shard: int) -> Plan | None:
+        # The last extraction's plan, if it is the same again. A complete cache has one too, so that a lost shard is
+        # extracted again under its own number.
+        if "digest" not in self._manifest.plan:
+            return None
+        first = int(self._manifest.plan["first_shard"])
+        cached = self._cached(keys, [entry for entry in self._sealed if shard_number(entry.file) < first])
+        bad = self._unchanged(self._quarantine.values(), cached)
+        plan = _divide(_without(keys, cached, bad), first, images_per_shard)
+        if plan.digest != self._manifest.plan["digest"]:
+            return None
+        sealed = {shard_number(entry.file) for entry in self._sealed}
+        work = [shard for shard in plan.work if shard.number not in sealed and not self._has_no_rows(shard)]
+        for part in self._parts.values():
+            bad.update(part)
+        cached = self._cached(keys, self._sealed)
+        return replace(
+            plan,
+            resumes=True,
+            work=work,
+            cached=len(cached),
+            quarantined=[bad[key] for key in keys if key in bad],
+            sealed=self._sealed,
+        )
+
+    def new_plan(self, keys: Sequence[str], images_per_shard: int) -> Plan:
+        # Sealed shards are kept; the other images go into new shards.
+        cached = self._cached(keys, self._sealed)
+        quarantine = dict(self._quarantine)
+        for part in self._parts.values():
+            quarantine.update(part)
+        bad = self._unchanged(quarantine.values(), cached)
+        plan = _divide(_without(keys, cached, bad), next_shard_number(self._sealed), images_per_shard)
+        quarantined = [bad[key] for key in keys if key in bad]
+        return replace(plan, cached=len(cached), quarantined=quarantined, sealed=self._sealed)
+
+    def _cached(self, keys: Sequence[str], entries: list[ShardEntry]) -> set[str]:
+        if not entries:
+            return set()
+        known = FeatureCache(self._cache, manifest=replace(self._manifest, complete=True, shards=entries))
+        return {key for key, row in zip(keys, known.find(keys).tolist(), strict=True) if row >= 0}
+
+    def _unchanged(self, entries: Iterable[Quarantined], cached: Collection[str]) -> dict[str, Quarantined]:
+        asked = [entry for entry in entries if entry.key not in cached]
+        same = self._still_bad(asked) if asked else set()
+        return {entry.key: entry for entry in asked if entry.key in same}
+
+    def _has_no_rows(self, shard: ShardWork) -> bool:
+        # All its images are quarantined: such a shard has no file, only its part of the quarantine.
+        return self._parts.get(shard_name(shard.number), {}).keys() >= set(shard.keys)
 
 
-def shard_number(file: str) -> int:
-    """Return the number in a shard's file name."""
-    return int(file.removeprefix("shard-").removesuffix(".h5"))
-
-
-def shard_path(cache: Path, number: int) -> Path:
-    """Return where a shard is sealed."""
-    return cache / SHARDS / shard_name(number)
-
-
-def _shards(keys: Sequence[str], first: int, images_per_shard: int) -> tuple[str, list[ShardWork]]:
+def _divide(keys: Sequence[str], first: int, images_per_shard: int) -> Plan:
     starts = range(0, len(keys), images_per_shard)
     work = [ShardWork(first + i, keys[start : start + images_per_shard]) for i, start in enumerate(starts)]
     digest = hashlib.sha256("\0".join([str(images_per_shard), *keys]).encode("utf-8")).hexdigest()
-    return digest, work
-
-
-def _cached(cache: Path, manifest: Manifest, keys: Sequence[str], entries: list[ShardEntry]) -> set[str]:
-    if not entries:
-        return set()
-    known = FeatureCache(cache, manifest=Manifest(**{**vars(manifest), "complete": True, "shards": entries}))
-    return {key for key, row in zip(keys, known.find(keys).tolist(), strict=True) if row >= 0}
-
-
-def _known_bad(entries: Iterable[Quarantined], cached: Collection[str], still_bad: StillBad) -> dict[str, Quarantined]:
-    asked = [entry for entry in entries if entry.key not in cached]
-    same = still_bad(asked) if asked else set()
-    return {entry.key: entry for entry in asked if entry.key in same}
+    return Plan(first, digest, work=work)
 
 
 def _without(keys: Sequence[str], *others: Collection[str]) -> list[str]:
     return [key for key in keys if not any(key in other for other in others)]
-
-
-def _of(keys: Sequence[str], entries: dict[str, Quarantined]) -> list[Quarantined]:
-    return [entries[key] for key in keys if key in entries]
-
-
-def _all_bad(shard: ShardWork, parts: dict[str, dict[str, Quarantined]]) -> bool:
-    # Such a shard has no file, only the list of what it leaves out.
-    return parts.get(shard_name(shard.number), {}).keys() >= set(shard.keys)

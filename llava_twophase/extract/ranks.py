@@ -1,6 +1,6 @@
-"""The ranks of one extraction: how far each is, and one reason for all to stop; knows nothing of images.
+"""What the ranks of one extraction tell each other: their progress, and the reason why all must stop.
 
-Ranks share no work, so all that they exchange is a few short texts in a ``TCPStore``, torch's rendezvous over TCP.
+Ranks share no work, so they only exchange short texts, through a ``TCPStore``, torch's key-value store over TCP.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import threading
 import time
 from collections import Counter
@@ -16,37 +15,37 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from llava_twophase.distributed import Ranks
+from llava_twophase.distributed import Ranks, rendezvous_address
 from llava_twophase.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 60.0
-"""A rank that has not been heard of for so long is dead."""
+"""A rank that has sent nothing for so long is taken for dead."""
 JOIN_SECONDS = 300.0
 """How long all ranks may take to start."""
 
 
-class Peers:
-    """What the ranks of a run know of each other; with one rank, nothing happens.
+class RankMessages:
+    """Messages between the ranks of a run; with one rank, it does nothing.
 
-    As a context: an error inside ends the other ranks too, and a rank that dies ends all, whoever killed it.
+    As a context: an exception in the block stops the other ranks too, and so does a rank that dies.
 
     Args:
-        ranks: This process among them.
+        ranks: This process among the run's.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._store: Any = None
-        self._state: Counter[str] = Counter()
-        self._states: dict[int, Counter[str]] = {}
+        self._progress: Counter[str] = Counter()
+        self._progress_of: dict[int, Counter[str]] = {}
         self._reason: str | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="peers", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="rank-messages", daemon=True)
 
-    def __enter__(self) -> Peers:
+    def __enter__(self) -> RankMessages:
         if self.ranks.world_size > 1:
             self._store = _connect(self.ranks)
             self._thread.start()
@@ -63,76 +62,76 @@ class Peers:
                 self._store.set("stop", f"rank {self.ranks.rank} stopped: {text}")
             self._store.set(f"left/{self.ranks.rank}", "")
             if self.ranks.is_main:
-                # The store may live in this process: the others must have read it before it goes.
+                # The store may be in this process: it must not end before the others have read the last messages.
                 left = [f"left/{rank}" for rank in range(self.ranks.world_size)]
                 _wait_until(lambda: self._store.check(left), 5 * BEAT_SECONDS if error else SILENT_SECONDS)
         except RuntimeError as lost:
             logger.debug("the store is gone: %s", lost)
 
-    def publish(self, state: Counter[str]) -> None:
-        """Say how far this rank is: names and counts."""
-        self._state = state
+    def report_progress(self, progress: Counter[str]) -> None:
+        """Tell the other ranks this rank's progress: names and counts."""
+        self._progress = progress
 
-    def total(self) -> Counter[str]:
-        """Return the sum of all ranks' counts, as far as they are known here; rank 0 knows all."""
-        others = (state for rank, state in self._states.items() if rank != self.ranks.rank)
-        return sum(others, self._state.copy())
+    def total_progress(self) -> Counter[str]:
+        """Return the sum of all ranks' progress, as far as this rank knows it; rank 0 knows all."""
+        others = (progress for rank, progress in self._progress_of.items() if rank != self.ranks.rank)
+        return sum(others, self._progress.copy())
 
-    def check(self) -> None:
-        """Raise where another rank failed or is gone.
+    def raise_if_stopped(self) -> None:
+        """Raise if another rank failed or died.
 
         Raises:
             UserError: With the reason.
         """
         if self._reason is not None:
-            raise UserError(f"{self._reason}; sealed shards stay, run the same command again to go on")
+            raise UserError(f"{self._reason}; sealed shards are kept, run the same command again to resume")
 
-    def tell(self, name: str, value: Any) -> None:
-        """Say something to all ranks, once."""
+    def send(self, name: str, value: Any) -> None:
+        """Send a JSON value to all ranks, once for each name."""
         if self._store is not None:
             self._store.set(name, json.dumps(value))
 
-    def hear(self, name: str, meanwhile: Callable[[], None] = lambda: None) -> Any:
-        """Wait for what a rank tells.
+    def receive(self, name: str, meanwhile: Callable[[], None] = lambda: None) -> Any:
+        """Wait for a value that a rank sends.
 
         Args:
-            name: What it tells.
-            meanwhile: Called now and then.
+            name: Its name.
+            meanwhile: Called several times a second while waiting.
 
         Raises:
-            UserError: A rank failed meanwhile.
+            UserError: A rank failed or died meanwhile.
         """
         self.wait(lambda: self._store.check([name]), meanwhile)
         return json.loads(self._store.get(name))
 
     def wait(self, condition: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait for something that the other ranks bring about.
+        """Wait until a condition is true that other ranks bring about.
 
         Raises:
-            UserError: A rank failed meanwhile.
+            UserError: A rank failed or died meanwhile.
         """
         while not self._ask(condition):
-            self.check()
+            self.raise_if_stopped()
             meanwhile()
             time.sleep(BEAT_SECONDS / 5)
 
     def _ask(self, condition: Callable[[], bool]) -> bool:
         try:
             return condition()
-        except RuntimeError as error:  # torch's DistError, where the store went with its rank
+        except RuntimeError as error:  # torch's DistError: the store ended with its rank
             self._reason = self._reason or f"rank 0 is gone ({error})".partition("\n")[0]
-            self.check()
+            self.raise_if_stopped()
             raise
 
     def _beat(self) -> None:
         heard: dict[int, tuple[bytes, float]] = {}
         number, started = 0, time.monotonic()
-        # Rank 0 watches all, the others rank 0: so the traffic grows with the ranks, not with their square.
+        # Rank 0 watches all others, and they watch rank 0: traffic grows with the number of ranks, not its square.
         watched = range(1, self.ranks.world_size) if self.ranks.is_main else [0]
         while not self._stop.wait(BEAT_SECONDS):
             number += 1
             try:
-                self._store.set(f"beat/{self.ranks.rank}", json.dumps([number, self._state]))
+                self._store.set(f"beat/{self.ranks.rank}", json.dumps([number, self._progress]))
                 if self._store.check(["stop"]):
                     self._reason = self._store.get("stop").decode()
                     return
@@ -149,44 +148,34 @@ class Peers:
         last, since = heard.get(rank, (b"", started))
         if beat != last:
             heard[rank] = (beat, now)
-            self._states[rank] = Counter(json.loads(beat)[1])
+            self._progress_of[rank] = Counter(json.loads(beat)[1])
         elif self._store.check([f"left/{rank}"]):
             return
         elif now - since > (SILENT_SECONDS if beat else JOIN_SECONDS):
-            self._reason = f"rank {rank} is gone: not heard of for {now - since:.0f} s"
+            self._reason = f"rank {rank} is gone: it sent nothing for {now - since:.0f} s"
             self._store.set("stop", self._reason)
 
 
 def _connect(ranks: Ranks) -> Any:
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, not in __all__
 
-    host, port = _address()
-    # Under torchrun the launcher itself keeps the store, on the port that it names.
+    host, port = rendezvous_address()
+    # torchrun may run the store itself, at the address that it gives.
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = TCPStore(
-            host, port, is_master=ranks.is_main and not kept, timeout=timedelta(seconds=JOIN_SECONDS),
+            host,
+            port,
+            is_master=ranks.is_main and not kept,
+            timeout=timedelta(seconds=JOIN_SECONDS),
             wait_for_workers=False,
-        )  # fmt: skip
+        )
     except RuntimeError as error:
-        raise UserError(f"rank {ranks.rank} cannot reach rank 0 at {host}:{port}: {error}; set MASTER_ADDR and "
-                        "MASTER_PORT to a host and a free port that all nodes reach") from None  # fmt: skip
+        raise UserError(
+            f"rank {ranks.rank} cannot reach rank 0 at {host}:{port}: {error}; set MASTER_ADDR and MASTER_PORT to a "
+            "host and a free port that all nodes reach"
+        ) from None
     return PrefixStore(f"llava_twophase/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _address() -> tuple[str, int]:
-    # torchrun and DeepSpeed name the address; under plain srun it is the step's first node and a port from the job.
-    env = os.environ
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST") or "127.0.0.1"
-    job = int(env.get("SLURM_JOB_ID", "0")) + int(env.get("SLURM_STEP_ID", "0"))
-    return env.get("MASTER_ADDR") or first_node(nodes), int(env.get("MASTER_PORT") or 20000 + job % 20000)
-
-
-def first_node(nodes: str) -> str:
-    """Return the first name of a SLURM node list: ``gpu003`` of ``gpu[003-007,12],login1``."""
-    match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    assert match is not None
-    return "".join(part or "" for part in match.groups())
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float) -> None:

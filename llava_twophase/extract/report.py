@@ -14,7 +14,7 @@ from llava_twophase.extract.break_even import BreakEven
 from llava_twophase.extract.plan import Plan
 from llava_twophase.files import free_bytes
 
-_EXAMPLES = 20
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PlanReport:
         fits: Whether the features fit on the disk.
         images_per_second: Measured rate of one rank; None without work.
         seconds: Estimated time; None without work.
-        examples: Some of the missing and unusable images.
+        problems: All quarantined, missing and unusable images, with the reason.
         break_even: With ``--llm``: training runs with the cache and without.
     """
 
@@ -54,7 +54,7 @@ class PlanReport:
     fits: bool
     images_per_second: float | None = None
     seconds: float | None = None
-    examples: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     break_even: BreakEven | None = None
 
     def text(self) -> str:
@@ -73,7 +73,10 @@ class PlanReport:
             lines.append(f"time        {estimate}, at {self.images_per_second:.2f} images/s")
         if self.break_even is not None:
             lines.append(self.break_even.text())
-        return "\n".join([*lines, *(f"  {example}" for example in self.examples)])
+        lines += [f"  {problem}" for problem in self.problems[:_SHOWN]]
+        if len(self.problems) > _SHOWN:
+            lines.append(f"  ... and {len(self.problems) - _SHOWN} more; --plan --json lists all of them")
+        return "\n".join(lines)
 
     def json(self) -> str:
         """Return the report as one JSON object."""
@@ -110,7 +113,7 @@ def report_plan(
         images=len(counts),
         repeated=sum(count > 1 for count in counts.values()),
         cached=plan.cached,
-        quarantined=len(plan.left_out),
+        quarantined=len(plan.quarantined),
         missing=missing,
         unusable=len(bad) - missing,
         to_encode=images,
@@ -121,5 +124,5 @@ def report_plan(
         images_per_second=rate,
         seconds=images / rate if rate and images else None,
         break_even=break_even,
-        examples=[f"{entry.key}: {entry.reason}" for entry in bad[:_EXAMPLES]],
+        problems=[f"{entry.key}: {entry.reason}" for entry in [*plan.quarantined, *bad]],
     )

@@ -1,8 +1,7 @@
-"""What an extraction is made of: the tower, its fingerprint, and what shards record; knows nothing of plans."""
+"""Loads the tower of an extraction, and describes what its features are made from: fingerprint and provenance."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shlex
@@ -10,7 +9,6 @@ import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,75 +20,102 @@ from llava_twophase.cache.fingerprint import differences, normalize
 from llava_twophase.cache.format import layout
 from llava_twophase.cache.manifest import Manifest
 from llava_twophase.cache.shard_writer import ShardSpec
-from llava_twophase.distributed import Ranks
 from llava_twophase.errors import UserError, combined_error
+from llava_twophase.extract.config import ExtractConfig
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
 
 
-def load_tower(args: argparse.Namespace, ranks: Ranks) -> VisionTower:
-    """Load the tower that the flags name, on this rank's device."""
-    device = args.device
+def load_tower(config: ExtractConfig, local_rank: int) -> VisionTower:
+    """Load the tower on this rank's device.
+
+    Args:
+        config: The extraction's settings.
+        local_rank: This rank's number on its node, which chooses the GPU under ``--device auto``.
+
+    Raises:
+        UserError: The tower cannot be loaded, or the device cannot be used.
+    """
+    device = config.device
     if device == "auto":
-        device = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise UserError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from None
     return VisionTower(
-        args.vision_tower,
-        Preprocessor(args.vision_tower, args.image_aspect_ratio),
-        args.mm_vision_select_layer,
-        args.mm_vision_select_feature,
-        getattr(torch, args.compute),
+        config.vision_tower,
+        Preprocessor(config.vision_tower, config.image_aspect_ratio),
+        config.select_layer,
+        config.select_feature,
+        getattr(torch, config.compute_dtype),
         device,
     )
 
 
-def fingerprint_of(tower: VisionTower, args: argparse.Namespace) -> dict[str, Any]:
-    """Return everything that changes a stored value, but the channels of int8 and int4."""
-    layout(args.storage, 1, tower.feature_shape, 1)  # refuses a width that int4 cannot keep
-    return normalize({**tower.fingerprint(), "storage_dtype": args.storage})
+def fingerprint_of(tower: VisionTower, storage_dtype: str) -> dict[str, Any]:
+    """Return everything that changes a stored value, except the channels of int8 and int4."""
+    layout(storage_dtype, 1, tower.feature_shape, 1)  # refuses a width that int4 cannot store
+    return normalize({**tower.fingerprint(), "storage_dtype": storage_dtype})
 
 
-def require_same(cache: Path, manifest: Manifest, fingerprint: dict[str, Any]) -> None:
-    """Hold a cache against this run's settings.
+def require_same(config: ExtractConfig, manifest: Manifest, tower: VisionTower) -> None:
+    """Compare a cache with this run's settings. The tower's weights are compared, not the name that it was given by.
 
     Raises:
         UserError: They differ; field by field.
     """
-    different = differences(manifest.fingerprint, fingerprint)
+    different = differences(manifest.fingerprint, fingerprint_of(tower, config.storage_dtype))
     if different:
-        raise combined_error(different, f"{cache} was made otherwise; use its settings or another --feature_cache")
+        raise combined_error(
+            different,
+            f"{config.feature_cache} was made with different settings; use its settings or another --feature_cache",
+        )
 
 
 def shard_spec(tower: VisionTower, manifest: Manifest) -> ShardSpec:
-    """Return what all shards of a cache share."""
-    channels = Channels.from_json(manifest.channels) if manifest.channels else None
-    storage = manifest.fingerprint["storage_dtype"]
-    # The manifest's provenance, not this run's: shards of one cache are equal byte for byte whoever writes them.
-    return ShardSpec(tower.feature_shape, storage, manifest.fingerprint, manifest.provenance["software"], channels)
+    """Return what all shards of a plan share.
+
+    The software is the manifest's, not this run's, so that a plan's shards are equal byte for byte whichever rank or
+    resumed run writes them.
+    """
+    return ShardSpec(
+        tower.feature_shape,
+        manifest.fingerprint["storage_dtype"],
+        fingerprint=manifest.fingerprint,
+        provenance=manifest.software,
+        channels=Channels.from_json(manifest.channels) if manifest.channels else None,
+    )
 
 
-def provenance(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what a new cache records of its making."""
-    libraries = ("torch", "transformers", "pillow", "numpy", "h5py")
+def provenance(config: ExtractConfig) -> dict[str, Any]:
+    """Return what a new cache records about its making."""
     seconds = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
     return {
         "created": datetime.fromtimestamp(seconds, UTC).isoformat(),
         "command": shlex.join(["llava-extract-features", *sys.argv[1:]]),
-        "vision_tower": args.vision_tower,
-        "software": {
-            "llava-twophase": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in libraries},
-            "vision_tower": args.vision_tower,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        },
+        "vision_tower": config.vision_tower,
+        "software": software(config.vision_tower),
+    }
+
+
+def software(vision_tower: str) -> dict[str, Any]:
+    """Return the versions, the tower's name and the device that shards record.
+
+    Args:
+        vision_tower: The name of the tower.
+    """
+    libraries = ("torch", "transformers", "pillow", "numpy", "h5py")
+    return {
+        "llava-twophase": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in libraries},
+        "vision_tower": vision_tower,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }
 
 
 def plain_codec(tower: VisionTower, storage: str) -> Codec:
-    """Return a codec for sizes and times alone: with channels that change nothing."""
+    """Return a codec for measuring sizes and times; its channels change no value."""
     width = tower.feature_shape[1]
     return Codec(storage, tower.feature_shape, Channels(np.zeros(width, "<f4"), np.ones(width, "<f4")))

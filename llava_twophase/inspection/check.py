@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,8 @@ from llava_twophase.cache.check.verify import Problem, verify
 from llava_twophase.cache.format import MANIFEST, SHARDS
 from llava_twophase.cache.manifest import read_manifest
 from llava_twophase.cache.quarantine import read_quarantine
+from llava_twophase.cache.session import CacheSession
 from llava_twophase.errors import UserError
-from llava_twophase.extract.target import locked
 from llava_twophase.inspection import output
 from llava_twophase.inspection.rows import CheckedRows
 from llava_twophase.records import image_keys, load_records
@@ -65,15 +64,16 @@ def run_repair(path: str, records: str | None, dry_run: bool, as_json: bool) -> 
     keys = image_keys(load_records(records)) if records else None
     if not Path(path).is_dir():
         raise UserError(f"{path} is not a folder; expected a feature cache, with {MANIFEST} and {SHARDS}/")
-    with ExitStack() as stack:
-        if not dry_run and (Path(path) / SHARDS).is_dir():
-            stack.enter_context(locked(Path(path)))
+    if dry_run or not (Path(path) / SHARDS).is_dir():
         repair = plan_repair(path, keys)
-        if repair.changed and not dry_run:
-            try:
-                apply_repair(path, repair)
-            except OSError as error:
-                raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    else:
+        with CacheSession(Path(path), read=False) as session:
+            repair = plan_repair(path, keys)
+            if repair.changed:
+                try:
+                    apply_repair(session, repair)
+                except OSError as error:
+                    raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     manifest = repair.manifest
     values: dict[str, Any] = {"path": path, "changed": repair.changed, "complete": manifest.complete}
     values |= {"images": manifest.rows, "shards": len(manifest.shards), "extract_again": repair.lost}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from llava_twophase.distributed import ranks_from_environment
 from llava_twophase.errors import run_command
+from llava_twophase.versions import require_supported
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,16 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 a problem was found, 2 wrong usage, 130 interrupted.
     """
-    level = logging.INFO if ranks_from_environment().is_main else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     return run_command(lambda: _parse_and_run(argv))
 
 
 def _parse_and_run(argv: Sequence[str] | None) -> int:
-    from llava_twophase.train.versions import require_supported
-
+    level = logging.INFO if ranks_from_environment().is_main else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     # First, since importing the modules below may fail with other releases.
-    require_supported()
+    require_supported("transformers", "deepspeed", "torch")
     from llava_twophase.train.command_line import UsageError, parse_command
 
     parsed = parse_command(argv)

@@ -18,7 +18,8 @@ from pathlib import Path
 from unittest import mock
 
 from llava_twophase.cache.format import SHARDS, shard_name
-from llava_twophase.cache.manifest import Manifest, write_manifest
+from llava_twophase.cache.manifest import Manifest
+from llava_twophase.cache.session import CacheSession
 from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter
 
 PER_SHARD = 1024
@@ -46,7 +47,8 @@ def make_cache(folder, images):
         writer = ShardWriter(folder / SHARDS / shard_name(number), keys, spec)
         writer._written = len(keys)
         entries.append(writer.seal())
-    write_manifest(folder, Manifest(fingerprint, {}, PER_SHARD, True, shards=entries))
+    with CacheSession(folder) as session:
+        session.replace(Manifest(fingerprint, {}, PER_SHARD, True, shards=entries))
 
 
 def main():

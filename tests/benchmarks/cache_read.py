@@ -30,10 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from llava_twophase.cache.format import SHARDS, shard_name
-from llava_twophase.cache.manifest import Manifest, write_manifest
-from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter, sha256
+from llava_twophase import CacheWriter, FeatureCache
+from llava_twophase.cache.format import SHARDS
 from llava_twophase.train.data.prefetch import PrefetchDataset
 
 SHAPE = (576, 1024)
@@ -53,19 +51,11 @@ def peer(name, module, sequential=False):
 
 def make_cache(folder, images, per_shard=512):
     """Our cache of random bits: normal bfloat16 numbers would read no faster or slower."""
-    (folder / SHARDS).mkdir(parents=True)
     rng = np.random.default_rng(0)
-    fingerprint, entries = {"made": "cache_read.py"}, []
-    for number, first in enumerate(range(0, images, per_shard)):
-        keys = [f"{row:06d}.jpg" for row in range(first, min(first + per_shard, images))]
-        writer = ShardWriter(
-            folder / SHARDS / shard_name(number), keys, ShardSpec(SHAPE, "bfloat16", fingerprint, {"made": "here"})
-        )
-        for key in keys:
-            rows = rng.integers(0, 0x7F00, (1, *SHAPE), np.uint16)
-            writer.append(rows, [(len(key), sha256(key.encode()))])
-        entries.append(writer.seal())
-    write_manifest(folder, Manifest(fingerprint, {}, per_shard, True, shards=entries))
+    with CacheWriter(folder, SHAPE, "bfloat16", {"made": "cache_read.py"}, images_per_shard=per_shard) as cache:
+        for row in range(images):
+            bits = rng.integers(0, 0x7F00, SHAPE, np.uint16)
+            cache.add(f"{row:06d}.jpg", (bits.astype(np.uint32) << 16).view(np.float32))
     return FeatureCache(folder)
 
 

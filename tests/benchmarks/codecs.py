@@ -23,11 +23,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llava_twophase import CacheWriter, FeatureCache
 from llava_twophase.cache.codec import Channels
-from llava_twophase.cache.format import QUANTISED, SHARDS, shard_name
-from llava_twophase.cache.manifest import Manifest, write_manifest
-from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter
+from llava_twophase.cache.format import QUANTISED
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -43,27 +41,18 @@ def encode_again(exact, storage, folder):
     cache = Path(folder)
     if (cache / "manifest.json").exists():
         return FeatureCache(cache)
-    (cache / SHARDS).mkdir(parents=True, exist_ok=True)
     keys, fingerprint, channels = list(exact.keys()), {**exact.fingerprint, "storage_dtype": storage}, None
     if storage in QUANTISED:
         picked = np.random.default_rng(0).choice(len(keys), min(SAMPLE, len(keys)), replace=False)
         channels = Channels.measure([exact.read_tensor([keys[row] for row in sorted(picked.tolist())])])
         fingerprint["channels"] = {"sha256": channels.sha256(), "images": len(picked), "seed": 0}
-    spec = ShardSpec(exact.feature_shape, storage, fingerprint, {"made": "codecs.py"}, channels)
     sizes, digests = exact.column("source_size").tolist(), exact.column("source_sha256")
-    entries, first = [], 0
-    for number, header in enumerate(exact.headers):
-        mine = keys[first : first + header.rows]
-        writer = ShardWriter(cache / SHARDS / shard_name(number), mine, spec)
-        for start in range(0, len(mine), BATCH):
-            part = slice(first + start, first + min(start + BATCH, len(mine)))
-            rows = spec.codec.to_rows(exact.read_tensor(keys[part])).numpy()
-            writer.append(rows, list(zip(sizes[part], map(bytes, digests[part]), strict=True)))
-        entries.append(writer.seal())
-        first += header.rows
-    made = Manifest(fingerprint, exact.manifest.provenance, exact.manifest.images_per_shard, True, shards=entries)
-    made.channels = channels.to_json() if channels else {}
-    write_manifest(cache, made)
+    per_shard = exact.manifest.images_per_shard
+    with CacheWriter(cache, exact.feature_shape, storage, fingerprint, channels, per_shard) as writer:
+        for start in range(0, len(keys), BATCH):
+            features = exact.read_tensor(keys[start : start + BATCH])
+            for row, (key, tensor) in enumerate(zip(keys[start : start + BATCH], features, strict=True), start):
+                writer.add(key, tensor, source=(sizes[row], bytes(digests[row])))
     return FeatureCache(cache)
 
 

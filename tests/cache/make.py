@@ -9,7 +9,8 @@ import xxhash
 from llava_twophase.cache.codec import Channels
 from llava_twophase.cache.format import QUANTISED, SHARDS, STORAGE_DTYPES, USER_BLOCK, shard_name
 from llava_twophase.cache.header import decode_header
-from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest, write_manifest
+from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest
+from llava_twophase.cache.session import CacheSession
 from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter, sha256
 
 FINGERPRINT = {
@@ -104,7 +105,13 @@ def write(cache, entries, dtype="bfloat16", complete=True, fingerprint=None, sha
     channels = channels_of(shape[1]).to_json() if dtype in QUANTISED else {}
     fingerprint = fingerprint or fingerprint_of(dtype, shape[1])
     rows_of = max(entry.rows for entry in entries)
-    write_manifest(cache, Manifest(fingerprint, PROVENANCE, rows_of, complete, channels=channels, shards=entries))
+    replace_manifest(cache, Manifest(fingerprint, PROVENANCE, rows_of, complete, channels=channels, shards=entries))
+
+
+def replace_manifest(cache, manifest):
+    """Replace a manifest, as a writer does."""
+    with CacheSession(cache, read=False) as session:
+        session.replace(manifest)
 
 
 def reseal(cache, number, edit):
@@ -127,7 +134,7 @@ def reseal(cache, number, edit):
         ShardEntry(entry.file, header.rows, header.file_bytes, header.xxh3_128) if entry.file == path.name else entry
         for entry in manifest.shards
     ]
-    write_manifest(cache, manifest)
+    replace_manifest(cache, manifest)
 
 
 def set_row(data, header, row, stored):

@@ -19,6 +19,7 @@ from cache.make import (
     golden_rows,
     make_cache,
     make_golden,
+    replace_manifest,
     reseal,
     sources_of,
 )
@@ -26,7 +27,7 @@ from llava_twophase.cache import format as cache_format
 from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.format import ALIGNMENT, FORMAT, USER_BLOCK
 from llava_twophase.cache.header import decode_header
-from llava_twophase.cache.manifest import read_manifest, write_manifest
+from llava_twophase.cache.manifest import read_manifest
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_files import read_header
 from llava_twophase.errors import UserError
@@ -217,7 +218,7 @@ def test_manifest_keeps_a_command_that_is_not_utf8(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     manifest = read_manifest(cache)
     manifest.provenance["command"] = "extract --data_path \udcff.json"
-    write_manifest(cache, manifest)
+    replace_manifest(cache, manifest)
     assert read_manifest(cache).provenance["command"] == "extract --data_path \udcff.json"
 
 

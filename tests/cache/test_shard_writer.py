@@ -18,7 +18,7 @@ from cache.make import (
 from llava_twophase.cache.format import USER_BLOCK
 from llava_twophase.cache.header import decode_header
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.shard_writer import NotFinite, ShardSpec, ShardWriter
+from llava_twophase.cache.shard_writer import NotFiniteError, ShardSpec, ShardWriter
 from llava_twophase.errors import UserError
 
 KEYS = keys_of(0, 5)
@@ -85,7 +85,7 @@ def test_values_that_are_not_finite_are_refused_by_image(dtype, bad, tmp_path):
         stored[3, 8, 31] = np.array([bad], np.float32).view(np.uint32)[0] >> 16
     else:
         stored[3, 8, 31] = bad
-    with pytest.raises(NotFinite, match="picture 3") as error:
+    with pytest.raises(NotFiniteError, match="picture 3") as error:
         writer.append(stored, sources_of(KEYS))
     assert "picture 2" not in str(error.value)
     assert error.value.rows.tolist() == [3]
@@ -126,14 +126,14 @@ def test_sealing_leaves_an_older_shard_until_the_new_one_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
-@pytest.mark.parametrize("left_out", [(0,), (2,), (4,), (1, 2, 3)], ids=str)
-def test_an_image_left_out_leaves_no_trace(dtype, left_out, tmp_path):
-    kept = [row for row in range(5) if row not in left_out]
+@pytest.mark.parametrize("dropped", [(0,), (2,), (4,), (1, 2, 3)], ids=str)
+def test_drop_leaves_the_shard_that_is_written_without_the_key(dtype, dropped, tmp_path):
+    kept = [row for row in range(5) if row not in dropped]
     keys, stored = [KEYS[row] for row in kept], rows(5, dtype)
     writer = open_writer(tmp_path, dtype)
     for row, key in enumerate(KEYS):
-        if row in left_out:
-            writer.leave_out(key)
+        if row in dropped:
+            writer.drop(key)
         else:
             writer.append(stored[row : row + 1], sources_of([key]))
     entry = writer.seal()

@@ -123,7 +123,7 @@ def test_a_lost_shard_comes_back_alone(server, command, whole, tmp_path):
     server.run(command())
     (tmp_path / "cache/shards/shard-000001.h5").unlink()
     log = server.run(command())
-    assert "shard-000001.h5 is gone" in log and "8 to encode into 1 shards" in log
+    assert "shard-000001.h5 is missing" in log and "8 to encode into 1 shards" in log
     assert files(tmp_path / "cache") == whole
 
 
@@ -157,9 +157,9 @@ def test_a_cache_with_a_name_that_no_locale_knows(command, tmp_path):
         (["--batch_size", "0"], "not positive"),
         (["--batchsize", "4"], "unrecognized arguments"),
         (["--mm_vision_select_feature", "cls"], "invalid choice"),
-        (["--json"], "--json goes with --plan"),
-        (["--llm", "13B"], "--llm goes with --plan"),
-        (["--plan", "--runs", "3"], "--runs goes with --llm"),
+        (["--json"], "--json needs --plan"),
+        (["--llm", "13B"], "--llm needs --plan"),
+        (["--plan", "--runs", "3"], "--runs needs --llm"),
         (["--num_workers", "-1"], "negative"),
     ],
 )

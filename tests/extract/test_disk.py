@@ -9,9 +9,10 @@ import pytest
 from extract.server import files
 from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.manifest import read_manifest
+from llava_twophase.cache.session import CacheSession
 from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter
 from llava_twophase.errors import UserError
-from llava_twophase.extract import target
+from llava_twophase.files import explain_os_errors
 
 
 def test_a_disk_that_fills_up(server, command, whole, small_disk, tmp_path):
@@ -35,7 +36,7 @@ def test_a_disk_too_full_for_an_empty_shard(small_disk, kilobytes):
     """HDF5 meets the full disk while it lays the file out, and at some sizes only while it closes it."""
     disk = small_disk(f"size={kilobytes}k")
     spec = ShardSpec((16, 32), "float32", fingerprint={}, provenance={})
-    with pytest.raises(UserError, match="is full"), target.explain_disk_errors(disk):
+    with pytest.raises(UserError, match="is full"), explain_os_errors(disk, "--feature_cache", str):
         ShardWriter(disk / "shard-000000.h5", [f"{number}.png" for number in range(64)], spec)
 
 
@@ -79,9 +80,9 @@ def test_a_cache_deleted_underneath(server, command, whole, tmp_path):
 
 def test_two_extractions_into_one_cache(server, command, whole, tmp_path):
     cache = tmp_path / "cache"
-    with target.locked(cache):
+    with CacheSession(cache):
         log = server.run(command(), expect=1)
-        assert "another extraction is writing" in log
+        assert "another process is writing" in log
         assert "to encode   29" in server.run([*command(), "--plan"])
     server.run(command())
     assert files(cache) == whole

@@ -15,8 +15,8 @@ from helpers import SCRIPTS, free_port, process_environment, run
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.distributed import Ranks
 from llava_twophase.errors import UserError
-from llava_twophase.extract import ranks as peers
-from llava_twophase.extract.ranks import Peers, first_node
+from llava_twophase.extract import ranks
+from llava_twophase.extract.ranks import RankMessages
 
 # These tests fork before they start threads of their own; Python 3.12 warns of any thread, numpy's idle ones too.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -167,9 +167,9 @@ def is_rank(pid, launcher, rank):
 @pytest.fixture
 def quick(monkeypatch):
     """A dead rank is noticed after a second instead of a minute."""
-    monkeypatch.setattr(peers, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(peers, "SILENT_SECONDS", 1.0)
-    monkeypatch.setattr(peers, "JOIN_SECONDS", 3.0)
+    monkeypatch.setattr(ranks, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(ranks, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(ranks, "JOIN_SECONDS", 3.0)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
 
@@ -179,8 +179,8 @@ def silent_rank_0():
     pid = os.fork()
     if pid == 0:
         try:
-            with Peers(Ranks(0, 2)) as mine:
-                mine.publish(Counter(images=7))
+            with RankMessages(Ranks(0, 2)) as mine:
+                mine.report_progress(Counter(images=7))
                 time.sleep(0.5)
                 mine._stop.set()
                 time.sleep(60)
@@ -193,55 +193,41 @@ def silent_rank_0():
 def test_a_rank_that_falls_silent_ends_the_others(quick, killed):
     pid = silent_rank_0()
     try:
-        with pytest.raises(UserError, match="rank 0 is gone"), Peers(Ranks(1, 2)) as mine:
+        with pytest.raises(UserError, match="rank 0 is gone"), RankMessages(Ranks(1, 2)) as mine:
             time.sleep(0.3)
-            mine.check()
+            mine.raise_if_stopped()
             if killed:
                 os.kill(pid, signal.SIGKILL)
-            mine.hear("what never comes")
+            mine.receive("what never comes")
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 
 def test_a_rank_that_never_joins_ends_rank_0(quick):
-    with pytest.raises(UserError, match="rank 1 is gone"), Peers(Ranks(0, 2)) as mine:
-        mine.hear("what never comes")
+    with pytest.raises(UserError, match="rank 1 is gone"), RankMessages(Ranks(0, 2)) as mine:
+        mine.receive("what never comes")
 
 
 def test_counts_of_all_ranks_add_up(quick):
     pid = os.fork()
     if pid == 0:
         try:
-            with Peers(Ranks(1, 2)) as mine:
-                mine.publish(Counter(images=5, quarantined=1))
-                mine.hear("enough")
+            with RankMessages(Ranks(1, 2)) as mine:
+                mine.report_progress(Counter(images=5, quarantined=1))
+                mine.receive("enough")
         finally:
             os._exit(0)
-    with Peers(Ranks(0, 2)) as mine:
-        mine.publish(Counter(images=2))
-        mine.wait(lambda: mine.total() == Counter(images=7, quarantined=1))
-        mine.tell("enough", True)
+    with RankMessages(Ranks(0, 2)) as mine:
+        mine.report_progress(Counter(images=2))
+        mine.wait(lambda: mine.total_progress() == Counter(images=7, quarantined=1))
+        mine.send("enough", True)
     assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_one_rank_needs_no_one():
-    with Peers(Ranks()) as mine:
-        mine.tell("x", 1)
-        mine.publish(Counter(images=3))
-        mine.check()
-        assert mine.total() == Counter(images=3)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("gpu[003-007,12],login1", "gpu003"),
-        ("a1,b2", "a1"),
-        ("node7", "node7"),
-        ("n[1,3]-ib", "n1-ib"),
-        ("host-1.example[5-6].org", "host-1.example5.org"),
-    ],
-)
-def test_first_node_of_a_slurm_list(nodes, first):
-    assert first_node(nodes) == first
+    with RankMessages(Ranks()) as mine:
+        mine.send("x", 1)
+        mine.report_progress(Counter(images=3))
+        mine.raise_if_stopped()
+        assert mine.total_progress() == Counter(images=3)

@@ -135,7 +135,7 @@ def test_extract_refuses_data_without_usable_images(server, command, image_set, 
         (folder / key).write_bytes(HTML)
     flags = command(image_folder=folder, on_bad_image="skip")
     for _ in range(2):
-        assert "not one image could be used" in server.run(flags, expect=1)
+        assert "no image could be used" in server.run(flags, expect=1)
     assert len(read_quarantine(tmp_path / "cache")) == 29
     shutil.copytree(image_set.folder, folder, dirs_exist_ok=True)
     assert "complete, 29 images" in server.run(flags)

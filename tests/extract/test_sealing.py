@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from llava_twophase.cache.quarantine import Quarantined, read_parts
-from llava_twophase.cache.shard_writer import NotFinite, ShardSpec
+from llava_twophase.cache.shard_writer import ShardSpec
+from llava_twophase.errors import UserError
 from llava_twophase.extract.plan import ShardWork
 from llava_twophase.extract.sealing import ShardQueue
 from llava_twophase.extract.timings import Timings
@@ -50,6 +51,6 @@ def test_queue_skips_features_that_are_not_finite(overflow, tmp_path):
 
 
 def test_queue_refuses_features_that_are_not_finite_under_fail(overflow, tmp_path):
-    with pytest.raises(NotFinite, match="1.jpg"):
+    with pytest.raises(UserError, match="1.jpg.*try --compute_dtype bf16"):
         overflow(skip=False)
     assert list((tmp_path / "shards").iterdir()) == []

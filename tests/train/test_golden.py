@@ -12,9 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers import ROOT, free_port, run
-from llava_twophase.cache.manifest import Manifest, write_manifest
-from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter
+from llava_twophase import CacheWriter, FeatureCache
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.conversation import PlainTemplate
 from llava_twophase.train.data.tokenizer import load_caption_tokenizer
@@ -92,15 +90,12 @@ def fp32_cache(tmp_path_factory):
 def llava_cache(fp32_cache, tmp_path_factory):
     """A cache of the features that LLaVA's own fp16 tower put out."""
     cache = tmp_path_factory.mktemp("fp16") / "cache"
-    (cache / "shards").mkdir(parents=True)
     features = np.load(GOLDEN / "features_fp16_square.npz")["patch"].astype(np.float16)
     made = FeatureCache(fp32_cache)
     fingerprint = {**made.fingerprint, "compute_dtype": "float16", "storage_dtype": "float16"}
-    spec = ShardSpec((PATCHES, 64), "float16", fingerprint, {})
-    writer = ShardWriter(cache / "shards" / "shard-000000.h5", [record["image"] for record in RECORDS], spec)
-    writer.append(features, [(1, bytes(32))] * len(RECORDS))
-    shards = [writer.seal()]
-    write_manifest(cache, Manifest(fingerprint, made.manifest.provenance, 18, complete=True, shards=shards))
+    with CacheWriter(cache, (PATCHES, 64), "float16", fingerprint, provenance=made.manifest.provenance) as writer:
+        for record, row in zip(RECORDS, features, strict=True):
+            writer.add(record["image"], row)
     return cache
 
 

@@ -18,9 +18,10 @@ from llava_twophase.cache.check.verify import verify_shards
 from llava_twophase.cache.codec import Channels
 from llava_twophase.cache.format import FORMAT, MANIFEST, QUANTISED, SCHEMA, SHARDS, fingerprint_hash, shard_name
 from llava_twophase.cache.header import Header
-from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest, write_manifest
+from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.cache.session import CacheSession
 from llava_twophase.cache.shard_files import ShardFile, read_header
 from llava_twophase.errors import UserError
 
@@ -87,9 +88,14 @@ def plan_repair(path: str | Path, keys: Sequence[str] | None = None) -> Repair:
     )
 
 
-def apply_repair(path: str | Path, repair: Repair) -> None:
-    """Move damaged shards aside and replace the manifest. The caller must hold the writer's lock."""
-    cache = Path(path)
+def apply_repair(session: CacheSession, repair: Repair) -> None:
+    """Move damaged shards to the folder ``damaged`` and replace the manifest.
+
+    Args:
+        session: Holds the cache's lock.
+        repair: The result of ``plan_repair``.
+    """
+    cache = session.cache
     for file in repair.aside:
         target = cache / DAMAGED / file
         number = 0
@@ -98,7 +104,7 @@ def apply_repair(path: str | Path, repair: Repair) -> None:
             target = target.with_name(f"{file}.{number}")
         target.parent.mkdir(exist_ok=True)
         (cache / SHARDS / file).rename(target)
-    write_manifest(cache, repair.manifest)
+    session.replace(repair.manifest)
 
 
 def _old_manifest(cache: Path) -> Manifest | None:

@@ -13,13 +13,15 @@ from llava_twophase.cache.format import SHARDS, USER_BLOCK
 from llava_twophase.cache.header import decode_header
 from llava_twophase.cache.manifest import read_manifest
 from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.cache.session import CacheSession
 from llava_twophase.errors import UserError
 
 
 def repair(cache, keys=None):
     done = plan_repair(cache, keys)
     if done.changed:
-        apply_repair(cache, done)
+        with CacheSession(cache, read=False) as session:
+            apply_repair(session, done)
     return done
 
 

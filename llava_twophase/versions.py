@@ -1,4 +1,4 @@
-"""Which releases of the libraries that a run leans on have been tested; anything else is refused, with a sentence."""
+"""The releases of the libraries that were tested; others are refused, before they fail in a confusing way."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from packaging.specifiers import SpecifierSet
 from llava_twophase.errors import combined_error
 
 SUPPORTED = {"transformers": ">=5.24,<6", "deepspeed": ">=0.19,<1", "torch": ">=2.6"}
-"""As in pyproject.toml; what was tested exactly is in constraints.txt."""
+"""As in pyproject.toml; constraints.txt has the exact releases that were tested."""
 
 
-def require_supported() -> None:
-    """Refuse releases outside the ranges.
+def require_supported(*names: str) -> None:
+    """Refuse releases outside the supported ranges.
+
+    Args:
+        names: Libraries to check, keys of ``SUPPORTED``.
 
     Raises:
-        UserError: With each one found and expected.
+        UserError: With each release that was found and the range that is expected.
     """
-    found = {name: version(name) for name in SUPPORTED}
+    found = {name: version(name) for name in names}
     outside = [
         f"{name} {release} is installed, llava-twophase needs {name}{SUPPORTED[name]}"
         for name, release in found.items()

@@ -1,0 +1,99 @@
+"""What an extraction checks before it loads the tower: its plan, and which images cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+from llava_twophase.cache.manifest import Manifest
+from llava_twophase.cache.quarantine import Quarantined
+from llava_twophase.errors import combined_error
+from llava_twophase.extract.config import ExtractConfig
+from llava_twophase.extract.decode import find_bad, still_bad
+from llava_twophase.extract.plan import Plan, make_plan
+from llava_twophase.records import Record
+from llava_twophase.vision.images import Images, open_images
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """An extraction's settings, records and images.
+
+    Attributes:
+        config: The settings.
+        records: The image key of each record.
+        images: The source of image files.
+    """
+
+    config: ExtractConfig
+    records: list[str]
+    images: Images
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Image keys, each once, in the order of their first record."""
+        return list(dict.fromkeys(self.records))
+
+
+def open_inputs(config: ExtractConfig, records: Sequence[Record]) -> Inputs:
+    """Open the images of the records.
+
+    Raises:
+        UserError: ``--image_folder`` is neither a folder nor an archive.
+    """
+    return Inputs(config, [record.image for record in records], open_images(config.image_folder))
+
+
+def plan_extraction(inputs: Inputs, manifest: Manifest | None) -> Plan:
+    """Plan which images to encode; nothing is written.
+
+    Args:
+        inputs: The extraction's inputs.
+        manifest: The manifest of the cache; None for a new one.
+    """
+    config = inputs.config
+    return make_plan(
+        config.feature_cache, manifest, inputs.keys, config.images_per_shard, partial(still_bad, inputs.images)
+    )
+
+
+def find_unusable(inputs: Inputs, plan: Plan, missing: Sequence[str]) -> list[Quarantined]:
+    """Find the images of a plan that cannot be used, judged by the first bytes of each file.
+
+    Args:
+        inputs: The extraction's inputs.
+        plan: The plan.
+        missing: Its images without a file.
+
+    Returns:
+        The missing images, then the others.
+    """
+    gone = set(missing)
+    present = [key for key in plan.keys if key not in gone]
+    return [
+        *(Quarantined(key, "the file is missing") for key in missing),
+        *find_bad(inputs.images, present, inputs.config.num_workers),
+    ]
+
+
+def require_usable(inputs: Inputs, plan: Plan) -> None:
+    """Check the images of a plan.
+
+    Raises:
+        UserError: No image of the records exists; or images cannot be used, and they are not to be skipped.
+    """
+    missing = inputs.images.missing(plan.keys)
+    where = f"--image_folder {inputs.config.image_folder}"
+    if missing and len(missing) == len(inputs.keys):
+        raise combined_error(missing, f"none of the records' {len(missing)} images is in {where}; is it the right one?")
+    if inputs.config.skip_bad:
+        return
+    bad = [*plan.quarantined, *find_unusable(inputs, plan, missing)]
+    if bad:
+        raise combined_error(
+            [f"{entry.key}: {entry.reason}" for entry in bad],
+            f"{len(bad)} of {len(inputs.keys)} images in {where} cannot be used ({len(missing)} are missing); "
+            "fix them, remove their records, or skip them with --on_bad_image skip; the same command with "
+            "--plan --json lists all of them",
+        )
