@@ -11,13 +11,7 @@ from helpers import ROOT
 
 # Files whose text still has to be rewritten, as path prefixes.
 PENDING = (
-    "llava_twophase/cache/codec.py",
-    "llava_twophase/cache/inputs.py",
-    "llava_twophase/distributed.py",
-    "llava_twophase/cache/manifest.py",
-    "llava_twophase/cache/quarantine.py",
-    "llava_twophase/cache/shard_writer.py",
-    "llava_twophase/extract/",
+    "llava_twophase/records.py",
     "llava_twophase/train/",
     "llava_twophase/vision/",
     "docs/",

@@ -1,7 +1,7 @@
-"""Features to stored rows and back, on any device: exact dtypes, int8 and int4 with scales; knows nothing of files.
+"""Converts features to stored rows and back, on any device: exact dtypes, and int8 and int4 with scales.
 
-A *stored row* is all bytes that a shard keeps of one image's features: those of ``/features``, then those of ``/scale``
-where there is one. Rows are ``uint8 [B, row_bytes]``.
+A *stored row* is all bytes that a shard stores for one image: those of ``/features``, then those of ``/scale`` for int8
+and int4. Rows are ``uint8 [B, row_bytes]``.
 
 Shapes: B images, L tokens, D width, K blocks of 32 channels in a token.
 """
@@ -23,14 +23,14 @@ from llava_twophase.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# A channel's std is at least this part of their root mean square: a channel that the sample saw constant must not blow
-# up what it holds in another image.
+# A channel's std is at least this fraction of the root mean square of all std: a channel that is constant in the sample
+# may vary in other images.
 _STD_FLOOR = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """What int8 and int4 take from each channel before they round: static, one for all images of a cache.
+    """Mean and std of each channel, by which int8 and int4 normalise; the same for all images of a cache.
 
     Attributes:
         mean: float32 ``[D]``.
@@ -41,19 +41,19 @@ class Channels:
     std: np.ndarray
 
     def to_json(self) -> dict[str, str]:
-        """Return what the manifest keeps: the exact bits."""
+        """Return the manifest's form: the exact bits as base64."""
         return {name: base64.b64encode(getattr(self, name).tobytes()).decode("ascii") for name in ("mean", "std")}
 
     def sha256(self) -> str:
-        """Return the SHA-256 (hex) of mean and std: their part of the fingerprint."""
+        """Return the SHA-256 (hex) of mean and std, which the fingerprint holds."""
         return hashlib.sha256(self.mean.tobytes() + self.std.tobytes()).hexdigest()
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Channels:
-        """Read what ``to_json`` made.
+        """Read the result of ``to_json``.
 
         Raises:
-            UserError: It is something else.
+            UserError: It is damaged.
         """
         try:
             raw = [base64.b64decode(content[name], validate=True) for name in ("mean", "std")]
@@ -64,13 +64,10 @@ class Channels:
 
     @staticmethod
     def measure(batches: Iterable[torch.Tensor]) -> Channels:
-        """Measure a sample of images.
+        """Measure the channels of a sample of images, in float64.
 
         Args:
             batches: Features ``[B, L, D]``, on any device.
-
-        Returns:
-            Their channels' mean and std, summed in float64.
         """
         count, total, squares = 0, np.zeros(()), np.zeros(())
         for features in batches:
@@ -86,7 +83,7 @@ class Channels:
 
 
 class Codec:
-    """Turns features into stored rows and back.
+    """Converts features to stored rows and back.
 
     Args:
         storage: Storage dtype.
@@ -97,7 +94,7 @@ class Codec:
         row_bytes: Bytes of a stored row.
 
     Raises:
-        UserError: int8 or int4 without channels of D values, or a width that int4 cannot block.
+        UserError: int8 or int4 without channels of D values, or int4 with a width that blocks do not divide.
     """
 
     def __init__(self, storage: str, feature_shape: tuple[int, int], channels: Channels | None = None) -> None:
@@ -111,13 +108,13 @@ class Codec:
             raise UserError(f"{storage} needs the mean and std of {feature_shape[1]} channels")
 
     def to_rows(self, features: torch.Tensor) -> torch.Tensor:
-        """Turn features into stored rows, on their device.
+        """Convert features to stored rows, on their device.
 
         Args:
             features: ``[B, L, D]`` in a float dtype; for exact storage, one that the storage dtype holds exactly.
 
         Returns:
-            ``uint8 [B, row_bytes]``. A value that is not finite is still none: ``finite`` finds its row.
+            ``uint8 [B, row_bytes]``. Rows with values that are not finite are found by ``finite``.
         """
         import torch
 
@@ -128,10 +125,10 @@ class Codec:
         return _encode_int8(values) if self.storage == "int8" else _encode_int4(values)
 
     def numpy_to_rows(self, values: np.ndarray) -> np.ndarray:
-        """Turn features into stored rows without torch, bit for bit as ``to_rows`` does on a CPU.
+        """Convert features to stored rows without torch, bit for bit as ``to_rows`` does on a CPU.
 
         Args:
-            values: float32 ``[B, L, D]``, finite; exact storage rounds to the nearest even value.
+            values: float32 ``[B, L, D]``, finite; exact storage rounds to the nearest value, ties to even.
 
         Returns:
             ``uint8 [B, row_bytes]``. ``finite`` tells which rows hold a value that became infinite.
@@ -151,13 +148,13 @@ class Codec:
         return stored.reshape(len(values), -1).view(np.uint8)
 
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Turn stored rows into features, on their device.
+        """Convert stored rows to features, on their device.
 
         Args:
             rows: ``uint8 [B, row_bytes]``.
 
         Returns:
-            ``[B, L, D]``: the same memory in the storage dtype where it is exact, float32 for int8 and int4.
+            ``[B, L, D]``: for exact storage a view in the storage dtype, for int8 and int4 float32.
         """
         import torch
 
@@ -175,7 +172,7 @@ class Codec:
         return values.mul_(std).add_(mean)
 
     def to_numpy(self, rows: np.ndarray) -> np.ndarray:
-        """Turn stored rows ``uint8 [B, row_bytes]`` into float32 ``[B, L, D]``, without torch."""
+        """Convert stored rows ``uint8 [B, row_bytes]`` to float32 ``[B, L, D]``, without torch."""
         stored = rows[:, : self._features_bytes].copy().view(STORAGE_DTYPES[self.storage])
         stored = stored.reshape(-1, *self._part_shapes[0])
         if self.storage == "bfloat16":
@@ -191,7 +188,7 @@ class Codec:
         return values * self.channels.std + self.channels.mean
 
     def finite(self, rows: np.ndarray) -> np.ndarray:
-        """Tell for each stored row whether all its values are finite: ``bool [B]``."""
+        """Return for each stored row whether all its values are finite: ``bool [B]``."""
         if self.channels is not None:
             scale = rows[:, self._features_bytes :].copy().view("<f2")
             return np.isfinite(scale).all(axis=1)
@@ -231,7 +228,7 @@ def _encode_int4(values: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:
-    # Of the scale as it is stored; a block of zeros has scale 0 and stays 0.
+    # Of the scale as it is stored. A block of zeros has scale 0 and stays 0.
     import torch
 
     return torch.where(scale == 0, 0.0, scale.float().reciprocal())

@@ -46,7 +46,7 @@ def fingerprint_with_channels(fingerprint: dict[str, Any], channels: Channels | 
         return fingerprint
     named = fingerprint.setdefault("channels", {"sha256": channels.sha256()})
     if not isinstance(named, dict) or named.get("sha256") != channels.sha256():
-        raise UserError("the fingerprint's field channels is not that of the channels; leave it out, it is added")
+        raise UserError("the fingerprint's field channels does not match the channels; remove it, because it is added")
     return fingerprint
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llava_twophase.cache.format import QUANTISED
 from llava_twophase.cpu import available_cpus
@@ -51,7 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    _add_data_flags(parser.add_argument)
+    _add_work_flags(parser.add_argument)
+    _add_plan_flags(parser.add_argument)
+    return parser
+
+
+def _add_data_flags(add: Callable[..., Any]) -> None:
     add("--data_path", required=True, help="records: LLaVA's JSON list, or JSON lines")
     add(
         "--image_folder",
@@ -71,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="dtype of the cache: auto (default) stores the compute dtype exactly; int8 and int4 take 50 %% and 28 %% "
         "of bf16's size",
     )
+
+
+def _add_work_flags(add: Callable[..., Any]) -> None:
     add("--batch_size", type=_positive, default=32, help="images of one forward pass (default: 32)")
     add(
         "--num_workers",
@@ -87,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--images_per_shard", type=_positive, default=1024, help="rows of one HDF5 file (default: 1024)")
     add("--device", default="auto", help="auto (default: this rank's GPU, else the CPU), cpu, cuda, cuda:1, ...")
+
+
+def _add_plan_flags(add: Callable[..., Any]) -> None:
     add("--plan", action="store_true", help="report work, disk space and time, write nothing, and stop")
     add("--json", action="store_true", help="with --plan: print one JSON object, with all images that cannot be used")
     add(
@@ -95,7 +108,6 @@ def build_parser() -> argparse.ArgumentParser:
         "model",
     )
     add("--runs", type=_positive, help="with --llm: training runs of one epoch that will use the cache (default: 3)")
-    return parser
 
 
 def make_config(args: argparse.Namespace) -> ExtractConfig:
