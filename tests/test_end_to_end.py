@@ -155,7 +155,6 @@ def test_a_rank_that_dies_ends_the_other_and_the_rerun_goes_on(
         ({"mm_vision_select_layer": -1}, "select_layer: the cache has -2, this run -1"),
         ({"image_aspect_ratio": "pad"}, "image_aspect_ratio: the cache has 'square', this run 'pad'"),
         ({"mm_vision_select_feature": "cls_patch"}, "select_feature"),
-        ({"vision_tower": "another/tower"}, "vision_tower"),
         ({"model_max_length": 16}, "--model_max_length 16 leaves no room"),
         ({"mm_projector_type": "identity"}, "nothing to train"),
         ({"model_name_or_path": "/nowhere"}, "--model_name_or_path /nowhere"),

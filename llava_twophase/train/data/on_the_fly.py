@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava_twophase.errors import UserError
 from llava_twophase.records import Record
-from llava_twophase.train.data.source import TowerSettings
+from llava_twophase.train.data.local_tower import TowerSettings
 from llava_twophase.vision.images import BadImage, Images, decode, open_images, require
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
@@ -46,9 +46,10 @@ class OnTheFlyFeatures:
         return None
 
     @property
-    def identity(self) -> str:
-        """Name the tower."""
-        return f"on the fly: {self._settings.vision_tower}"
+    def identity(self) -> dict[str, Any]:
+        """The fingerprint of the tower; ``load`` comes first."""
+        assert self._tower is not None, "load() comes first"
+        return {"on_the_fly": self._tower.fingerprint()}
 
     @property
     def encode(self) -> Callable[[torch.Tensor], torch.Tensor]:

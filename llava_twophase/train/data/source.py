@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
+from llava_twophase.train.data.local_tower import TowerSettings, compare_with_tower
 from llava_twophase.train.data.prefetch import Batch, PrefetchDataset
 
 if TYPE_CHECKING:
@@ -32,23 +32,6 @@ logger = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Batch]
 Tokenize = Callable[[int], dict[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class TowerSettings:
-    """The flags that decide which features a run trains on.
-
-    Attributes:
-        vision_tower: Hub id or folder of the tower.
-        select_layer: Which hidden state.
-        select_feature: ``patch`` or ``cls_patch``.
-        image_aspect_ratio: ``square`` or ``pad``.
-    """
-
-    vision_tower: str
-    select_layer: int
-    select_feature: str
-    image_aspect_ratio: str
 
 
 class FeatureSource(Protocol):
@@ -273,16 +256,33 @@ def _check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
     if "select_layer" in found:
         found["select_layer"] = _from_the_end(found["select_layer"], layers)
     different = differences(found, {name: given[name] for name in found})
-    made_by = cache.manifest.provenance.get("vision_tower")
-    if made_by is not None and made_by != settings.vision_tower:
-        different.append(f"vision_tower: the cache has {made_by!r}, this run {settings.vision_tower!r}")
+    compared = None if different else compare_with_tower(fingerprint, settings)
+    different += compared or []
     if different:
         raise combined_error(
             different, f"{cache.path} was made with different settings; use those, or extract another cache"
         )
-    unchecked = [name for name in given if name not in found]
+    _report_unchecked(cache, settings.vision_tower, [name for name in given if name not in found], compared is None)
+
+
+def _report_unchecked(cache: FeatureCache, name: str, unchecked: list[str], tower_unchecked: bool) -> None:
+    """Log what was not compared, and another name of the tower: its content decides, not its name."""
+    tower = cache.fingerprint.get("tower")
+    hashed = isinstance(tower, dict) and "weights_sha256" in tower
+    made_by = cache.manifest.provenance.get("vision_tower") or (tower.get("name") if isinstance(tower, dict) else tower)
+    other = "" if made_by in (None, name) else f" The cache was made from {made_by!r}."
+    if not hashed:
+        unchecked = [*unchecked, "tower.weights_sha256"]
     if unchecked:
-        logger.info("%s: not compared, since its fingerprint does not have them: %s", cache.path, ", ".join(unchecked))
+        fields = ", ".join(unchecked)
+        logger.info("%s: not compared, since its fingerprint does not have them: %s.%s", cache.path, fields, other)
+    elif tower_unchecked:
+        logger.info(
+            "%s: only settings were compared, not the tower's weights: --vision_tower %s is not on this machine.%s",
+            *(cache.path, name, other),
+        )
+    elif other:
+        logger.info("%s: --vision_tower %s has the weights of the cache's tower.%s", cache.path, name, other)
 
 
 def _from_the_end(layer: Any, layers: Any) -> Any:

@@ -17,8 +17,9 @@ from llava_twophase.records import Record, load_records
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.conversation import PlainTemplate
 from llava_twophase.train.data.dataset import CaptionDataset
+from llava_twophase.train.data.local_tower import TowerSettings
 from llava_twophase.train.data.on_the_fly import OnTheFlyFeatures
-from llava_twophase.train.data.source import CachedFeatures, TowerSettings
+from llava_twophase.train.data.source import CachedFeatures
 from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 
 SETTINGS = TowerSettings("my/tower", select_layer=-2, select_feature="patch", image_aspect_ratio="square")
@@ -75,7 +76,8 @@ def test_cached_features_logs_fields_that_the_fingerprint_does_not_have(source_o
     caplog.set_level(logging.INFO)
     source_of(fingerprint)
     (line,) = [message for message in caplog.messages if "not compared" in message]
-    assert line.endswith("does not have them: " + ", ".join(unchecked))
+    assert "does not have them: " + ", ".join([*unchecked, "tower.weights_sha256"]) in line
+    assert len(caplog.messages) == 1
 
 
 def test_cached_features_compares_the_fields_that_a_short_fingerprint_has(source_of):
