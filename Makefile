@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv test lint format type demo clean
+.PHONY: help venv peers test lint format type demo clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,12 @@ $(STAMP): pyproject.toml constraints.txt tests/golden/requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --target $(VENV)/peers/mistral-common \
 		--requirement tests/golden/requirements.txt
 	@touch $@
+
+peers: $(STAMP) ## other systems that exported models are tested with (CPython 3.11, x86-64)
+	for peer in transformers-4.57 cyllama; do \
+		$(BIN)/python -m pip install --quiet --no-deps --require-hashes --upgrade --target $(VENV)/peers/$$peer \
+			--requirement tests/deploy/$$peer.txt; \
+	done
 
 test: lint type ## lint, type check, then every test (PYTEST_ARGS="-n 2")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

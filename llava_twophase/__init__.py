@@ -1,7 +1,6 @@
 """LLaVA-1.5 stage 1 in two phases: extract patch features once, then train the projector from the feature cache.
 
-``CacheWriter``, ``FeatureCache`` and ``load_records`` are imported when they are first used, so importing this package
-loads neither numpy nor torch.
+The names in ``__all__`` are imported when they are first used, so importing this package loads neither numpy nor torch.
 """
 
 from __future__ import annotations
@@ -12,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llava_twophase.cache.reader import FeatureCache
     from llava_twophase.cache.writer import CacheWriter
+    from llava_twophase.deploy.captioner import Captioner, load_projector
     from llava_twophase.records import load_records
 
-__all__ = ["CacheWriter", "FeatureCache", "load_records"]
+__all__ = ["CacheWriter", "Captioner", "FeatureCache", "load_projector", "load_records"]
 __version__ = "0.1.0"
 
-_MODULES = {"CacheWriter": "cache.writer", "FeatureCache": "cache.reader", "load_records": "records"}
+_MODULES = {
+    "CacheWriter": "cache.writer",
+    "Captioner": "deploy.captioner",
+    "FeatureCache": "cache.reader",
+    "load_projector": "deploy.captioner",
+    "load_records": "records",
+}
 
 
 def __getattr__(name: str) -> Any:

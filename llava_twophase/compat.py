@@ -74,3 +74,14 @@ def find_file(name: str, file: str, cache_dir: str | None = None) -> str | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return path
+
+
+def image_outputs(projected: list[torch.Tensor]) -> Any:
+    """Wrap projected features as the image encoder's output in transformers' LLaVA.
+
+    Args:
+        projected: One ``[L, H]`` tensor per image.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    return BaseModelOutputWithPooling(pooler_output=projected)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
@@ -121,6 +121,12 @@ class Page:
         )
         caption = f"<caption>{_escaped(title)}</caption>" if title else ""
         self._parts.append(f"<table>{caption}{''.join(cells)}</table>")
+
+    def grid(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Add a table of several columns."""
+        head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in header)
+        body = "".join(f"<tr>{''.join(f'<td>{_escaped(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        self._parts.append(f"<table><tr>{head}</tr>{body}</table>")
 
     def details(self, title: str, rows: Mapping[str, str]) -> None:
         """Add a table that opens when its title is clicked."""

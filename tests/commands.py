@@ -85,6 +85,11 @@ def inspect_command(subcommand, *arguments):
     return [SCRIPTS["llava-inspect-cache"], subcommand, *map(str, arguments)]
 
 
+def use_command(subcommand, *arguments, **flags):
+    """Return the command that uses a trained projector."""
+    return [SCRIPTS["llava-use-projector"], subcommand, *map(str, arguments), *flag_list(flags)]
+
+
 def deepspeed(ranks=2):
     """Return DeepSpeed's launcher with this many ranks."""
     return ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]

@@ -20,6 +20,7 @@ SCRIPTS = {
     "llava-train-projector": "pipelines/train_projector.py",
     "llava-inspect-cache": "pipelines/inspect_cache.py",
     "llava-compare-runs": "pipelines/compare_runs.py",
+    "llava-use-projector": "pipelines/use_projector.py",
 }
 # For tests that start several DeepSpeed ranks on the CPU. The first one on a machine takes a minute: it compiles.
 needs_compiler = pytest.mark.skipif(

@@ -97,3 +97,8 @@ def test_find_file_returns_none_for_a_missing_file(tmp_path):
 
 def test_find_file_returns_none_for_an_unreachable_hub():
     assert compat.find_file("some/model", "tokenizer.model") is None  # the tests run offline
+
+
+def test_image_outputs_keep_the_tensors():
+    tensors = [torch.zeros(2, 3), torch.ones(2, 3)]
+    assert compat.image_outputs(tensors).pooler_output is tensors

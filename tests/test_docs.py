@@ -17,6 +17,7 @@ from llava_twophase.cache.reader import FeatureCache
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 COMMANDS = {**SCRIPTS, **{script: script for script in SCRIPTS.values()}}
 INSPECT = SCRIPTS["llava-inspect-cache"]
+USE = SCRIPTS["llava-use-projector"]
 OUR_FOLDERS = ("pipelines/", "tests/", "llava_twophase/", "docs/", ".ci/")
 
 
@@ -102,7 +103,7 @@ def test_readme_names_each_console_script(name):
 def test_every_flag_exists(page):
     unknown = []
     for script, words in our_commands(page):
-        subcommand = words[:1] if script == INSPECT else []
+        subcommand = words[:1] if script in (INSPECT, USE) else []
         known = set(re.findall(r"(?<![\w-])--?[a-zA-Z]\w*(?:-\w+)*", help_text(script, *subcommand)))
         flags = {word.partition("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
         unknown += [f"{script} {' '.join(subcommand)} {flag}" for flag in sorted(flags - known)]

@@ -1,0 +1,97 @@
+"""``caption``: caption images from the command line, as text, JSON or an HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from llava_twophase import __version__
+from llava_twophase.deploy.captioner import Captioner, Placement
+from llava_twophase.deploy.inputs import NamedImage, list_images
+from llava_twophase.deploy.trained_projector import TrainedProjector
+from llava_twophase.errors import UserError
+from llava_twophase.files import replace_file
+from llava_twophase.html import Card, Page
+from llava_twophase.vision.images import BadImage, decode
+
+_THUMBNAIL = 224
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """Flags of ``caption``.
+
+    Attributes:
+        image_folder: Folder or archive of the records' images.
+        feature_cache: Cache whose images need no vision tower.
+        batch_size: Images of one batch.
+        html: Page to write, or None.
+        json: Print one JSON object per image.
+    """
+
+    image_folder: str | None
+    feature_cache: str | None
+    batch_size: int
+    html: str | None
+    json: bool
+
+
+def caption(projector: TrainedProjector, images: Sequence[str], placement: Placement, options: CaptionOptions) -> int:
+    """Print a caption for each image.
+
+    Returns:
+        0, or 1 where some images could not be used.
+
+    Raises:
+        UserError: Nothing can be captioned: a path does not exist or a model cannot be loaded.
+    """
+    named = list_images(images, options.image_folder)
+    captioner = Captioner.load(projector, placement, feature_cache=options.feature_cache)
+    cards, failed = [], 0
+    for image, text, error in _captions(captioner, named, options.batch_size):
+        failed += error is not None
+        if options.json:
+            line = {"image": image.name, **({"error": error} if error else {"caption": text})}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+        else:
+            print(f"{image.name}\t{f'error: {error}' if error else text}", flush=True)
+        if options.html is not None:
+            cards.append(Card(title=image.name, lines=[text or f"error: {error}"], panels=_thumbnail(image)))
+    if options.html is not None:
+        page = Page("Captions", f"{len(named)} images by {projector.path}", f"llava-twophase {__version__}")
+        page.cards(cards)
+        with replace_file(Path(options.html)) as file:
+            file.write(page.to_bytes())
+    return 1 if failed else 0
+
+
+def _captions(
+    captioner: Captioner, images: Sequence[NamedImage], batch_size: int
+) -> Iterator[tuple[NamedImage, str, str | None]]:
+    """Yield image, caption and error in order; an image that cannot be used has an error instead of a caption."""
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        rows, errors = [], {}
+        for place, image in enumerate(part):
+            try:
+                cached = captioner.cache is not None and image.name in captioner.cache
+                rows.append(captioner.features([image.name if cached else image.read()])[0].float())
+            except UserError as error:
+                errors[place] = str(error)
+        texts = iter(captioner.caption_features(torch.stack(rows)) if rows else [])
+        for place, image in enumerate(part):
+            yield (image, "", errors[place]) if place in errors else (image, next(texts), None)
+
+
+def _thumbnail(image: NamedImage) -> list[tuple[str, Image.Image]]:
+    try:
+        picture = decode(image.read())
+    except (UserError, BadImage):
+        return []
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return [("image", picture)]

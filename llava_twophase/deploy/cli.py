@@ -1,0 +1,223 @@
+"""Command ``llava-use-projector``: captions, evaluation and export of a trained projector."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from llava_twophase.errors import run_command
+
+# torch and transformers are imported when a subcommand runs, so that --help answers at once.
+
+_EXAMPLE = """\
+examples:
+  llava-use-projector caption  checkpoints/llava-v1.5-13b-pretrain image.jpg
+  llava-use-projector evaluate runs/a runs/b --data_path held_out.json --image_folder images --html report.html
+  llava-use-projector export   checkpoints/llava-v1.5-13b-pretrain exported --to hf
+  llava-use-projector handover checkpoints/llava-v1.5-13b-pretrain
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        0 done, 1 a problem was found, 2 wrong usage (raised by argparse), 130 interrupted.
+    """
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return run_command(lambda: _COMMANDS[args.command](args))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's argument parser."""
+    parser = argparse.ArgumentParser(
+        prog="llava-use-projector",
+        description="Use a trained mm_projector.bin: caption images, evaluate runs, export to other systems.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{caption,evaluate,export,handover}")
+    _add_caption(commands)
+    _add_evaluate(commands)
+    _add_export(commands)
+    _add_handover(commands)
+    return parser
+
+
+def _add_caption(commands: Any) -> None:
+    add = _subcommand(commands, "caption", "caption images", "caption runs/a photo.jpg holiday/ --html captions.html")
+    _add_run(add)
+    add("images", metavar="IMAGE", nargs="+", help="image file, folder, .zip, .tar, or a .json/.jsonl file of records")
+    _add_sources(add)
+    _add_placement(add)
+    add("--batch_size", type=_positive, default=8, help="images of one batch (default: 8)")
+    add("--html", metavar="FILE", help="also write a page with thumbnails")
+    add("--json", action="store_true", help="print one JSON object per image")
+
+
+def _add_evaluate(commands: Any) -> None:
+    example = "evaluate runs/a runs/b --data_path held_out.json --feature_cache caches/clip-l-336 --html report.html"
+    add = _subcommand(commands, "evaluate", "measure runs on held-out records", example)
+    add(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="--output_dir of a training run, or a projector file; several are compared",
+    )
+    add("--data_path", required=True, help="held-out records, LLaVA's JSON list or JSON lines")
+    _add_models(add)
+    _add_sources(add)
+    _add_placement(add)
+    add("--batch_size", type=_positive, default=8, help="rows of one forward pass (default: 8)")
+    add("--limit", type=_positive, default=256, help="records to evaluate, drawn at random (default: 256)")
+    add("--candidates", type=_at_least_two, default=10, help="captions that each image is ranked against (default: 10)")
+    add("--seed", type=int, default=0, help="draws records, candidates and bootstrap resamples (default: 0)")
+    add("--html", metavar="FILE", help="also write a report as one HTML page")
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def _add_export(commands: Any) -> None:
+    add = _subcommand(
+        commands, "export", "write the model in another system's format", "export runs/a exported --to hf"
+    )
+    _add_run(add)
+    add("out", metavar="OUT", help="folder (hf) or file (gguf) to write")
+    add(
+        "--to",
+        required=True,
+        choices=("hf", "gguf"),
+        help="hf: folder for transformers' LlavaForConditionalGeneration and vLLM; gguf: mmproj file for llama.cpp",
+    )
+
+
+def _add_handover(commands: Any) -> None:
+    add = _subcommand(commands, "handover", "check what LLaVA's stage 2 needs, print its command", "handover runs/a")
+    _add_run(add)
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def _subcommand(commands: Any, name: str, text: str, example: str) -> Any:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example:\n  llava-use-projector {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser.add_argument
+
+
+def _add_run(add: Any) -> None:
+    add("run", metavar="RUN", help="--output_dir of a training run, or a projector file")
+    _add_models(add)
+
+
+def _add_models(add: Any) -> None:
+    add("--model_name_or_path", help="base LLM (default: the one that config.json beside the projector has)")
+    add("--vision_tower", help="vision tower (default: the one that config.json has)")
+    add("--mm_vision_select_layer", type=int, help="hidden state of the tower (default: config.json's, else -2)")
+    add("--mm_vision_select_feature", choices=("patch", "cls_patch"), help="default: config.json's, else patch")
+    add("--image_aspect_ratio", choices=("square", "pad"), help="default: config.json's, else square")
+
+
+def _add_sources(add: Any) -> None:
+    add("--image_folder", help="folder, .zip or .tar of the records' images")
+    add("--feature_cache", help="cache of the records' images; those that it has need no vision tower")
+
+
+def _add_placement(add: Any) -> None:
+    add("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of the LLM (default: as trained, else fp32)")
+    add(
+        "--bits",
+        type=int,
+        choices=(4, 8, 16),
+        default=16,
+        help="4 or 8: quantize the LLM with bitsandbytes (default: 16)",
+    )
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "llm": args.model_name_or_path,
+        "vision_tower": args.vision_tower,
+        "select_layer": args.mm_vision_select_layer,
+        "select_feature": args.mm_vision_select_feature,
+        "image_aspect_ratio": args.image_aspect_ratio,
+    }
+
+
+def _caption(args: argparse.Namespace) -> int:
+    from llava_twophase.deploy.caption import CaptionOptions, caption
+    from llava_twophase.deploy.captioner import Placement
+    from llava_twophase.deploy.trained_projector import find_projector
+
+    options = CaptionOptions(
+        image_folder=args.image_folder,
+        feature_cache=args.feature_cache,
+        batch_size=args.batch_size,
+        html=args.html,
+        json=args.json,
+    )
+    placement = Placement(args.device, args.dtype, args.bits)
+    return caption(find_projector(args.run, **_overrides(args)), args.images, placement, options)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from llava_twophase.deploy.captioner import Placement
+    from llava_twophase.deploy.evaluate import Settings
+    from llava_twophase.deploy.evaluation_report import EvaluationOptions, evaluate_runs
+    from llava_twophase.deploy.trained_projector import find_projector
+
+    options = EvaluationOptions(
+        data_path=args.data_path,
+        image_folder=args.image_folder,
+        feature_cache=args.feature_cache,
+        limit=args.limit,
+        html=args.html,
+        json=args.json,
+        settings=Settings(args.batch_size, args.candidates, args.seed),
+    )
+    runs = {run: find_projector(run, **_overrides(args)) for run in args.runs}
+    return evaluate_runs(runs, Placement(args.device, args.dtype, args.bits), options)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from llava_twophase.deploy.export import export
+    from llava_twophase.deploy.trained_projector import find_projector
+
+    return export(find_projector(args.run, **_overrides(args)), args.to, args.out)
+
+
+def _handover(args: argparse.Namespace) -> int:
+    from llava_twophase.deploy.handover import handover
+    from llava_twophase.deploy.trained_projector import find_projector
+
+    return handover(find_projector(args.run, **_overrides(args)), args.json)
+
+
+def _positive(text: str) -> int:
+    return _at_least(text, 1)
+
+
+def _at_least_two(text: str) -> int:
+    return _at_least(text, 2)
+
+
+def _at_least(text: str, least: int) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+    return value
+
+
+_COMMANDS = {"caption": _caption, "evaluate": _evaluate, "export": _export, "handover": _handover}

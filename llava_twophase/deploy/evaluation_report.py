@@ -1,0 +1,234 @@
+"""``evaluate``: measure runs on held-out records and report them as text, JSON or one HTML page."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from llava_twophase import __version__
+from llava_twophase.deploy.captioner import Captioner, Placement
+from llava_twophase.deploy.evaluate import RecordResult, Settings, evaluate
+from llava_twophase.deploy.statistics import METRICS, by_length, compare, require_chrf, summarize
+from llava_twophase.deploy.trained_projector import TrainedProjector
+from llava_twophase.errors import UserError
+from llava_twophase.files import replace_file
+from llava_twophase.html import Card, Page, mark_differences
+from llava_twophase.records import Record, load_records
+from llava_twophase.vision.images import BadImage, Images, decode, open_images
+
+LIMITS = (
+    "These figures compare projectors on the captions that they were trained to write. They do not predict how good a "
+    "model is after LLaVA's stage 2: losses of stage 1 are only weakly related to downstream benchmarks. A gain near "
+    "zero means that the LLM ignores the image; beyond that, prefer the run with the larger gain and recall, and "
+    "confirm the choice with a stage-2 run."
+)
+_SHOWN = 12
+_THUMBNAIL = 224
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Flags of ``evaluate``.
+
+    Attributes:
+        data_path: Held-out records.
+        image_folder: Folder or archive of their images, or None.
+        feature_cache: Cache of their images, or None.
+        limit: Largest number of records.
+        html: Page to write, or None.
+        json: Print one JSON object.
+        settings: Batch size, candidates and seed.
+    """
+
+    data_path: str
+    image_folder: str | None
+    feature_cache: str | None
+    limit: int
+    html: str | None
+    json: bool
+    settings: Settings
+
+
+def evaluate_runs(runs: Mapping[str, TrainedProjector], placement: Placement, options: EvaluationOptions) -> int:
+    """Evaluate runs one after another on the same records, and report them side by side.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: The records, a model or an image cannot be used.
+    """
+    require_chrf()
+    if options.image_folder is None and options.feature_cache is None:
+        raise UserError("evaluate needs the held-out images: give --image_folder or --feature_cache")
+    images = None if options.image_folder is None else open_images(options.image_folder)
+    records = _sample(load_records(options.data_path), options)
+    results = {}
+    for name, projector in runs.items():
+        captioner = Captioner.load(projector, placement, feature_cache=options.feature_cache)
+        results[name] = evaluate(captioner, records, _features(captioner, images), options.settings)
+        del captioner  # before the next run loads its own LLM
+    report = _report(results, options)
+    if options.html is not None:
+        with replace_file(Path(options.html)) as file:
+            file.write(_page(report, results, options, images).to_bytes())
+    if options.json:
+        print(
+            json.dumps({**report, "records": {name: [asdict(row) for row in rows] for name, rows in results.items()}})
+        )
+    else:
+        _print(report, options)
+    return 0
+
+
+def _sample(records: Sequence[Record], options: EvaluationOptions) -> list[Record]:
+    if len(records) <= options.limit:
+        return list(records)
+    chosen = random.Random(options.settings.seed).sample(range(len(records)), options.limit)
+    return [records[position] for position in sorted(chosen)]
+
+
+def _features(captioner: Captioner, images: Images | None) -> Callable[[Sequence[str]], torch.Tensor]:
+    def read(keys: Sequence[str]) -> torch.Tensor:
+        cache = captioner.cache
+        inputs: list[str | bytes] = []
+        for key in keys:
+            if cache is not None and key in cache:
+                inputs.append(key)
+            elif images is None:
+                raise UserError(f"image {key} is not in the feature cache; give --image_folder too, or extract it")
+            else:
+                try:
+                    inputs.append(images.read(key))
+                except BadImage as error:
+                    raise UserError(f"image {key}: {error}") from None
+        return captioner.features(inputs)
+
+    return read
+
+
+def _report(results: Mapping[str, Sequence[RecordResult]], options: EvaluationOptions) -> dict[str, Any]:
+    names, seed = list(results), options.settings.seed
+    first = results[names[0]]
+    return {
+        "data_path": options.data_path,
+        "evaluated_records": len(first),
+        "candidates": options.settings.candidates,
+        "runs": {
+            name: {key: asdict(value) for key, value in summarize(rows, seed).items()} for name, rows in results.items()
+        },
+        "differences": {
+            name: {key: asdict(value) for key, value in compare(results[name], first, seed).items()}
+            for name in names[1:]
+        },
+        "by_length": {name: by_length(rows) for name, rows in results.items()},
+    }
+
+
+def _print(report: Mapping[str, Any], options: EvaluationOptions) -> None:
+    console = Console()
+    print(f"{report['evaluated_records']} records of {options.data_path}; mean and 95 % interval")
+    for name, metrics in report["runs"].items():
+        table = Table(title=name, title_justify="left", box=None, show_header=False, pad_edge=False)
+        for key, value in metrics.items():
+            table.add_row(METRICS[key][0], _interval(value))
+        console.print(table)
+    for name, metrics in report["differences"].items():
+        table = Table(
+            title=f"{name} minus {next(iter(report['runs']))}",
+            title_justify="left",
+            box=None,
+            show_header=False,
+            pad_edge=False,
+        )
+        for key, value in metrics.items():
+            table.add_row(METRICS[key][0], _interval(value), _verdict(value))
+        console.print(table)
+
+
+def _page(
+    report: Mapping[str, Any],
+    results: Mapping[str, Sequence[RecordResult]],
+    options: EvaluationOptions,
+    images: Images | None,
+) -> Page:
+    lead = f"{report['evaluated_records']} held-out records of {options.data_path}, {len(results)} run(s)"
+    page = Page("Evaluation of trained projectors", lead, f"llava-twophase {__version__}")
+    page.text(LIMITS)
+    page.section("Runs")
+    page.text("Mean over the records with a 95 % bootstrap interval.")
+    page.grid(
+        ["metric", *report["runs"]],
+        [[text, *(_interval(run[key]) for run in report["runs"].values())] for key, (text, _) in METRICS.items()],
+    )
+    for name, metrics in report["differences"].items():
+        page.section(f"{name} minus {next(iter(results))}")
+        page.text("Paired bootstrap over the same records: an interval without zero is a difference beyond chance.")
+        page.grid(
+            ["metric", "difference", ""],
+            [[METRICS[key][0], _interval(value), _verdict(value)] for key, value in metrics.items()],
+        )
+    for name, rows in results.items():
+        page.section(f"{name}: by length of the true caption")
+        page.grid(
+            ["tokens", "records", "loss", "words generated / true"],
+            [
+                [
+                    f"{row['tokens_from']} to {row['tokens_to']}",
+                    str(row["records"]),
+                    f"{row['loss']:.4g}",
+                    f"{row['length_ratio']:.2f}",
+                ]
+                for row in report["by_length"][name]
+            ],
+        )
+        ordered = sorted(rows, key=lambda row: row.loss)
+        page.section(f"{name}: lowest loss")
+        page.cards([_card(row, images) for row in ordered[:_SHOWN]])
+        page.section(f"{name}: highest loss")
+        page.cards([_card(row, images) for row in reversed(ordered[-_SHOWN:])])
+        page.section(f"{name}: all records")
+        page.grid(
+            ["image", "true", "generated", "loss", "rank"],
+            [[row.image, row.caption.strip(), row.generated, f"{row.loss:.3f}", str(row.rank + 1)] for row in rows],
+        )
+    return page
+
+
+def _card(row: RecordResult, images: Images | None) -> Card:
+    true = row.caption.strip()
+    return Card(
+        title=row.image,
+        lines=[f"true: {true}", mark_differences(row.generated, true)],
+        note=f"loss {row.loss:.3f}, with another image {row.loss_shuffled:.3f}, without {row.loss_without:.3f}; "
+        f"rank {row.rank + 1}",
+        panels=_thumbnail(row.image, images),
+    )
+
+
+def _thumbnail(key: str, images: Images | None) -> list[tuple[str, Image.Image]]:
+    if images is None:
+        return []
+    try:
+        picture = decode(images.read(key))
+    except BadImage:
+        return []
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return [("image", picture)]
+
+
+def _interval(value: Mapping[str, float]) -> str:
+    return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+
+
+def _verdict(value: Mapping[str, float]) -> str:
+    return "" if value["low"] <= 0 <= value["high"] else "differs"

@@ -1,0 +1,199 @@
+"""``handover``: check everything that LLaVA's stage 2 reads from a run and its models, and print its command.
+
+LLaVA 1.2 runs on transformers 4.37 and LLaVA-NeXT on 4.40; both read the base LLM's and the tower's own files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import GenerationConfig
+
+from llava_twophase.deploy.trained_projector import TrainedProjector
+from llava_twophase.deploy.weights import model_folder, weight_files
+from llava_twophase.errors import UserError
+
+_LLAVA_BASES = ("llama", "mistral", "mpt")
+_NEXT_BASES = ("qwen2", "qwen2_moe", "mixtral", "gemma")
+_DEFAULT_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One checked property.
+
+    Attributes:
+        what: What was checked.
+        found: What was found.
+        fix: What to do; empty if nothing is wrong.
+    """
+
+    what: str
+    found: str
+    fix: str = ""
+
+
+def handover(projector: TrainedProjector, as_json: bool) -> int:
+    """Print the checks and the command of LLaVA's stage 2.
+
+    Args:
+        projector: The trained projector.
+        as_json: Print one JSON object.
+
+    Returns:
+        0, or 1 if a check found a problem.
+    """
+    checks = list(run_checks(projector))
+    command = stage_2_command(projector)
+    if as_json:
+        print(json.dumps({"checks": [asdict(check) for check in checks], "command": command}, indent=1))
+    else:
+        for check in checks:
+            fix = f"; {check.fix}" if check.fix else ""
+            print(f"{'PROBLEM' if check.fix else 'ok':<8} {check.what}: {check.found}{fix}")
+        print("\nLLaVA's stage 2, in its repository (scripts/v1_5/finetune.sh has the rest of the recipe):\n")
+        print(command)
+    return 1 if any(check.fix for check in checks) else 0
+
+
+def run_checks(projector: TrainedProjector) -> Iterator[Check]:
+    """Check the projector, the base LLM and the tower.
+
+    Raises:
+        UserError: A model's folder cannot be found or read.
+    """
+    llm = model_folder(projector.llm, "--model_name_or_path")
+    tower = model_folder(projector.vision_tower, "--vision_tower")
+    base, vision = _config(llm, "text_config"), _config(tower, "vision_config")
+    yield _check_projector(projector, base, vision)
+    yield _check_base(base)
+    yield _check_rope(llm, base)
+    yield _check_generation_config(llm)
+    yield _check_tokenizer(llm, base)
+    yield _check_tower_names(tower)
+    yield Check(
+        "image_aspect_ratio",
+        f"trained with {projector.image_aspect_ratio}; LLaVA's recipe trains stage 1 with square and stage 2 with pad",
+    )
+
+
+def stage_2_command(projector: TrainedProjector) -> str:
+    """Return the command of LLaVA's stage 2 with the flags that depend on this run."""
+    flags = [
+        f"--model_name_or_path {projector.llm}",
+        "--version v1",
+        "--data_path ./playground/data/llava_v1_5_mix665k.json --image_folder ./playground/data",
+        f"--vision_tower {projector.vision_tower}",
+        f"--pretrain_mm_mlp_adapter {projector.path}",
+        f"--mm_projector_type {projector.projector_type}",
+        f"--mm_vision_select_layer {projector.select_layer}",
+        f"--mm_vision_select_feature {projector.select_feature}",
+        "--mm_use_im_start_end False --mm_use_im_patch_token False",
+        "--image_aspect_ratio pad --group_by_modality_length True",
+        "--bf16 True --output_dir ./checkpoints/llava-v1.5-finetuned",
+    ]
+    return " \\\n    ".join(["deepspeed llava/train/train_mem.py --deepspeed ./scripts/zero3.json", *flags])
+
+
+def _check_projector(projector: TrainedProjector, base: dict[str, Any], vision: dict[str, Any]) -> Check:
+    shapes = {name: tuple(tensor.shape) for name, tensor in projector.weights().items() if tensor.ndim == 2}
+    hidden, width = base.get("hidden_size"), vision.get("hidden_size")
+    first, last = next(iter(shapes.values())), list(shapes.values())[-1]
+    found = f"{projector.projector_type}, {first[1]} -> {last[0]}"
+    if (first[1], last[0]) == (width, hidden):
+        return Check("projector", found)
+    return Check(
+        "projector", found, f"the tower gives {width} and the LLM takes {hidden}: use the models it was trained with"
+    )
+
+
+def _check_base(base: dict[str, Any]) -> Check:
+    kind = str(base.get("model_type"))
+    if kind in _LLAVA_BASES:
+        return Check("base LLM", f"{kind}, which LLaVA 1.2 loads")
+    if kind in _NEXT_BASES:
+        return Check("base LLM", f"{kind}, which LLaVA-NeXT loads and LLaVA 1.2 does not")
+    known = ", ".join((*_LLAVA_BASES, *_NEXT_BASES))
+    return Check("base LLM", kind, f"neither LLaVA nor LLaVA-NeXT loads it ({known}); use: export --to hf")
+
+
+def _check_rope(folder: Path, base: dict[str, Any]) -> Check:
+    rope = base.get("rope_parameters") or {}
+    theta, scaling = rope.get("rope_theta"), rope.get("rope_type", "default")
+    if "rope_theta" not in base and theta not in (None, _DEFAULT_THETA):
+        return Check(
+            "rope",
+            f"{folder / 'config.json'} has rope_parameters only; transformers 4.37 would use theta {_DEFAULT_THETA:g}",
+            f'add "rope_theta": {theta:g}',
+        )
+    if base.get("rope_scaling") is None and scaling != "default":
+        values = {"type": scaling, "factor": rope.get("factor")}
+        return Check(
+            "rope",
+            f"{folder / 'config.json'} has the scaling {scaling} in rope_parameters only",
+            f'add "rope_scaling": {json.dumps(values)}',
+        )
+    old = base.get("rope_scaling")
+    if old is not None and set(old) != {"type", "factor"}:
+        return Check(
+            "rope",
+            f"rope_scaling is {json.dumps(old)}; transformers 4.37 takes exactly type and factor",
+            "remove the other fields, or use a base without this scaling",
+        )
+    return Check("rope", f"theta {base.get('rope_theta', theta or _DEFAULT_THETA):g}, scaling {old and old['type']}")
+
+
+def _check_generation_config(folder: Path) -> Check:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return Check("generation_config.json", "none")
+    try:
+        GenerationConfig.from_pretrained(folder).validate(strict=True)
+    except (ValueError, TypeError, AttributeError) as error:
+        lines = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- ")]
+        return Check(
+            "generation_config.json",
+            " ".join(lines) or str(error),
+            'stage 2 would fail at its last save: set "do_sample": true, or remove temperature and top_p',
+        )
+    return Check("generation_config.json", "valid")
+
+
+def _check_tokenizer(folder: Path, base: dict[str, Any]) -> Check:
+    if base.get("model_type") in ("llama", "mistral") and not (folder / "tokenizer.model").is_file():
+        return Check(
+            "tokenizer",
+            "no tokenizer.model",
+            "LLaVA loads the slow tokenizer, which needs it; copy it from the base model",
+        )
+    return Check("tokenizer", "readable by LLaVA")
+
+
+def _check_tower_names(folder: Path) -> Check:
+    names: list[str] = []
+    for path in weight_files(folder):
+        if path.suffix != ".safetensors":
+            return Check("vision tower", f"{path.name}; tensor names were not checked")
+        with safe_open(path, framework="pt") as file:
+            names += list(file.keys())
+    if any(name.startswith("vision_model.") for name in names):
+        return Check("vision tower", "tensor names that transformers 4.37 reads")
+    return Check(
+        "vision tower",
+        f"{folder} was saved by transformers 5: its tensor names lack the prefix vision_model.",
+        "transformers 4.37 would start with random weights; use the original tower from the hub",
+    )
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    # A multimodal model has the LLM's fields under text_config, the tower's under vision_config.
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    return dict(content.get(part) or content)

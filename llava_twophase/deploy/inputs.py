@@ -1,0 +1,93 @@
+"""What ``caption`` is given on the command line: image files, folders, archives, or the records of a JSON file."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_twophase.errors import UserError
+from llava_twophase.records import image_keys, load_records
+from llava_twophase.vision.images import BadImage, Images, open_images
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
+_ARCHIVES = (".zip", ".tar")
+_RECORDS = (".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class NamedImage:
+    """One image to caption.
+
+    Attributes:
+        name: What to print: the path as given, or the image key.
+        read: Returns the bytes of the file; raises ``UserError`` if it cannot be read.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+
+def list_images(paths: Sequence[str], image_folder: str | None = None) -> list[NamedImage]:
+    """Expand the arguments of ``caption``.
+
+    Args:
+        paths: Image files, folders, ``.zip`` or ``.tar`` archives, or ``.json``/``.jsonl`` files of records.
+        image_folder: Folder or archive of the records' images.
+
+    Returns:
+        The images, files of a folder or archive in the order of their names.
+
+    Raises:
+        UserError: A path does not exist, or a folder or archive has no images.
+    """
+    return [image for path in paths for image in _expand(path, image_folder)]
+
+
+def _expand(path: str, image_folder: str | None) -> Iterator[NamedImage]:
+    given = Path(path)
+    suffix = given.suffix.lower()
+    if suffix in _RECORDS:
+        images = open_images(image_folder) if image_folder else None
+        for key in image_keys(load_records(given)):
+            yield NamedImage(key, _reader(images, key))
+    elif given.is_dir() or suffix in _ARCHIVES:
+        images = open_images(given)
+        names = [name for name in _names(given) if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not names:
+            raise UserError(f"{path} has no images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        for name in sorted(names):
+            yield NamedImage(f"{path}/{name}", _reader(images, name))
+    else:
+        yield NamedImage(path, lambda: _read_file(given))
+
+
+def _names(path: Path) -> list[str]:
+    if path.is_dir():
+        return [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    if zipfile.is_zipfile(path) and path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    with tarfile.open(path, "r:") as archive:
+        return archive.getnames()
+
+
+def _reader(images: Images | None, key: str) -> Callable[[], bytes]:
+    def read() -> bytes:
+        if images is None:
+            raise UserError(f"image {key} is not in --feature_cache; give --image_folder too")
+        try:
+            return images.read(key)
+        except BadImage as error:
+            raise UserError(f"image {key}: {error}") from None
+
+    return read
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -1,0 +1,95 @@
+"""Losses, ranks and captions of held-out records."""
+
+import json
+
+import pytest
+import torch
+
+from commands import use_command
+from helpers import run
+from llava_twophase import Captioner, FeatureCache, load_records
+from llava_twophase.deploy.evaluate import Settings, caption_losses, evaluate, other_positions
+from llava_twophase.errors import UserError
+from llava_twophase.train.data.collator import collate
+
+
+@pytest.fixture(scope="module")
+def captioner(trained):
+    return Captioner.load(trained.run, feature_cache=trained.cache)
+
+
+def sample(captioner, caption):
+    input_ids, labels = captioner.template(caption)
+    return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
+
+
+def test_caption_losses_equal_the_loss_of_training(captioner, trained):
+    records = load_records(trained.records)[:5]
+    features = FeatureCache(trained.cache).read_tensor([record.image for record in records])
+    losses, counts = caption_losses(captioner, [record.caption for record in records], features)
+    for position, record in enumerate(records):
+        batch = collate([sample(captioner, record.caption)])
+        expected = captioner.model(**batch, features=features[position : position + 1])["loss"].item()
+        assert losses[position] == pytest.approx(expected, abs=1e-5)
+        assert counts[position] == (batch["labels"] != -100).sum()
+
+
+def test_caption_losses_without_image_use_the_text_alone(captioner):
+    (loss,), (count,) = caption_losses(captioner, ["a red circle"], None)
+    ids = captioner.template("a red circle")[0]
+    del ids[captioner.template.image_position]
+    logits = captioner.model.llm(torch.tensor([ids])).logits[0, :-1].float()
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))
+    assert loss == pytest.approx(expected.item(), abs=1e-5) and count == len(ids) - 1
+
+
+def test_caption_losses_do_not_depend_on_the_batch(captioner, trained):
+    records = load_records(trained.records)[:4]
+    features = FeatureCache(trained.cache).read_tensor([record.image for record in records])
+    together, _ = caption_losses(captioner, [record.caption for record in records], features)
+    alone = [caption_losses(captioner, [r.caption], features[i : i + 1])[0][0] for i, r in enumerate(records)]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_other_positions_have_other_captions():
+    captions = ["a", "b", "a", "c", "b"]
+    others = other_positions(captions, 2, seed=0)
+    for caption, positions in zip(captions, others, strict=True):
+        texts = [captions[position] for position in positions]
+        assert caption not in texts and len(set(texts)) == len(texts) == 2
+    assert others == other_positions(captions, 2, seed=0)
+
+
+def test_other_positions_refuses_equal_captions():
+    with pytest.raises(UserError, match="at least two different"):
+        other_positions(["a", "a"], 1, seed=0)
+
+
+def test_evaluate_ranks_the_true_caption(captioner, trained):
+    records = load_records(trained.records)
+    features = FeatureCache(trained.cache).read_tensor
+    results = evaluate(captioner, records, features, Settings(batch_size=5, candidates=4))
+    assert [result.image for result in results] == trained.keys
+    for position, result in enumerate(results):
+        others = other_positions([record.caption for record in records], 3, seed=0)[position]
+        candidates = [records[other].caption for other in others]
+        losses, _ = caption_losses(captioner, candidates, features([result.image] * len(candidates)))
+        assert result.rank == sum(loss <= result.loss for loss in losses)
+
+
+def test_evaluate_command_compares_runs_and_writes_a_page(trained, tmp_path):
+    page = tmp_path / "report.html"
+    flags = {"data_path": trained.records, "image_folder": trained.images, "candidates": 3, "limit": 6, "html": page}
+    bare = trained.run / "mm_projector.bin"
+    done = run(["python", *use_command("evaluate", trained.run, bare, "--json", **flags, feature_cache=trained.cache)])
+    report = json.loads(done.stdout)
+    assert report["evaluated_records"] == 6 and list(report["runs"]) == [str(trained.run), str(bare)]
+    difference = report["differences"][str(bare)]
+    assert all(value["low"] == value["value"] == value["high"] == 0 for value in difference.values())
+    text = page.read_text(encoding="utf-8")
+    assert "They do not predict how good a model is" in text and "data:image/jpeg" in text
+
+
+def test_evaluate_command_needs_images(trained):
+    done = run(["python", *use_command("evaluate", trained.run, data_path=trained.records)], expect=1)
+    assert "give --image_folder or --feature_cache" in done.stderr

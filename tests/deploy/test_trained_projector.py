@@ -1,0 +1,68 @@
+"""Which projector, models and settings a user's RUN means."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from llava_twophase.deploy.trained_projector import find_projector, projector_weights
+from llava_twophase.errors import UserError
+
+
+def test_find_projector_reads_the_settings_of_an_output_dir(trained):
+    projector = find_projector(trained.run)
+    assert projector.path == trained.run / "mm_projector.bin"
+    assert (projector.llm, projector.vision_tower) == (str(trained.llm), str(trained.tower))
+    assert (projector.projector_type, projector.select_layer, projector.select_feature) == ("mlp2x_gelu", -2, "patch")
+    assert (projector.llm_dtype, projector.tower_dtype) == ("float32", "float32")
+
+
+def test_find_projector_prefers_given_models(trained):
+    assert find_projector(trained.run, llm="other/llm", select_layer=-1).llm == "other/llm"
+    assert find_projector(trained.run, select_layer=-1).select_layer == -1
+
+
+def test_find_projector_of_a_bare_file_needs_the_models(trained, tmp_path):
+    bare = shutil.copy(trained.run / "mm_projector.bin", tmp_path / "mm_projector.bin")
+    with pytest.raises(UserError, match="give --model_name_or_path and --vision_tower"):
+        find_projector(bare)
+    projector = find_projector(bare, llm="a", vision_tower="b")
+    assert (projector.projector_type, projector.select_layer, projector.llm_dtype) == ("mlp2x_gelu", -2, None)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp3x_gelu"])
+def test_find_projector_infers_the_type_from_the_weights(kind, tmp_path):
+    layers = [""] if kind == "linear" else [f"{2 * i}." for i in range(int(kind[3]))]
+    state = {f"model.mm_projector.{name}{part}": torch.zeros(2, 2) for name in layers for part in ("weight", "bias")}
+    torch.save(state, tmp_path / "p.bin")
+    assert find_projector(tmp_path / "p.bin", llm="a", vision_tower="b").projector_type == kind
+
+
+def test_projector_weights_of_a_stage_2_checkpoint(trained, tmp_path):
+    weights = projector_weights(trained.run / "mm_projector.bin")
+    prefixed = {f"base_model.model.model.mm_projector.{name}": tensor for name, tensor in weights.items()}
+    torch.save({**prefixed, "lm_head.weight": torch.zeros(1)}, tmp_path / "non_lora_trainables.bin")
+    found = projector_weights(tmp_path / "non_lora_trainables.bin")
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_find_projector_refuses_a_folder_without_projector(tmp_path):
+    with pytest.raises(UserError, match="expected an --output_dir or a projector file"):
+        find_projector(tmp_path)
+
+
+def test_find_projector_refuses_a_file_without_projector(tmp_path):
+    torch.save({"lm_head.weight": torch.zeros(1)}, tmp_path / "p.bin")
+    with pytest.raises(UserError, match="has no mm_projector weights"):
+        find_projector(tmp_path / "p.bin", llm="a", vision_tower="b")
+    (tmp_path / "q.bin").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="cannot be read as a projector file"):
+        find_projector(tmp_path / "q.bin", llm="a", vision_tower="b")
+
+
+def test_find_projector_reports_a_damaged_config(trained, tmp_path):
+    shutil.copy(trained.run / "mm_projector.bin", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({})[:1], encoding="utf-8")
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        find_projector(tmp_path)
