@@ -85,3 +85,18 @@ def image_outputs(projected: list[torch.Tensor]) -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     return BaseModelOutputWithPooling(pooler_output=projected)  # type: ignore[arg-type]
+
+
+def tracker_callbacks(names: list[str]) -> list[type[Any]]:
+    """Return the classes of HF Trainer's callbacks for trackers; one that is not installed raises when it is created.
+
+    Args:
+        names: As ``TrainingArguments.report_to`` lists them.
+
+    Raises:
+        ValueError: A name is unknown.
+    """
+    from transformers.integrations import get_reporting_integration_callbacks  # type: ignore[attr-defined]
+
+    callbacks: list[type[Any]] = get_reporting_integration_callbacks(names)  # type: ignore[no-untyped-call]
+    return callbacks

@@ -144,7 +144,7 @@ def test_a_rank_that_dies_ends_the_other_and_the_rerun_goes_on(
     assert not (cut / "mm_projector.bin").exists()
     assert f"resuming from {cut / 'checkpoint-3'}" in start("pipelines/train_projector.py", cut).stderr
     assert len(outcome(cut).losses) == STEPS
-    if launcher == "torchrun":  # under DeepSpeed, train/test_resume.py compares
+    if launcher == "torchrun":  # under DeepSpeed, train/test_run_resume.py compares
         start("pipelines/train_projector.py", whole)
         assert_same_outcome(outcome(cut), outcome(whole))
 

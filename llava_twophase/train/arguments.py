@@ -75,6 +75,9 @@ class ProjectorTrainingArguments(TrainingArguments):
         "a checkpoint's folder; True: the newest one, which must exist; False: there must be none (default: the newest "
         "one, if there is one)",
     )
+    enable_jit_checkpoint: bool = _flag(
+        False, "has no effect: SIGTERM and SIGUSR1 always write a checkpoint and end the run"
+    )
     ddp_find_unused_parameters: bool | None = _flag(False, "has no effect: every step uses the complete projector")
     eval_strategy: str = _flag("no", "no, steps or epoch", aliases=["--evaluation_strategy"])
     warmup_ratio: float = _flag(0.0, "fraction of all steps for warm-up; the same as a fraction in --warmup_steps")
@@ -179,9 +182,11 @@ class Arguments:
     def for_trainer(self) -> ProjectorTrainingArguments:
         """Return a copy for HF Trainer, without what this project does in its place.
 
-        ``CheckpointKeeper`` removes old checkpoints, and Liger kernels are applied to the LLM when it is loaded.
+        ``CheckpointKeeper`` removes old checkpoints, Liger kernels are applied to the LLM when it is loaded, and
+        ``StopOnSignal`` writes a checkpoint on SIGTERM.
         """
         training = copy.copy(self.training)
         training.save_total_limit = None
         training.use_liger_kernel = False
+        training.enable_jit_checkpoint = False
         return training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,14 +19,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``sys.argv`` by default.
 
     Returns:
-        0 done, 1 a problem was found, 2 wrong usage, 130 interrupted.
+        0 done, 1 a problem was found, 2 wrong usage, 130 interrupted by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1.
     """
     return run_command(lambda: _parse_and_run(argv))
 
 
 def _parse_and_run(argv: Sequence[str] | None) -> int:
+    import torch
+
     level = logging.INFO if ranks_from_environment().is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    if not torch.accelerator.is_available():
+        # DeepSpeed warns that it found no accelerator unless it is told so.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # First, since importing the modules below may fail with other releases.
     require_supported("transformers", "deepspeed", "torch")
     from llava_twophase.train.command_line import UsageError, parse_command

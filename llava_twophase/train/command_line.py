@@ -62,7 +62,7 @@ class ParsedCommand:
         arguments: The arguments, with defaults in the place of values that could not be parsed.
         usage_problems: Unknown or missing flags and values of the wrong type.
         flag_problems: Values that stage 1 cannot honour.
-        faulty: Names of the flags whose values are defaults because of a usage problem.
+        faulty: Names of the flags that have a problem; the values of those with a usage problem are defaults.
     """
 
     arguments: Arguments
@@ -123,7 +123,7 @@ def parse_command(argv: Sequence[str] | None = None) -> ParsedCommand:
     model = ModelArguments(**_values_of(ModelArguments, values))
     data = DataArguments(**_values_of(DataArguments, values))
     training_values = _values_of(ProjectorTrainingArguments, values)
-    problems = list(parser.problems)
+    problems: list[str] = []
     try:
         training = ProjectorTrainingArguments(**training_values)
     except json.JSONDecodeError as error:
@@ -133,8 +133,13 @@ def parse_command(argv: Sequence[str] | None = None) -> ParsedCommand:
         problems.append(str(error))
         training = _default_training(training_values)
     arguments = Arguments(model, data, training, given)
-    usage, flags = problems[: len(parser.problems)], problems[len(parser.problems) :]
-    return ParsedCommand(arguments, usage, flags + flag_problems(arguments, parser.faulty), frozenset(parser.faulty))
+    refused = flag_problems(arguments, parser.faulty)
+    return ParsedCommand(
+        arguments=arguments,
+        usage_problems=parser.problems,
+        flag_problems=[*problems, *(message for _, message in refused)],
+        faulty=frozenset(parser.faulty | {flag for flag, _ in refused}),
+    )
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

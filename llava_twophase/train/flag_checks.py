@@ -11,8 +11,8 @@ from llava_twophase.train.data.conversation import TEMPLATES
 Check = tuple[str, bool, str]
 
 
-def flag_problems(arguments: Arguments, skip: Collection[str] = ()) -> list[str]:
-    """Return a line for each flag that cannot be honoured.
+def flag_problems(arguments: Arguments, skip: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Return the name and a message for each flag that cannot be honoured.
 
     Args:
         arguments: The parsed command line.
@@ -27,7 +27,7 @@ def flag_problems(arguments: Arguments, skip: Collection[str] = ()) -> list[str]
         *_deepspeed(training),
         *_micro_batches(training),
     ]
-    return [message for flag, refused, message in checks if refused and flag not in skip]
+    return [(flag, message) for flag, refused, message in checks if refused and flag not in skip]
 
 
 def _stage_one(model: ModelArguments, training: ProjectorTrainingArguments) -> list[Check]:

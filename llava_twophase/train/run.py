@@ -1,38 +1,39 @@
-"""Phase two's run, from checked arguments to ``mm_projector.bin``; reads as the order of its steps."""
+"""A training run, from checked arguments to ``mm_projector.bin``, in the order of its steps."""
 
 from __future__ import annotations
 
 import gc
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from llava_twophase.errors import UserError
-from llava_twophase.train.arguments import Arguments
+from llava_twophase.train.arguments import Arguments, ProjectorTrainingArguments
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.dataset import CaptionDataset
+from llava_twophase.train.environment import output_folder
+from llava_twophase.train.identity import run_identity
+from llava_twophase.train.loop.agreement import on_all_ranks, on_main_rank
 from llava_twophase.train.loop.artefacts import llava_config, write_artefacts
-from llava_twophase.train.loop.checkpoints import (
-    CheckpointKeeper,
-    checkpoint_to_resume,
-    explain_disk_errors,
-    saved_micro_batching,
-)
+from llava_twophase.train.loop.checkpoints import CheckpointKeeper, explain_disk_errors, saved_micro_batching
 from llava_twophase.train.loop.generated_captions import CaptionSamples
+from llava_twophase.train.loop.interruption import StopOnSignal
+from llava_twophase.train.loop.output_lock import output_lock
+from llava_twophase.train.loop.resume import RunLength, find_start, write_finished
+from llava_twophase.train.loop.trackers import start_trackers
 from llava_twophase.train.loop.trainer import ProjectorTrainer
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel
 from llava_twophase.train.model.load_llm import gathered, load_llm
-from llava_twophase.train.preflight import Inputs, check_inputs, run_identity
+from llava_twophase.train.preflight import TrainingInputs, prepare_inputs
 
 logger = logging.getLogger(__name__)
 
 _OUT_OF_MEMORY = (
-    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, spread the LLM with "
-    "--deepspeed pipelines/zero3.json, or quantise it with --bits 4"
+    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor, spread the LLM "
+    "with --deepspeed pipelines/zero3.json, or quantise it with --bits 4"
 )
 
 
@@ -43,48 +44,64 @@ def run(arguments: Arguments) -> int:
         arguments: The checked command line.
 
     Returns:
-        0; whatever goes wrong is raised.
+        0 if the run is finished; 128 + n if signal n interrupted it after a checkpoint was written.
 
     Raises:
         UserError: Bad input, before the LLM is loaded wherever that can be known.
     """
-    _train(arguments)
-    if torch.distributed.is_initialized():
-        # A group that still stands when the interpreter ends can abort a rank that has done its work; engines hold it.
-        gc.collect()
-        torch.distributed.destroy_process_group()
-    return 0
+    folder = output_folder(arguments)
+    set_seed(arguments.training.seed)
+    inputs = on_all_ranks(lambda: prepare_inputs(arguments))
+    with output_lock(folder), explain_disk_errors(folder):
+        signal_number = _train(arguments, inputs, folder)
+    _leave_process_group()
+    return 128 + signal_number if signal_number is not None else 0
 
 
-def _train(arguments: Arguments) -> None:
-    training = arguments.training
-    set_seed(training.seed)
-    inputs = check_inputs(arguments)
-    identity = run_identity(arguments, inputs)
-    folder = Path(str(training.output_dir))
-    checkpoint = checkpoint_to_resume(folder, training.resume_from_checkpoint, identity)
-    with explain_disk_errors(folder):
-        try:
-            model = _model(arguments, inputs, checkpoint)
-            trainer = _trainer(arguments, inputs, model, identity)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"out of memory: {error}; {_OUT_OF_MEMORY}") from None
-        trainer.save_state()
-        with gathered(inputs.projector):
-            if trainer.is_world_process_zero():
-                config = llava_config(inputs.config, arguments, inputs.width)
-                fingerprint = inputs.source.fingerprint
-                logger.info("wrote %s", write_artefacts(folder, inputs.projector, config, arguments, fingerprint))
+def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | None:
+    """Train unless the run is finished; return the signal that interrupted it, if one did."""
+    training, identity = arguments.training, run_identity(arguments, inputs)
+    length = RunLength(training.max_steps, training.num_train_epochs)
+    start = find_start(folder, training.resume_from_checkpoint, identity, length)
+    if start.finished:
+        return None
+    trainer_arguments = arguments.for_trainer()
+    trackers = on_main_rank(lambda: start_trackers(trainer_arguments, folder))
+    try:
+        model = _build_model(arguments, inputs, start.checkpoint)
+        keeper = CheckpointKeeper(identity, training.save_total_limit, model.frozen)
+        stopper = StopOnSignal()
+        callbacks = [keeper, stopper, *trackers, *_caption_samples(arguments, inputs, model)]
+        trainer = _build_trainer(trainer_arguments, inputs, model, callbacks)
+        trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory: {error}; {_OUT_OF_MEMORY}") from None
+    if stopper.stopped_by is not None:
+        return stopper.stopped_by
+    trainer.save_state()
+    with gathered(inputs.projector):
+        if trainer.is_world_process_zero():
+            config = llava_config(inputs.config, arguments, inputs.width)
+            path = write_artefacts(folder, inputs.projector, config, arguments, inputs.source.fingerprint)
+            write_finished(
+                folder,
+                identity,
+                step=trainer.state.global_step,
+                steps_per_epoch=keeper.steps_per_epoch,
+                asked=training.resume_from_checkpoint,
+            )
+            logger.info("wrote %s", path)
+    return None
 
 
-def _model(arguments: Arguments, inputs: Inputs, checkpoint: Path | None) -> LlavaProjectorModel:
+def _build_model(arguments: Arguments, inputs: TrainingInputs, checkpoint: Path | None) -> LlavaProjectorModel:
     training, template = arguments.training, inputs.template
-    given = arguments.micro_batching
-    saved = saved_micro_batching(checkpoint) if checkpoint is not None and given == (None, None) else None
-    frozen = FrozenLLM(load_llm(arguments), template.image_position, *given)
-    if saved is not None:
-        frozen.micro_batching = saved
+    samples, recompute = arguments.micro_batching
+    frozen = FrozenLLM(load_llm(arguments), template.image_position, samples, recompute)
+    if checkpoint is not None and (samples, recompute) == (None, None):
+        saved = saved_micro_batching(checkpoint)
+        if saved is not None:
+            frozen.micro_batching = saved
     model = LlavaProjectorModel(frozen, inputs.projector, template.image_tokens, inputs.source.encode)
     model.accepts_loss_kwargs = training.average_tokens_across_devices
     if training.torch_compile:
@@ -92,11 +109,13 @@ def _model(arguments: Arguments, inputs: Inputs, checkpoint: Path | None) -> Lla
     return model
 
 
-def _trainer(
-    arguments: Arguments, inputs: Inputs, model: LlavaProjectorModel, identity: dict[str, Any]
+def _build_trainer(
+    training: ProjectorTrainingArguments,
+    inputs: TrainingInputs,
+    model: LlavaProjectorModel,
+    callbacks: list[TrainerCallback],
 ) -> ProjectorTrainer:
-    training, template, source = arguments.training, inputs.template, inputs.source
-    keeper = CheckpointKeeper(identity, training.save_total_limit, model.frozen)
+    template, source = inputs.template, inputs.source
     truncated = inputs.rows.truncated
     if truncated:
         logger.warning("%d captions are truncated at --model_max_length %d", truncated, training.model_max_length)
@@ -104,18 +123,32 @@ def _trainer(
     logger.info("%d records, %d held out, %d trainable weights", len(inputs.records), len(inputs.eval_records), weights)
     return ProjectorTrainer(
         model,
-        arguments.for_trainer(),
+        training,
         data_collator=collate,
         train_dataset=CaptionDataset(inputs.records, template, source),
         eval_dataset=CaptionDataset(inputs.eval_records, template, source) if inputs.eval_records else None,
-        callbacks=[keeper, *_samples(arguments, inputs, model)],
+        callbacks=callbacks,
     )
 
 
-def _samples(arguments: Arguments, inputs: Inputs, model: LlavaProjectorModel) -> list[CaptionSamples]:
+def _caption_samples(arguments: Arguments, inputs: TrainingInputs, model: LlavaProjectorModel) -> list[TrainerCallback]:
     data = arguments.data
     if not data.sample_captions:
         return []
-    records = inputs.eval_records[: data.sample_captions]
-    folder = Path(str(arguments.training.output_dir))
-    return [CaptionSamples(model, inputs.template, inputs.tokenizer, records, inputs.source, folder)]
+    return [
+        CaptionSamples(
+            model=model,
+            template=inputs.template,
+            tokenizer=inputs.tokenizer,
+            records=inputs.eval_records[: data.sample_captions],
+            source=inputs.source,
+            folder=output_folder(arguments),
+        )
+    ]
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        # Engines hold the group; one that exists when the interpreter ends can abort a rank that has done its work.
+        gc.collect()
+        torch.distributed.destroy_process_group()

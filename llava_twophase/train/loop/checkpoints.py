@@ -1,18 +1,18 @@
-"""Which checkpoints are whole, and whether this run may go on from one; what is in them is Trainer's and DeepSpeed's.
+"""Checkpoints on disk: mark complete ones, verify them, remove old ones.
 
-Trainer writes a checkpoint's files one by one and from several ranks. A marker, written when all ranks are done, tells
-a whole checkpoint from one that a kill cut short; older ones are removed only after it.
+HF Trainer writes the files of a checkpoint one by one and from several ranks. ``complete.json``, written when all ranks
+are done, tells a complete checkpoint from an interrupted one and holds size and checksum of every file.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,150 +20,168 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava_twophase.cache.fingerprint import differences, normalize
-from llava_twophase.errors import UserError, combined_error
+from llava_twophase.cache.fingerprint import normalize
+from llava_twophase.errors import UserError
 from llava_twophase.files import explain_os_errors
 from llava_twophase.train.loop.artefacts import write_json
+from llava_twophase.train.loop.checksums import damaged_files, file_checksums
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.micro_batches import MicroBatching
 
-logger = logging.getLogger(__name__)
-
 MARKER = "complete.json"
+FINISHED = "finished.json"
 _MICRO_BATCHING = "micro_batching.json"
-_MICRO_BATCHING_UNTIL_0_4 = "cut.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """The content of ``complete.json``.
+
+    Attributes:
+        identity: What a run that resumes from the checkpoint must have in common with the one that wrote it.
+        steps_per_epoch: Optimizer steps of an epoch.
+        files: Size and checksum of every other file of the checkpoint.
+    """
+
+    identity: dict[str, Any]
+    steps_per_epoch: int
+    files: dict[str, dict[str, Any]]
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Marks whole checkpoints and keeps the newest of them.
+    """Marks complete checkpoints and removes old ones.
 
     Args:
-        identity: What a run that goes on from them must have in common with this one.
+        identity: What a run that resumes from them must have in common with this one.
         keep: How many to keep, None for all.
-        frozen: The LLM, whose micro-batching is saved: another one would round differently after a resume.
+        frozen: The LLM, whose micro-batches are stored: other ones would round differently after a resume.
+
+    Attributes:
+        steps_per_epoch: Optimizer steps of an epoch, known when training has begun.
     """
 
     def __init__(self, identity: dict[str, Any], keep: int | None, frozen: FrozenLLM | None = None) -> None:
-        self._identity, self._keep, self._frozen = identity, keep, frozen
+        self._identity, self._keep, self._frozen = normalize(identity), keep, frozen
+        self.steps_per_epoch = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take their markers from checkpoints behind the one that the run goes on from: they will be written anew."""
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """Unmark a finished run, and checkpoints newer than the one being resumed; they will be overwritten."""
+        if train_dataloader is not None:
+            self.steps_per_epoch = ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         if state.is_world_process_zero:
-            for newer in whole_checkpoints(Path(str(args.output_dir))):
-                if _step(newer) > state.global_step:
-                    (newer / MARKER).unlink()
+            folder = Path(str(args.output_dir))
+            (folder / FINISHED).unlink(missing_ok=True)
+            for checkpoint in complete_checkpoints(folder):
+                if checkpoint_step(checkpoint) > state.global_step:
+                    (checkpoint / MARKER).unlink()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Log whenever a checkpoint is written: the losses since the last log would otherwise be lost to a resume."""
+        """Log whenever a checkpoint is written; otherwise a resume would lose the losses since the last log."""
         control.should_log = control.should_log or control.should_save
         return control
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """As after a step, for ``--save_strategy epoch``."""
+        """Do the same for ``--save_strategy epoch``."""
         return self.on_step_end(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark the checkpoint that all ranks have written, then remove what is older than ``keep``."""
+        """Mark the checkpoint that all ranks have written, then remove old ones."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if not state.is_world_process_zero:
             return
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"
+        (checkpoint / MARKER).unlink(missing_ok=True)
         if self._frozen is not None and self._frozen.micro_batching is not None:
             write_json(checkpoint / _MICRO_BATCHING, asdict(self._frozen.micro_batching))
-        for path in checkpoint.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        write_json(checkpoint / MARKER, self._identity)
-        for old in self._surplus(whole_checkpoints(folder), state.best_model_checkpoint):
-            # The marker goes first: a removal that is cut short leaves no checkpoint that looks whole.
+        files = [path for path in checkpoint.rglob("*") if path.is_file()]
+        for path in files:
+            _sync(path)
+        record = CheckpointRecord(self._identity, self.steps_per_epoch, file_checksums(checkpoint, files))
+        write_json(checkpoint / MARKER, asdict(record))
+        for old in self._surplus(complete_checkpoints(folder), state.best_model_checkpoint):
+            # The marker is removed first: an interrupted removal leaves no checkpoint that looks complete.
             (old / MARKER).unlink()
             shutil.rmtree(old)
 
-    def _surplus(self, whole: list[Path], best: str | None) -> list[Path]:
-        # As Trainer does: the newest stays, and the best where --metric_for_best_model asks for one.
+    def _surplus(self, complete: list[Path], best: str | None) -> list[Path]:
+        # As HF Trainer does: the newest is kept, and the best one with --metric_for_best_model.
         if self._keep is None or self._keep <= 0:
             return []
-        stay = {whole[-1].name, Path(best or whole[-1]).name}
-        return [path for path in whole if path.name not in stay][: max(0, len(whole) - max(self._keep, len(stay)))]
+        kept = {complete[-1].name, Path(best or complete[-1]).name}
+        candidates = [path for path in complete if path.name not in kept]
+        return candidates[: max(0, len(complete) - max(self._keep, len(kept)))]
 
 
-def whole_checkpoints(output_dir: Path) -> list[Path]:
-    """List the checkpoints with a marker, oldest step first; one without was cut short and is never resumed from."""
-    found = [path for path in output_dir.glob("checkpoint-*") if _STEP.fullmatch(path.name)]
-    return [path for path in sorted(found, key=_step) if (path / MARKER).is_file()]
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """List the checkpoints that have a marker, oldest step first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return [path for path in sorted(found, key=checkpoint_step) if (path / MARKER).is_file()]
 
 
-def checkpoint_to_resume(output_dir: Path, asked: str | None, identity: dict[str, Any]) -> Path | None:
-    """Choose where to go on from: the same command run again goes on from its newest whole checkpoint.
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the optimizer step after which a checkpoint was written; -1 for a folder with another name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def read_record(checkpoint: Path) -> CheckpointRecord:
+    """Read a checkpoint's ``complete.json``.
+
+    Raises:
+        UserError: It is not there, or does not hold what this version writes.
+    """
+    try:
+        content = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        return CheckpointRecord(content["identity"], content["steps_per_epoch"], content["files"])
+    except FileNotFoundError:
+        raise UserError(f"{MARKER} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{MARKER} is damaged, or was written by an earlier version") from None
+
+
+def checkpoint_problems(checkpoint: Path, content: bool = True) -> list[str]:
+    """Return a line for each damaged or missing file of a checkpoint.
 
     Args:
-        output_dir: The run's folder.
-        asked: ``--resume_from_checkpoint``, a folder; None or ``True`` for the newest one.
-        identity: This run's.
-
-    Returns:
-        The checkpoint's folder, None to start from the beginning.
-
-    Raises:
-        UserError: There is none where one was asked for, or it belongs to a run with other settings.
+        checkpoint: Its folder.
+        content: Read the files; otherwise only their sizes are compared.
     """
-    if asked is not None and asked not in ("True", "true"):
-        found: Path | None = Path(asked)
-        if not (Path(asked) / MARKER).is_file():
-            raise UserError(f"--resume_from_checkpoint {asked} is no whole checkpoint: it has no {MARKER}")
-    else:
-        found = next(reversed(whole_checkpoints(output_dir)), None)
-        if found is None and asked is not None:
-            raise UserError(f"--resume_from_checkpoint True: {output_dir} holds no whole checkpoint")
-    if found is None:
-        return None
-    saved = json.loads((found / MARKER).read_text(encoding="utf-8"))
-    different = differences(saved, normalize(identity), names=("the checkpoint", "this run"))
-    if different:
-        raise combined_error(
-            different, f"{found} cannot be continued with other settings; use its own, or another --output_dir"
-        )
-    logger.info("resuming from %s", found)
-    return found
-
-
-def saved_micro_batching(checkpoint: Path) -> MicroBatching | None:
-    """Return how batches were split when a checkpoint was written; None if no batch had been trained on.
-
-    Raises:
-        UserError: An earlier version of this program wrote the checkpoint.
-    """
-    if (checkpoint / _MICRO_BATCHING_UNTIL_0_4).is_file():
-        raise UserError(
-            f"{checkpoint} was written by an earlier version, whose micro-batches were chosen differently; resume it "
-            "with that version, or use another --output_dir"
-        )
-    path = checkpoint / _MICRO_BATCHING
-    return MicroBatching(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    try:
+        return damaged_files(checkpoint, read_record(checkpoint).files, content)
+    except UserError as error:
+        return [str(error)]
 
 
 def explain_disk_errors(output_dir: Path) -> AbstractContextManager[None]:
-    """Return a context that turns an error of the disk that a run writes to into one that says what to do."""
+    """Turn errors of the disk that a run writes to into a ``UserError`` that says what to do."""
 
     def advice() -> str:
-        newest = next(reversed(whole_checkpoints(output_dir)), None)
+        newest = next(reversed(complete_checkpoints(output_dir)), None)
         start = "starts from the beginning" if newest is None else f"resumes from {newest.name}"
         return f"run the same command again: it {start}"
 
+    # torch and safetensors report a full disk as errors of their own.
     return explain_os_errors(output_dir, "--output_dir", advice, also=(RuntimeError, SafetensorError))
 
 
-_STEP = re.compile(r"checkpoint-\d+")
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def saved_micro_batching(checkpoint: Path) -> MicroBatching | None:
+    """Return how batches were split when a checkpoint was written; None if no batch had been trained on."""
+    path = checkpoint / _MICRO_BATCHING
+    return MicroBatching(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def _sync(path: Path) -> None:

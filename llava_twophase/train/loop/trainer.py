@@ -1,4 +1,4 @@
-"""HF Trainer with LLaVA's order of samples and an eye on what it does; where files go is ``run.py``'s."""
+"""HF Trainer with LLaVA's sample order, rates in its log, and checks of the loss and of the first gradients."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from llava_twophase.errors import UserError
 from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.data.sampler import EpochSampler
+from llava_twophase.train.loop.interruption import ignore_signals
 from llava_twophase.train.loop.metrics import GradientProbe, Meter, StepFlops
 from llava_twophase.train.model.llava import LlavaProjectorModel
 
 
 class ProjectorTrainer(Trainer):
-    """Trains the projector; the loss is the mean of each device's batch, averaged over devices, as in LLaVA."""
+    """Trains the projector. The loss is the mean of each device's batch, averaged over devices, as in LLaVA."""
 
     def __init__(self, model: LlavaProjectorModel, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
@@ -30,7 +31,7 @@ class ProjectorTrainer(Trainer):
         self._checked = False
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the data loader in LLaVA's order, one share of it for each process."""
+        """Return this process's share of the data loader, in LLaVA's order."""
         args = self.args
         assert isinstance(self.train_dataset, CaptionDataset)
         grouped = getattr(args, "group_by_modality_length", False)
@@ -42,7 +43,8 @@ class ProjectorTrainer(Trainer):
             args.train_batch_size,
             args.world_size * args.gradient_accumulation_steps,
         )
-        self.add_callback(_EpochOfOrder(order))
+        self.add_callback(_SetEpoch(order))
+        self.add_callback(_StopAtLastStep())
         prefetching = self.train_dataset.prefetch(
             cast(Any, self.data_collator),
             batch_size=args.train_batch_size,
@@ -64,6 +66,7 @@ class ProjectorTrainer(Trainer):
             sampler=order,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
+            worker_init_fn=ignore_signals,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -74,7 +77,9 @@ class ProjectorTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Fetch the micro-batches of one step, and note how long that took."""
+        """Fetch the micro-batches of one step and measure the wait; none if the run resumed after its last step."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
         started = time.perf_counter()
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._meter.waited += time.perf_counter() - started
@@ -84,10 +89,10 @@ class ProjectorTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run one micro-batch; the first one of a run must have a finite loss and gradients that are not zero.
+        """Run one micro-batch and, if it is the first one, check its loss and gradients.
 
         Raises:
-            UserError: It has not, so the run would learn nothing.
+            UserError: The first loss or gradient is not finite, or the gradients are zero.
         """
         self._count(inputs)
         if self._checked:
@@ -102,16 +107,16 @@ class ProjectorTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with rates since the last time; a loss that is not finite ends the run.
+        """Log with the rates since the last log, and end the run if the loss is not finite.
 
         Raises:
-            UserError: The loss is not finite; checkpoints stay.
+            UserError: The loss is not finite. Checkpoints are kept.
         """
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise UserError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}; try --bf16 True instead of fp16, or "
-                    "a lower --learning_rate, with another --output_dir; the last checkpoint here is untouched"
+                    "a lower --learning_rate, with another --output_dir; the last checkpoint is unchanged"
                 )
             steps_left = self.state.max_steps - self.state.global_step
             logs |= self._meter.report(self.args.world_size, self.args.device, steps_left)
@@ -126,15 +131,37 @@ class ProjectorTrainer(Trainer):
         self._meter.flops += self._flops.count(samples, positions, length - self._projector_model.image_at)
 
 
-class _EpochOfOrder(TrainerCallback):
-    # Accelerate's loaders tell their sampler the epoch, but not through the two wrappers of a loader that is a rank's
-    # share and skips what a resumed run has seen: it would go on in the first epoch's order.
+class _SetEpoch(TrainerCallback):
+    # Accelerate's loaders tell their sampler the epoch, except through the two wrappers of a loader that is a rank's
+    # share and skips the samples before a resume: it would continue in the first epoch's order.
 
     def __init__(self, order: EpochSampler) -> None:
         self._order = order
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._order.set_epoch(int(state.epoch or 0))
+
+
+class _StopAtLastStep(TrainerCallback):
+    # HF Trainer looks at --max_steps only after a step, so a run that resumes from its last checkpoint, in order to
+    # write the artefacts, would train one step too many.
+
+    def __init__(self) -> None:
+        self._resumed_at_end = False
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        self._resumed_at_end = state.global_step >= state.max_steps
+        control.should_training_stop = control.should_training_stop or self._resumed_at_end
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if self._resumed_at_end:
+            control.should_log = control.should_evaluate = control.should_save = False
+        return control
 
 
 def _unchanged(batch: Any) -> Any:
@@ -145,16 +172,14 @@ def require_learning(loss: float, probe: GradientProbe) -> None:
     """Check the first step of a run.
 
     Args:
-        loss: The micro-batch's.
-        probe: What it saw of the gradients.
+        loss: Loss of the micro-batch.
+        probe: The probe of its gradients.
 
     Raises:
-        UserError: The loss or a gradient is not finite, or there is no gradient: the run would learn nothing.
+        UserError: The loss or a gradient is not finite, or there is no gradient.
     """
     if not math.isfinite(loss):
-        raise UserError(
-            f"the first loss is {loss}; stopped before anything was learnt: is the LLM or the cache broken?"
-        )
+        raise UserError(f"the first loss is {loss}; nothing was trained: check the LLM and the cache")
     broken = {name: value for name, value in probe.largest.items() if not math.isfinite(value)}
     if broken:
         raise UserError(f"the first gradients of {sorted(broken)} are not finite; try --bf16 True instead of fp16")

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, which are kept, and which runs may go on from them."""
+"""Checkpoints on disk: markers, verification, and which are kept."""
 
 import errno
 import json
@@ -15,32 +15,22 @@ from llava_twophase.errors import UserError
 from llava_twophase.train.loop.checkpoints import (
     MARKER,
     CheckpointKeeper,
-    checkpoint_to_resume,
+    checkpoint_problems,
+    complete_checkpoints,
     explain_disk_errors,
+    read_record,
     saved_micro_batching,
-    whole_checkpoints,
 )
 from llava_twophase.train.model.micro_batches import MicroBatching
-
-IDENTITY = {"world_size": 2, "features": {"select_layer": -2}}
-
-
-def write(folder, step, identity=IDENTITY, whole=True):
-    checkpoint = folder / f"checkpoint-{step}"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "model.safetensors").write_bytes(b"x")
-    if whole:
-        (checkpoint / MARKER).write_text(json.dumps(identity), encoding="utf-8")
-    return checkpoint
+from train.loop.checkpoint_files import IDENTITY, write
 
 
-def test_the_newest_whole_one_is_resumed_by_number_not_by_name(tmp_path):
+def test_complete_checkpoints_are_listed_by_number_without_incomplete_ones(tmp_path):
     write(tmp_path, 9)
-    newest = write(tmp_path, 10)
-    write(tmp_path, 11, whole=False)
+    write(tmp_path, 10)
+    write(tmp_path, 11, complete=False)
     (tmp_path / "checkpoint-final").mkdir()
-    assert [path.name for path in whole_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-    assert checkpoint_to_resume(tmp_path, None, IDENTITY) == newest
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
 
 
 @pytest.mark.parametrize(
@@ -54,14 +44,52 @@ def test_the_newest_whole_one_is_resumed_by_number_not_by_name(tmp_path):
         (0, 6, [6, 9, 12, 15]),
     ],
 )
-def test_the_newest_and_the_best_stay(tmp_path, keep, best, left):
+def test_on_save_keeps_the_newest_and_the_best(tmp_path, keep, best, left):
     for step in (6, 9, 12):
         write(tmp_path, step)
-    write(tmp_path, 15, whole=False)
+    write(tmp_path, 15, complete=False)
     state = TrainerState(global_step=15, best_model_checkpoint=best and f"{tmp_path}/checkpoint-{best}")
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     CheckpointKeeper(IDENTITY, keep).on_save(arguments, state, TrainerControl())
-    assert [path.name for path in whole_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
+def test_on_save_records_identity_and_checksums_of_all_files(tmp_path):
+    checkpoint = write(tmp_path, 3, complete=False)
+    (checkpoint / "global_step3").mkdir()
+    (checkpoint / "global_step3" / "rank_0.pt").write_bytes(b"optimizer")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    CheckpointKeeper(IDENTITY, None).on_save(arguments, TrainerState(global_step=3), TrainerControl())
+    record = read_record(checkpoint)
+    assert record.identity == IDENTITY
+    on_disk = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert set(record.files) == on_disk - {MARKER}
+    assert checkpoint_problems(checkpoint) == []
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda folder: flip_a_bit(folder / "model.safetensors"), "model.safetensors differs from its checksum"),
+        (lambda folder: (folder / "optimizer.pt").write_bytes(b"half"), "optimizer.pt has 4 bytes, expected 22"),
+        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
+        (lambda folder: (folder / MARKER).write_text(""), "complete.json is damaged"),
+        (lambda folder: (folder / MARKER).write_text("[]"), "complete.json is damaged"),
+        (lambda folder: (folder / MARKER).write_text('{"world_size": 1}'), "written by an earlier version"),
+    ],
+)
+def test_checkpoint_problems_names_the_damaged_file(tmp_path, damage, problem):
+    checkpoint = write(tmp_path, 3)
+    assert checkpoint_problems(checkpoint) == []
+    damage(checkpoint)
+    (found,) = checkpoint_problems(checkpoint)
+    assert problem in found
 
 
 @pytest.mark.parametrize(
@@ -77,7 +105,7 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, best, left):
         (RuntimeError("a bug"), None),
     ],
 )
-def test_errors_of_the_disk_say_what_to_do_and_others_pass(tmp_path, monkeypatch, error, said):
+def test_explain_disk_errors_says_what_to_do_and_passes_other_errors(tmp_path, monkeypatch, error, said):
     monkeypatch.chdir(tmp_path)
     write(Path("out"), 6)
     with pytest.raises(Exception) as caught, explain_disk_errors(Path("out")):
@@ -89,30 +117,7 @@ def test_errors_of_the_disk_say_what_to_do_and_others_pass(tmp_path, monkeypatch
         assert re.search(said, str(caught.value))
 
 
-def test_nothing_to_resume(tmp_path):
-    assert checkpoint_to_resume(tmp_path / "absent", None, IDENTITY) is None
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        checkpoint_to_resume(tmp_path, "True", IDENTITY)
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        checkpoint_to_resume(tmp_path, str(write(tmp_path, 3, whole=False)), IDENTITY)
-
-
-def test_a_folder_that_is_asked_for_is_taken(tmp_path):
-    older = write(tmp_path, 3)
-    write(tmp_path, 6)
-    assert checkpoint_to_resume(tmp_path, str(older), IDENTITY) == older
-
-
-def test_another_run_is_refused_field_by_field(tmp_path):
-    write(tmp_path, 3)
-    other = {"world_size": 1, "features": {"select_layer": -1}}
-    with pytest.raises(UserError) as caught:
-        checkpoint_to_resume(tmp_path, None, other)
-    assert "world_size: the checkpoint has 2, this run 1" in str(caught.value)
-    assert "features.select_layer: the checkpoint has -2, this run -1" in str(caught.value)
-
-
-def test_the_13bs_checkpoint_holds_its_projector_and_nothing_frozen(plain_set, tmp_path):
+def test_checkpoint_of_a_13b_run_holds_the_projector_and_nothing_frozen(plain_set, tmp_path):
     """mlp2x_gelu from 1024 to 5120: weights and two moments in float32, 0.38 GB beside an LLM of 26 GB."""
     tower, llm, output = tmp_path / "tower", tmp_path / "llm", tmp_path / "out"
     for folder in (tower, llm):
@@ -135,9 +140,3 @@ def test_saved_micro_batching_is_what_the_run_used(tmp_path):
     choice = MicroBatching(4, checkpoint_every=2)
     (tmp_path / "micro_batching.json").write_text(json.dumps(asdict(choice)), encoding="utf-8")
     assert saved_micro_batching(tmp_path) == choice
-
-
-def test_saved_micro_batching_refuses_an_earlier_versions_checkpoint(tmp_path):
-    (tmp_path / "cut.json").write_text('{"rows": 4, "recompute": 0}', encoding="utf-8")
-    with pytest.raises(UserError, match="was written by an earlier version"):
-        saved_micro_batching(tmp_path)

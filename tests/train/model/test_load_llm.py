@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from llava_twophase.errors import UserError
 from llava_twophase.train.command_line import parse_arguments
 from llava_twophase.train.model.load_llm import load_llm
-from llava_twophase.train.preflight import check_inputs
+from llava_twophase.train.preflight import prepare_inputs
 from train.commands import command
 
 MISSING = "model.layers.1.mlp.up_proj.weight"
@@ -44,10 +44,10 @@ def change_config(folder, **changes):
         ("generation_config.json", '{"early_stopping": "maybe"}', "its generation_config.json is invalid"),
     ],
 )
-def test_check_inputs_refuses_unreadable_files(folder, arguments, name, content, message):
+def test_prepare_inputs_refuses_unreadable_files(folder, arguments, name, content, message):
     (folder / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        check_inputs(arguments())
+        prepare_inputs(arguments())
 
 
 @pytest.mark.parametrize(
@@ -57,17 +57,17 @@ def test_check_inputs_refuses_unreadable_files(folder, arguments, name, content,
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
     ],
 )
-def test_check_inputs_refuses_an_invalid_config(folder, arguments, changes, message):
+def test_prepare_inputs_refuses_an_invalid_config(folder, arguments, changes, message):
     change_config(folder, **changes)
     with pytest.raises(UserError, match=message):
-        check_inputs(arguments())
+        prepare_inputs(arguments())
 
 
-def test_check_inputs_refuses_a_vision_tower(folder, arguments, tiny_clip):
+def test_prepare_inputs_refuses_a_vision_tower(folder, arguments, tiny_clip):
     shutil.rmtree(folder)
     shutil.copytree(tiny_clip, folder)
     with pytest.raises(UserError, match=r"type clip_vision_model, expected a causal LM .*--vision_tower"):
-        check_inputs(arguments())
+        prepare_inputs(arguments())
 
 
 def test_load_llm_refuses_missing_weights(folder, arguments):
@@ -96,7 +96,7 @@ def test_contradictory_generation_config_is_warned_about_and_not_used(folder, ar
     text = '{"temperature": 0.9, "top_p": 0.6, "num_beams": 4}'
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
     with caplog.at_level(logging.WARNING):
-        check_inputs(arguments())
+        prepare_inputs(arguments())
     assert "generation_config.json is contradictory" in caplog.text and "`temperature`" in caplog.text
     generation = load_llm(arguments()).model.generation_config
     assert not generation.do_sample and generation.num_beams in (None, 1)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import ROOT, free_port, needs_compiler, process_environment, run
-from llava_twophase.train.loop.checkpoints import whole_checkpoints
+from llava_twophase.train.loop.checkpoints import complete_checkpoints
 from train.commands import assert_equal, command, deepspeed, outcome
 
 KILLS = int(os.environ.get("LLAVA_TWOPHASE_KILLS", "1"))
@@ -98,7 +98,7 @@ def test_another_run_is_refused_before_the_llm_loads(plain_set, tiny_llama, tiny
     assert all("Loading weights" not in line for line in result.stderr.splitlines())
     longer = run(["python", *command(*inputs, max_steps=4)])
     assert f"resuming from {inputs[-1] / 'checkpoint-3'}" in longer.stderr and "Loading weights" in longer.stderr
-    assert [path.name for path in whole_checkpoints(inputs[-1])] == ["checkpoint-4"]
+    assert [path.name for path in complete_checkpoints(inputs[-1])] == ["checkpoint-4"]
 
 
 def test_a_run_that_goes_back_goes_on_from_there(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
@@ -108,10 +108,10 @@ def test_a_run_that_goes_back_goes_on_from_there(plain_set, tiny_llama, tiny_cli
     run(["python", *make])
     expected = outcome(output)
     assert kill_at([sys.executable, *make, "--resume_from_checkpoint", output / "checkpoint-6"], 1)
-    assert output / "checkpoint-24" not in whole_checkpoints(output)
+    assert output / "checkpoint-24" not in complete_checkpoints(output)
     run(["python", *make])
     assert_equal(outcome(output), expected)
-    assert len(whole_checkpoints(output)) == 8
+    assert len(complete_checkpoints(output)) == 8
 
 
 def test_the_best_checkpoint_is_kept_and_taken(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
@@ -120,7 +120,7 @@ def test_the_best_checkpoint_is_kept_and_taken(plain_set, tiny_llama, tiny_clip,
     evaluated = {"eval_fraction": 0.25, "eval_strategy": "steps", "eval_steps": 3, "learning_rate": 1e-2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     run(["python", *command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **evaluated, **best)])
-    kept, newest = whole_checkpoints(output)
+    kept, newest = complete_checkpoints(output)
     assert json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"] == str(kept)
     weights = load_file(kept / "model.safetensors")
     assert all(torch.equal(outcome(output)[1][f"model.{name}"], tensor) for name, tensor in weights.items())
@@ -134,7 +134,7 @@ def test_a_disk_that_fills_up(plain_set, tiny_llama, tiny_clip, plain_cache, tmp
     run(["python", *command(*inputs, tmp_path / "whole", **keep_all)])
     result = run(["python", *command(*inputs, disk, **keep_all)], expect=1)
     assert f"the disk of --output_dir {disk} is full: free some space" in result.stderr
-    assert "it goes on from checkpoint-" in result.stderr and "Traceback" not in result.stderr
+    assert "it resumes from checkpoint-" in result.stderr and "Traceback" not in result.stderr
     subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
     assert "resuming from" in run(["python", *command(*inputs, disk, **keep_all)]).stderr
     assert_equal(outcome(disk), outcome(tmp_path / "whole"))
@@ -149,6 +149,7 @@ def test_a_half_written_checkpoint_is_passed_over(plain_set, tiny_llama, tiny_cl
     newest = output / "checkpoint-9"
     (newest / "complete.json").unlink()
     (newest / "optimizer.pt").write_bytes(b"half")
+    (output / "finished.json").unlink()
     result = run(["python", *make])
     assert f"resuming from {output / 'checkpoint-6'}" in result.stderr
     assert_equal(outcome(output), expected)

@@ -1,0 +1,112 @@
+"""Checks of packages, launcher, output folder and disk, made before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
+
+from llava_twophase.compat import tracker_callbacks
+from llava_twophase.errors import UserError
+from llava_twophase.files import require_free_space
+from llava_twophase.train.arguments import Arguments
+
+# AdamW in float32 keeps weight, two moments and, under DeepSpeed, a master copy.
+_CHECKPOINT_BYTES_PER_WEIGHT = 20
+
+
+def require_trackers(arguments: Arguments) -> None:
+    """Check that the trackers of ``--report_to`` are known and installed.
+
+    Raises:
+        UserError: One is not.
+    """
+    for name in arguments.training.report_to or []:
+        try:
+            for callback in tracker_callbacks([name]):
+                callback()
+        except (RuntimeError, ImportError, ValueError) as error:
+            raise UserError(f"--report_to {name}: {error} Or use --report_to none") from None
+
+
+def require_launcher(arguments: Arguments) -> None:
+    """Check that DeepSpeed has a launcher's variables; otherwise it asks MPI, and fails after the LLM was loaded.
+
+    Raises:
+        UserError: It has none.
+    """
+    if arguments.training.deepspeed and "RANK" not in os.environ and find_spec("mpi4py") is None:
+        raise UserError(
+            "--deepspeed needs a launcher: deepspeed pipelines/train_projector.py ..., or torchrun; for one process, "
+            "remove --deepspeed"
+        )
+
+
+def require_optimizer(arguments: Arguments) -> None:
+    """Check that the packages of ``--optim`` are installed.
+
+    Raises:
+        UserError: They are not.
+    """
+    training = arguments.training
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--optim {OptimizerNames(training.optim).value}: {error}; or remove --optim") from None
+
+
+def require_compiler(arguments: Arguments) -> None:
+    """Check that torch has the backend of ``--torch_compile``.
+
+    Raises:
+        UserError: It does not.
+    """
+    training = arguments.training
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if training.torch_compile and training.torch_compile_backend not in backends:
+        raise UserError(f"--torch_compile_backend {training.torch_compile_backend}: torch has {', '.join(backends)}")
+
+
+def require_output(arguments: Arguments) -> None:
+    """Create ``--output_dir``.
+
+    Raises:
+        UserError: It cannot be created or written.
+    """
+    folder = output_folder(arguments)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be created: {error.strerror or error}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder} is not writable; give another one")
+
+
+def require_space(arguments: Arguments, weights: int) -> None:
+    """Check that the disk has space for the checkpoints.
+
+    Args:
+        arguments: The run's arguments.
+        weights: Trainable weights.
+
+    Raises:
+        UserError: It does not.
+    """
+    training = arguments.training
+    # The new checkpoint is written before the oldest one is removed.
+    kept = 1 + (training.save_total_limit or 2) if training.save_strategy != "no" else 1
+    require_free_space(
+        output_folder(arguments),
+        kept * weights * _CHECKPOINT_BYTES_PER_WEIGHT,
+        what=f"{kept} checkpoints",
+        advice="free some space, or lower --save_total_limit",
+    )
+
+
+def output_folder(arguments: Arguments) -> Path:
+    """Return ``--output_dir``."""
+    return Path(str(arguments.training.output_dir))

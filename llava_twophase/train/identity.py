@@ -1,0 +1,84 @@
+"""What two runs must have in common for one to resume from the checkpoints of the other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers.training_args import OptimizerNames
+
+from llava_twophase.records import Record
+from llava_twophase.train.arguments import Arguments
+from llava_twophase.train.preflight import TrainingInputs
+
+
+def run_identity(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:
+    """Return the settings and the digests of the inputs that decide the outcome of a run.
+
+    The length of the run is not part of it: a run may be continued for longer.
+    """
+    return {**_data(arguments, inputs), **_model(arguments), **_optimization(arguments)}
+
+
+def _data(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:
+    training = arguments.training
+    return {
+        "world_size": training.world_size,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "seed": training.seed,
+        "data_seed": training.seed if training.data_seed is None else training.data_seed,
+        "dataloader_drop_last": training.dataloader_drop_last,
+        "group_by_modality_length": training.group_by_modality_length,
+        "drop_unk_tokens": arguments.data.drop_unk_tokens,
+        "model_max_length": training.model_max_length,
+        "tokenizer": inputs.template.tokenizer.identity,
+        "records_sha256": _digest(inputs.records),
+        "features": inputs.source.identity,
+    }
+
+
+def _model(arguments: Arguments) -> dict[str, Any]:
+    model, training = arguments.model, arguments.training
+    return {
+        "model_name_or_path": _resolved(model.model_name_or_path),
+        "dtype": str(arguments.dtype).removeprefix("torch."),
+        "bits": training.bits,
+        "mm_projector_type": model.mm_projector_type,
+        "pretrain_mm_mlp_adapter": _file_digest(model.pretrain_mm_mlp_adapter),
+    }
+
+
+def _optimization(arguments: Arguments) -> dict[str, Any]:
+    # A checkpoint's optimizer and scheduler would silently override other values of these.
+    training = arguments.training
+    plugin = training.deepspeed_plugin
+    return {
+        "zero_stage": plugin.zero_stage if plugin is not None else None,
+        "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "optim": OptimizerNames(training.optim).value,
+        "adam": [training.adam_beta1, training.adam_beta2, training.adam_epsilon],
+        "max_grad_norm": training.max_grad_norm,
+        "lr_scheduler_type": str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)),
+        "warmup_steps": training.warmup_steps,
+        "average_tokens_across_devices": training.average_tokens_across_devices,
+    }
+
+
+def _digest(records: Iterable[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(f"{record.image}\0{record.caption}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _file_digest(path: str | None) -> str | None:
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _resolved(name: str) -> str:
+    # One spelling for one folder.
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

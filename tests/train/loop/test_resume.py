@@ -1,0 +1,142 @@
+"""Where a run starts: from a checkpoint, from the beginning, or not at all."""
+
+import json
+
+import pytest
+
+from llava_twophase.errors import UserError
+from llava_twophase.train.loop.checkpoints import FINISHED, MARKER
+from llava_twophase.train.loop.resume import RunLength, Start, find_start, write_finished
+from train.loop.checkpoint_files import IDENTITY, write
+
+LENGTH = RunLength(max_steps=20, epochs=3.0)
+
+
+def start(folder, asked=None, identity=IDENTITY, length=LENGTH):
+    return find_start(folder, asked, identity, length)
+
+
+def finish(folder, step=20, steps_per_epoch=10, asked=None):
+    (folder / "mm_projector.bin").write_bytes(b"weights")
+    write_finished(folder, IDENTITY, step, steps_per_epoch, asked)
+
+
+def test_run_length_counts_steps_as_hf_trainer():
+    assert RunLength(7, 3.0).steps(5) == 7
+    assert RunLength(-1, 3.0).steps(5) == 15
+    assert RunLength(-1, 0.5).steps(5) == 3
+
+
+def test_find_start_resumes_from_the_newest_complete_checkpoint(tmp_path):
+    write(tmp_path, 9)
+    newest = write(tmp_path, 10)
+    write(tmp_path, 11, complete=False)
+    assert start(tmp_path) == start(tmp_path, "True") == start(tmp_path, "true") == Start(checkpoint=newest)
+
+
+def test_find_start_takes_the_checkpoint_that_is_asked_for(tmp_path):
+    older = write(tmp_path, 3)
+    write(tmp_path, 6)
+    assert start(tmp_path, str(older)) == Start(checkpoint=older)
+
+
+def test_find_start_begins_without_a_checkpoint(tmp_path):
+    assert start(tmp_path / "absent") == start(tmp_path) == start(tmp_path, "False") == Start()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("True", "has no complete checkpoint; use False"),
+        ("checkpoint-3", "is not a complete checkpoint: it has no complete.json"),
+        ("nowhere", "there is no such folder; expected True, False or one"),
+    ],
+)
+def test_find_start_refuses_a_checkpoint_that_is_not_there(tmp_path, asked, message):
+    write(tmp_path, 3, complete=False)
+    with pytest.raises(UserError, match=message):
+        start(tmp_path, asked if asked == "True" else str(tmp_path / asked))
+
+
+def test_find_start_refuses_false_beside_a_checkpoint(tmp_path):
+    write(tmp_path, 3)
+    with pytest.raises(UserError) as caught:
+        start(tmp_path, "False")
+    assert "has checkpoint-3; remove the flag to resume from it" in str(caught.value)
+    assert f"rm -r {tmp_path}" in str(caught.value)
+
+
+def test_find_start_refuses_other_settings_field_by_field(tmp_path):
+    write(tmp_path, 3)
+    with pytest.raises(UserError) as caught:
+        start(tmp_path, identity={"world_size": 1, "features": {"select_layer": -1}})
+    assert "world_size: the checkpoint has 2, this run 1" in str(caught.value)
+    assert "features.select_layer: the checkpoint has -2, this run -1" in str(caught.value)
+
+
+def test_find_start_refuses_a_checkpoint_after_the_last_step(tmp_path):
+    write(tmp_path, 10)
+    with pytest.raises(UserError, match="after the 5 steps that this command trains"):
+        start(tmp_path, length=RunLength(5, 1.0))
+
+
+def test_find_start_reports_a_damaged_checkpoint_and_offers_the_older_one(tmp_path):
+    write(tmp_path, 3)
+    older = write(tmp_path, 6)
+    (write(tmp_path, 7) / "optimizer.pt").unlink()
+    damaged = write(tmp_path, 9)
+    (damaged / "optimizer.pt").write_bytes(b"half")
+    with pytest.raises(UserError) as caught:
+        start(tmp_path)
+    message = str(caught.value)
+    assert f"{damaged} is damaged: optimizer.pt has 4 bytes" in message
+    assert f"--resume_from_checkpoint {older}" in message and f"rm -r {damaged}" in message
+
+
+@pytest.mark.parametrize("content", ["", "null", "{"])
+def test_find_start_reports_a_damaged_marker_of_the_only_checkpoint(tmp_path, content):
+    checkpoint = write(tmp_path, 3)
+    (checkpoint / MARKER).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="complete.json is damaged.* there is no older checkpoint"):
+        start(tmp_path)
+
+
+def test_find_start_recognises_a_finished_run_with_and_without_checkpoints(tmp_path):
+    finish(tmp_path)
+    assert start(tmp_path) == Start(finished=True)
+    assert start(tmp_path, length=RunLength(-1, 2.0)) == Start(finished=True)
+    write(tmp_path, 20)
+    assert start(tmp_path) == start(tmp_path, "True") == Start(finished=True)
+
+
+def test_find_start_goes_back_once_if_a_checkpoint_is_asked_for(tmp_path):
+    older = write(tmp_path, 10)
+    finish(tmp_path)
+    assert start(tmp_path, str(older)) == Start(checkpoint=older)
+    finish(tmp_path, asked=str(older))
+    assert start(tmp_path, str(older)) == start(tmp_path) == Start(finished=True)
+
+
+def test_find_start_continues_a_finished_run_for_longer(tmp_path):
+    finish(tmp_path)
+    assert start(tmp_path, length=RunLength(30, 1.0)) == Start()
+    newest = write(tmp_path, 20)
+    assert start(tmp_path, length=RunLength(30, 1.0)) == Start(checkpoint=newest)
+    assert start(tmp_path, length=RunLength(-1, 2.5)) == Start(checkpoint=newest)
+
+
+def test_find_start_refuses_to_shorten_or_change_a_finished_run(tmp_path):
+    finish(tmp_path)
+    with pytest.raises(UserError, match="a finished run of 20 steps, and this command trains 5"):
+        start(tmp_path, length=RunLength(5, 1.0))
+    with pytest.raises(UserError, match="world_size: the finished run has 2, this run 1"):
+        start(tmp_path, identity={**IDENTITY, "world_size": 1})
+
+
+def test_find_start_repeats_the_end_of_a_run_whose_projector_is_damaged(tmp_path):
+    finish(tmp_path)
+    newest = write(tmp_path, 20)
+    (tmp_path / "mm_projector.bin").write_bytes(b"weight")
+    assert start(tmp_path) == Start(checkpoint=newest)
+    (tmp_path / FINISHED).write_text(json.dumps({"step": 20}), encoding="utf-8")
+    assert start(tmp_path) == Start(checkpoint=newest)
