@@ -30,10 +30,6 @@ PENDING = {
         "tests/extract/test_command.py",
         "tests/extract/test_disk.py",
         "tests/extract/test_killed.py",
-        "tests/train/test_deepspeed.py",
-        "tests/train/test_golden.py",
-        "tests/train/test_resume.py",
-        "tests/train/test_switches.py",
     },
 }
 

@@ -15,7 +15,7 @@ from llava_twophase.errors import UserError, combined_error
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.conversation import PlainTemplate
-from llava_twophase.train.data.row_limits import RowLengths, measure_rows
+from llava_twophase.train.data.row_limits import RowLengths, find_id_out_of_range, measure_rows
 from llava_twophase.train.data.source import FeatureSource, open_source
 from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 from llava_twophase.train.environment import (
@@ -27,6 +27,7 @@ from llava_twophase.train.environment import (
     require_trackers,
 )
 from llava_twophase.train.llm_files import load_config_and_tokenizer
+from llava_twophase.train.model.llm_config import check_data_fits
 from llava_twophase.train.model.load_llm import require_bits, require_generation_config, require_liger
 from llava_twophase.train.model.projector import build_projector, load_projector
 
@@ -78,6 +79,8 @@ def prepare_inputs(arguments: Arguments) -> TrainingInputs:
     projector = build_projector(arguments.model.mm_projector_type, width, config.get_text_config().hidden_size)
     if arguments.model.pretrain_mm_mlp_adapter is not None:
         load_projector(arguments.model.pretrain_mm_mlp_adapter, projector)
+    rows = measure_rows([*records, *eval_records], template)
+    _require_fitting_rows(config, [*records, *eval_records], template, rows)
     require_space(arguments, sum(parameter.numel() for parameter in projector.parameters()))
     return TrainingInputs(
         records=records,
@@ -86,7 +89,7 @@ def prepare_inputs(arguments: Arguments) -> TrainingInputs:
         config=config,
         tokenizer=tokenizer,
         template=template,
-        rows=measure_rows([*records, *eval_records], template),
+        rows=rows,
         projector=projector,
         width=width,
     )
@@ -164,3 +167,19 @@ def _template(arguments: Arguments, tokenizer: Any, image_tokens: int) -> PlainT
     training = arguments.training
     captions = load_caption_tokenizer(arguments.model.model_name_or_path, tokenizer, training.cache_dir)
     return PlainTemplate(captions, training.model_max_length, image_tokens, arguments.data.drop_unk_tokens)
+
+
+def _require_fitting_rows(config: Any, records: Sequence[Record], template: PlainTemplate, rows: RowLengths) -> None:
+    embeddings = config.get_text_config().vocab_size
+    outside = find_id_out_of_range(records, template, embeddings)
+    check_data_fits(
+        config,
+        longest_positions=rows.longest - 1 + template.image_tokens,
+        longest_record=_record_name(records, rows.record),
+        largest_id=embeddings - 1 if outside is None else outside.id,
+        largest_id_record=_record_name(records, rows.record if outside is None else outside.record),
+    )
+
+
+def _record_name(records: Sequence[Record], position: int) -> str:
+    return f"{position} ({records[position].image})"
