@@ -7,7 +7,7 @@ from commands import flag_list
 from drawn import make_record, write_records
 from llava_twophase.errors import UserError
 from llava_twophase.train.command_line import parse_arguments
-from llava_twophase.train.preflight import check_inputs
+from llava_twophase.train.preflight import prepare_inputs
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def check(tiny_llama, tmp_path):
         "report_to": "none",
         "use_cpu": True,
     }
-    return keys, images, lambda **changes: check_inputs(parse_arguments(flag_list(flags | changes)))
+    return keys, images, lambda **changes: prepare_inputs(parse_arguments(flag_list(flags | changes)))
 
 
 def test_check_inputs_makes_absolute_image_paths_relative_to_the_image_folder(check):
-    keys, images, check_inputs = check
-    assert [record.image for record in check_inputs(image_folder=images).records] == keys
+    keys, images, prepare_inputs = check
+    assert [record.image for record in prepare_inputs(image_folder=images).records] == keys
 
 
 def test_check_inputs_asks_for_the_image_folder_of_absolute_paths(check):

@@ -9,7 +9,8 @@ from cache.make import make_cache
 from drawn import make_record, write_records
 from llava_twophase.cache.fingerprint import differences
 from llava_twophase.train.command_line import parse_arguments
-from llava_twophase.train.preflight import check_inputs, run_identity
+from llava_twophase.train.identity import run_identity
+from llava_twophase.train.preflight import prepare_inputs
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def identity(tiny_llama, tmp_path):
 
     def identity():
         arguments = parse_arguments([part for name, value in flags.items() for part in (f"--{name}", str(value))])
-        return run_identity(arguments, check_inputs(arguments))
+        return run_identity(arguments, prepare_inputs(arguments))
 
     return llm, identity
 
