@@ -42,7 +42,9 @@ def distance(one: np.ndarray, other: np.ndarray) -> dict[str, np.ndarray]:
     cosine = (a * b).sum(-1) / np.maximum(lengths, tiny)  # [B, L]
     cosine = np.where((a == b).all(-1), 1.0, cosine)
     difference = np.abs(a - b)
-    error = np.sqrt(np.square(difference).sum((1, 2))) / np.maximum(np.sqrt(np.square(b).sum((1, 2))), tiny)
+    error, length = (np.sqrt(np.square(part).sum((1, 2))) for part in (difference, b))  # [B]
+    # Relative to features that are all zero, any difference is infinite.
+    error = np.divide(error, length, out=np.where(error > 0, np.inf, 0.0), where=length > 0)
     return {"cosine": cosine.mean(1), "relative_error": error, "max_error": difference.max((1, 2))}
 
 
