@@ -1,4 +1,4 @@
-"""Batches that threads read ahead: the same as a plain data loader's, in the same order, in memory that is kept."""
+"""Batches that threads read ahead: equal to a plain data loader's, in the same order, in reused memory."""
 
 import numpy as np
 import pytest
@@ -17,13 +17,13 @@ from llava_twophase.train.data.prefetch import PrefetchDataset
 ORDER = np.random.default_rng(0).permutation(20).tolist()
 
 
-def text(index):
+def tokenize(index):
     """A sample as long as its number, so that sorting collators have something to sort."""
     return {"input_ids": torch.full((index + 2,), index), "labels": torch.full((index + 2,), -100)}
 
 
 def sorting_collate(samples):
-    """A collator that puts the longest sample first, and adds what is no tensor."""
+    """A collator that puts the longest sample first, and adds a list, which is not a tensor."""
     batch = collate(sorted(samples, key=lambda sample: -len(sample["input_ids"])))
     return {**batch, "lengths": [len(sample["input_ids"]) for sample in samples]}
 
@@ -31,7 +31,7 @@ def sorting_collate(samples):
 def feed(path, collator=collate, batch=3, batches_in_use=1):
     """Dataset and prepared loader over the samples in ORDER; sample i has the features of row i."""
     cache = FeatureCache(path)
-    dataset = PrefetchDataset(text, collator, cache, list(cache.keys()), batch, batches_in_use)
+    dataset = PrefetchDataset(tokenize, collator, cache, list(cache.keys()), batch, batches_in_use)
     loader = DataLoader(dataset, batch, sampler=ORDER, collate_fn=lambda pending: pending)
     return dataset, Accelerator(cpu=True).prepare(loader)
 
@@ -44,7 +44,7 @@ def cached(tmp_path):
 
 
 @pytest.mark.parametrize("collator", [collate, sorting_collate])
-def test_every_batch_has_its_own_text_and_features(cached, collator):
+def test_prefetch_dataset_gives_each_batch_its_text_and_features(cached, collator):
     path, values = cached
     _, loader = feed(path, collator)
     for _ in range(2):
@@ -57,16 +57,16 @@ def test_every_batch_has_its_own_text_and_features(cached, collator):
         assert len(loader) == 7
 
 
-def test_text_is_what_the_collator_makes(cached):
+def test_prefetch_dataset_keeps_what_the_collator_makes(cached):
     _, loader = feed(cached[0])
-    expected = collate([text(index) for index in ORDER[:3]])
+    expected = collate([tokenize(index) for index in ORDER[:3]])
     batch = next(iter(loader))
     assert torch.equal(batch["input_ids"], expected["input_ids"]) and torch.equal(batch["labels"], expected["labels"])
     assert "position_in_batch" not in batch
 
 
 @pytest.mark.parametrize("batches_in_use", [1, 2, 4])
-def test_batches_that_are_batches_in_use_keep_their_features(cached, batches_in_use):
+def test_prefetch_dataset_does_not_overwrite_batches_in_use(cached, batches_in_use):
     path, values = cached
     _, loader = feed(path, batches_in_use=batches_in_use)
     window = []
@@ -76,13 +76,13 @@ def test_batches_that_are_batches_in_use_keep_their_features(cached, batches_in_
             assert torch.equal(kept["features"], values[kept["input_ids"][:, 0]])
 
 
-def test_memory_is_kept(cached):
+def test_prefetch_dataset_reuses_its_buffers(cached):
     _, loader = feed(cached[0], batches_in_use=2)
     places = [batch["features"].data_ptr() for _ in range(3) for batch in loader]
     assert len(set(places)) == 4
 
 
-def test_a_resumed_epoch_reads_nothing_of_what_it_skips(cached, monkeypatch):
+def test_prefetch_dataset_reads_no_skipped_batch_of_a_resumed_epoch(cached, monkeypatch):
     path, values = cached
     dataset, loader = feed(path)
     read = []
@@ -94,7 +94,7 @@ def test_a_resumed_epoch_reads_nothing_of_what_it_skips(cached, monkeypatch):
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
-def test_lossy_rows_are_decoded_after_the_move(storage, tmp_path):
+def test_pending_batch_decodes_lossy_rows_after_the_move(storage, tmp_path):
     path, keys, _ = make_cache(tmp_path / "cache", counts=(12, 8), dtype=storage)
     _, loader = feed(path)
     expected = FeatureCache(path).read_tensor(keys)
@@ -102,12 +102,12 @@ def test_lossy_rows_are_decoded_after_the_move(storage, tmp_path):
         assert torch.equal(batch["features"], expected[batch["input_ids"][:, 0]])
 
 
-def test_an_image_without_features_is_named_before_training(cached):
+def test_prefetch_dataset_refuses_a_key_without_features(cached):
     with pytest.raises(UserError, match=r"image key 'absent\.jpg' is not in the feature cache"):
-        PrefetchDataset(text, collate, FeatureCache(cached[0]), ["absent.jpg"], 1)
+        PrefetchDataset(tokenize, collate, FeatureCache(cached[0]), ["absent.jpg"], 1)
 
 
-def test_a_row_that_cannot_be_read_ends_the_run(cached):
+def test_pending_batch_raises_for_a_row_that_cannot_be_read(cached):
     path, _ = cached
     _, loader = feed(path)
     shard = path / "shards" / "shard-000001.h5"
@@ -117,7 +117,7 @@ def test_a_row_that_cannot_be_read_ends_the_run(cached):
         list(loader)
 
 
-def test_a_worker_is_refused(cached):
+def test_prefetch_dataset_refuses_a_worker_process(cached):
     import pickle
 
     dataset, _ = feed(cached[0])

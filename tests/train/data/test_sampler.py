@@ -24,14 +24,14 @@ RANK_1 = [
 
 
 @pytest.mark.parametrize("epoch", [1, 0])
-def test_one_process_equals_llava(epoch):
+def test_epoch_sampler_equals_llava_on_one_process(epoch):
     order = EpochSampler(18, seed=42)
     order.set_epoch(epoch)
     assert list(order) == ONE_PROCESS[epoch]
 
 
 @pytest.mark.parametrize("epoch", [1, 0])
-def test_two_processes_equal_llava_whatever_the_seed(epoch):
+def test_epoch_sampler_equals_llava_on_two_processes_for_any_seed(epoch):
     order = EpochSampler(18, seed=7, world_size=2).order(epoch)
     batches = [order[i : i + 2] for i in range(0, 18, 2)]
     batches.append(order[:2])
@@ -39,11 +39,11 @@ def test_two_processes_equal_llava_whatever_the_seed(epoch):
     assert batches[1::2] == RANK_1[epoch]
 
 
-def test_seed_changes_the_order():
+def test_epoch_sampler_order_depends_on_the_seed():
     assert EpochSampler(18, seed=1).order(0) != EpochSampler(18, seed=2).order(0)
 
 
-def test_grouped_order_holds_every_sample_once_and_sorts_within_mega_batches():
+def test_epoch_sampler_grouped_order_has_every_sample_once_sorted_within_mega_batches():
     lengths = [(7 * i) % 23 for i in range(50)]
     order = EpochSampler(50, seed=3, world_size=2, lengths=lengths, batch_size=4, groups=2).order(1)
     assert sorted(order) == list(range(50))

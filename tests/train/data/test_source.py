@@ -4,12 +4,16 @@ import logging
 import shutil
 import unicodedata
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from cache.make import FINGERPRINT, make_cache
+from commands import outcome, train_command
+from helpers import run
+from llava_twophase import CacheWriter
 from llava_twophase.cache.quarantine import Quarantined, write_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
@@ -161,3 +165,25 @@ def test_bad_image_on_the_fly_is_reported_with_its_record_from_a_worker(plain_se
         message = str(caught.value)
         assert message.startswith(f"image {records[2].image}: ") and "Traceback" not in message
         assert message.endswith(f"or remove its record, whose caption is {records[2].caption[:60]!r}")
+
+
+def test_training_from_a_cache_of_a_cache_writer(plain_set, tiny_llama, tmp_path):
+    """Features of any framework, with a fingerprint that phase one would not write."""
+    records = load_records(plain_set.json)
+    fingerprint = {"tower": {"name": "my ViT", "revision": "3f2a"}}
+    random = np.random.default_rng(0)
+    with CacheWriter(tmp_path / "mine", shape=(4, 32), dtype="bfloat16", fingerprint=fingerprint) as cache:
+        for record in records:
+            cache.add(record.image, random.standard_normal((4, 32), np.float32))
+    command = train_command(
+        model_name_or_path=tiny_llama,
+        data_path=plain_set.json,
+        vision_tower="my ViT",
+        feature_cache=tmp_path / "mine",
+        output_dir=tmp_path / "out",
+        max_steps=2,
+    )
+    said = run(["python", *command]).stderr
+    fields = "select_layer, select_feature, image_aspect_ratio, tower.weights_sha256"
+    assert said.count("not compared") == 1 and f"its fingerprint does not have them: {fields}" in said
+    assert len(outcome(tmp_path / "out").losses) == 2

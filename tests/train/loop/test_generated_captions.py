@@ -79,8 +79,8 @@ def test_page_without_image_folder_says_how_to_get_pictures(samples_of, caplog):
     assert "step-000001.html; add --image_folder to the command for pictures" in caplog.text
 
 
-class CountingImages:
-    """A zip whose openings are counted; one image in it is no picture."""
+class FakeImages:
+    """Images from a function; an empty file is not a picture."""
 
     def __init__(self, content):
         self.content = content
@@ -91,7 +91,7 @@ class CountingImages:
 
 def test_page_has_pictures_and_a_grey_square_for_a_bad_image(samples_of, image_set):
     picture = (image_set.folder / image_set.records[0]["image"]).read_bytes()
-    images = CountingImages(lambda key: picture if key.endswith("0.jpg") else b"")
+    images = FakeImages(lambda key: picture if key.endswith("0.jpg") else b"")
     page = evaluate(samples_of(Thumbnails(images)), 1)
     assert page.count('src="data:image/') == 2 and "--image_folder" not in page
 
