@@ -28,6 +28,12 @@ def combined_error(problems: Iterable[str], heading: str, shown: int = 20) -> Us
     return UserError("\n  ".join([f"{heading}:", *lines[:shown], *more]))
 
 
+def short_repr(value: object, length: int = 80) -> str:
+    """Return the repr of a value for a message, truncated to ``length`` characters."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def run_command(command: Callable[[], int], interrupted: str = RESUMABLE) -> int:
     """Run the body of a command, and print a ``UserError`` as one message on stderr.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_twophase.errors import UserError
+from llava_twophase.errors import UserError, short_repr
 
 _EXPECTED = "expected a JSON list of records, or JSON Lines with one record per line"
 # First bytes of files that are given by mistake.
@@ -49,7 +49,7 @@ def read_json_records(path: Path, flag: str) -> Iterator[Any]:
     else:
         first = text.lstrip().partition("\n")[0].rstrip()
         guess = "; it may be CSV or TSV" if re.search(r"\w[,;\t]\w", first) else ""
-        raise UserError(f"{path} is not JSON: it starts with {_shortened(first)}{guess}; {_EXPECTED}")
+        raise UserError(f"{path} is not JSON: it starts with {short_repr(first)}{guess}; {_EXPECTED}")
 
 
 def _read_lines(text: str, path: Path) -> Iterator[Any]:
@@ -91,7 +91,7 @@ def _refuse_wrapped_records(entry: Any, path: Path) -> None:
     for name, value in entry.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             raise UserError(
-                f"{path} is one object with a list of {len(value)} records under {_shortened(name)}; {_EXPECTED}: "
+                f"{path} is one object with a list of {len(value)} records under {short_repr(name)}; {_EXPECTED}: "
                 f"jq '.[{json.dumps(name)}]' {path} > records.json writes that list"
             )
     values = list(entry.values())
@@ -167,7 +167,3 @@ def _too_long_number(text: str, limit: int) -> int:
         if match[0][0] != '"':
             return match.start()
     return 0
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:60]}...")

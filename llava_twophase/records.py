@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_twophase.constants import IMAGE_TOKEN
-from llava_twophase.errors import UserError, combined_error
+from llava_twophase.errors import UserError, combined_error, short_repr
 from llava_twophase.json_file import read_json_records
-
-_NAME_LENGTH = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +102,8 @@ def _relative(path: str, folder: str | Path | None) -> str:
     # LLaVA reads any absolute path; here it needs a key, so it must be inside the image folder.
     if folder is None:
         raise UserError(
-            f"image path {path!r} is absolute: give --image_folder, the folder that it is in, or make it relative to it"
+            f"image path {path!r} is absolute: give --image_folder (verify: --sources), the folder that it is in, "
+            "or make it relative to that folder"
         )
     parent, name = posixpath.split(path)
     for parents, root in ((parent, os.path.abspath(folder)), (_real(parent), _real(str(folder)))):
@@ -122,7 +121,7 @@ def _real(folder: str) -> str:
 def _refuse_chat_layout(raw: Any, path: str | Path) -> None:
     if isinstance(raw, dict) and "messages" in raw and "conversations" not in raw:
         raise UserError(
-            f"{path} has records with {_shown(sorted(raw))}, the layout of chat data; expected "
+            f"{path} has records with {short_repr(sorted(raw))}, the layout of chat data; expected "
             '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}, '
             '{"from": "gpt", "value": "a caption"}]}'
         )
@@ -149,32 +148,27 @@ def _image(raw: dict[str, Any]) -> str:
             raise UserError(f"has {len(image)} images; stage 1 trains on one image per record")
         image = image[0] if image else None
     if image is None:
-        known = "" if "conversations" in raw else f" (its keys are {_shown(sorted(map(str, raw)))})"
+        known = "" if "conversations" in raw else f" (its keys are {short_repr(sorted(map(str, raw)))})"
         raise UserError(f"has no image{known}; stage 1 trains on pairs of image and caption only")
     if not isinstance(image, str):
-        raise UserError(f"has no image path: image is {_shown(image)}")
+        raise UserError(f"has no image path: image is {short_repr(image)}")
     return image
 
 
 def _turns(raw: dict[str, Any]) -> tuple[str, str]:
     turns = raw.get("conversations")
     if not isinstance(turns, list):
-        raise UserError(f"has no list of turns in conversations (its keys are {_shown(sorted(map(str, raw)))})")
+        raise UserError(f"has no list of turns in conversations (its keys are {short_repr(sorted(map(str, raw)))})")
     if len(turns) != 2:
         raise UserError(f"has {len(turns)} turns in conversations, expected exactly two (human, gpt)")
     prompt, caption = (turn.get("value") if isinstance(turn, dict) else None for turn in turns)
     if not isinstance(prompt, str) or not isinstance(caption, str):
-        raise UserError(f"a turn has no text under 'value': {_shown(turns)}")
+        raise UserError(f"a turn has no text under 'value': {short_repr(turns)}")
     return prompt, caption
 
 
 def _id(raw: Any) -> str:
-    return f" (id {_shown(raw['id'])})" if isinstance(raw, dict) and "id" in raw else ""
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _NAME_LENGTH else f"{text[:_NAME_LENGTH]}..."
+    return f" (id {short_repr(raw['id'])})" if isinstance(raw, dict) and "id" in raw else ""
 
 
 def _is_text(value: str) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_twophase.errors import RESUMABLE, UserError, combined_error, run_command
+from llava_twophase.errors import RESUMABLE, UserError, combined_error, run_command, short_repr
 
 
 def test_combined_error_lists_the_first_problems_and_counts_the_others():
@@ -10,6 +10,11 @@ def test_combined_error_lists_the_first_problems_and_counts_the_others():
     assert isinstance(error, UserError)
     assert str(error) == "5 problems:\n  problem 0\n  problem 1\n  ... and 3 more"
     assert str(combined_error(["one"], "a problem")) == "a problem:\n  one"
+
+
+def test_short_repr_truncates_long_values():
+    assert short_repr(["a"]) == "['a']"
+    assert short_repr("x" * 200) == "'" + "x" * 79 + "..."
 
 
 def test_run_command_returns_the_exit_code_of_the_command(capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_twophase.cache.format import FORMAT, MANIFEST, SCHEMA, canonical_json, check_schema
-from llava_twophase.errors import UserError
+from llava_twophase.errors import UserError, short_repr
 from llava_twophase.files import replace_file
 
 _KINDS: dict[str, type] = {
@@ -89,10 +89,10 @@ def read_manifest(cache: Path) -> Manifest:
         values = {name: content[name] for name in _KINDS}
         canonical_json(values)  # refuses NaN and infinity
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from None
+        raise UserError(f"{path} is damaged: {short_repr(error)}") from None
     for name, kind in _KINDS.items():
         if type(values[name]) is not kind:
-            raise UserError(f"{path} is damaged: {name} is {values[name]!r}")
+            raise UserError(f"{path} is damaged: {name} is {short_repr(values[name])}")
     return Manifest(shards=shards, **values)
 
 

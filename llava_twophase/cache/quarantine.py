@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from llava_twophase.cache.format import QUARANTINE, SHARDS
 from llava_twophase.errors import UserError
@@ -95,11 +96,28 @@ def _read(path: Path) -> dict[str, Quarantined]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}; delete it to try its images again") from None
-    try:
-        entries = [Quarantined(**json.loads(line)) for line in lines if line]
-        return {entry.key: entry for entry in entries}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to try its images again") from None
+    entries: dict[str, Quarantined] = {}
+    for number, line in enumerate(lines, 1):
+        if line:
+            try:
+                entry = _entry(json.loads(line))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise UserError(
+                    f"{path} line {number} is damaged ({error}); delete it to try its images again"
+                ) from None
+            entries[entry.key] = entry
+    return entries
+
+
+def _entry(content: Any) -> Quarantined:
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    entry = Quarantined(**content)
+    kinds = {"key": str, "reason": str, "source_size": int | None, "source_sha256": str | None}
+    wrong = [name for name, kind in kinds.items() if not isinstance(getattr(entry, name), kind)]
+    if wrong:
+        raise ValueError(f"its {wrong[0]} has the wrong type")
+    return entry
 
 
 def _write(path: Path, entries: Iterable[Quarantined]) -> None:

@@ -35,7 +35,7 @@ _THREADS = 8
 def run_verify(path: str, records: str | None, sources: str | None, as_json: bool) -> int:
     """Check every bit, and records and images if given; return 1 if something is wrong."""
     # Opened first: a wrong path should be reported before hours of reading.
-    keys = image_keys(load_records(records)) if records else None
+    keys = image_keys(load_records(records, "--records", sources)) if records else None
     images = _open(sources) if sources else None
     problems = verify(path)
     checked = ["every bit as it was written"]
@@ -59,9 +59,9 @@ def run_verify(path: str, records: str | None, sources: str | None, as_json: boo
     return 0 if ok else 1
 
 
-def run_repair(path: str, records: str | None, dry_run: bool, as_json: bool) -> int:
+def run_repair(path: str, records: str | None, image_folder: str | None, dry_run: bool, as_json: bool) -> int:
     """Rebuild the manifest; return 1 if images must be extracted again."""
-    keys = image_keys(load_records(records)) if records else None
+    keys = image_keys(load_records(records, "--records", image_folder)) if records else None
     if not Path(path).is_dir():
         raise UserError(f"{path} is not a folder; expected a feature cache, with {MANIFEST} and {SHARDS}/")
     if dry_run or not (Path(path) / SHARDS).is_dir():

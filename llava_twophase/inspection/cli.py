@@ -11,6 +11,7 @@ from typing import Any
 from llava_twophase.errors import UserError, run_command
 
 _CACHE = "caches/clip-l-336"
+_ABSOLUTE = "folder to which absolute image paths of the records are made relative"
 _IMAGES = "--image_folder playground/data/LLaVA-Pretrain/images"
 _DATA = "--data_path playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"
 _KEY = "00453/004539375.jpg"
@@ -74,11 +75,14 @@ def _add_coverage(commands: Any) -> None:
     def run(args: argparse.Namespace) -> int:
         from llava_twophase.inspection import coverage
 
-        return coverage.run(args.cache, args.data_path, args.model_name_or_path, args.model_max_length, args.json)
+        return coverage.run(
+            args.cache, args.data_path, args.image_folder, args.model_name_or_path, args.model_max_length, args.json
+        )
 
     text = "compare records with features; exit 1 if records have none"
     parser = _subcommand(commands, "coverage", run, text, _DATA)
     parser.add_argument("--data_path", required=True, help="records, LLaVA's JSON list or JSON lines")
+    parser.add_argument("--image_folder", help=_ABSOLUTE)
     parser.add_argument("--model_name_or_path", help="LLM whose tokenizer counts the captions that would be truncated")
     parser.add_argument("--model_max_length", type=_positive, default=2048, help="as in training (default: 2048)")
     _json(parser)
@@ -206,11 +210,12 @@ def _add_repair(commands: Any) -> None:
     def run(args: argparse.Namespace) -> int:
         from llava_twophase.inspection import check
 
-        return check.run_repair(args.cache, args.records, args.dry_run, args.json)
+        return check.run_repair(args.cache, args.records, args.image_folder, args.dry_run, args.json)
 
     parser = _subcommand(commands, "repair", run, "rebuild the manifest from intact shards", "--dry_run")
     text = "if all images of these records are there, the cache counts as complete"
     parser.add_argument("--records", metavar="FILE", help=text)
+    parser.add_argument("--image_folder", help=_ABSOLUTE)
     parser.add_argument("--dry_run", action="store_true", help="report what would be done and change nothing")
     _json(parser)
 

@@ -21,9 +21,11 @@ _WORDS = (0, 5, 10, 15, 20, 30, 50, 100)
 _EXAMPLES = 5
 
 
-def run(path: str, data_path: str, llm: str | None, model_max_length: int, as_json: bool) -> int:
+def run(
+    path: str, data_path: str, image_folder: str | None, llm: str | None, model_max_length: int, as_json: bool
+) -> int:
     """Print the coverage; return 1 if records have no features."""
-    records = load_records(data_path)
+    records = load_records(data_path, image_folder=image_folder)
     values = coverage(CheckedRows(path), records)
     values["truncated"] = truncated(records, llm, model_max_length, values["image_tokens"]) if llm else None
     output.print_result(

@@ -42,7 +42,7 @@ def run(path: str, html: str, count: int, seed: int, *, images: str | None, reco
         records: Data file, for captions and coverage.
     """
     output.check_output(html)
-    loaded = load_records(records) if records else []
+    loaded = load_records(records, image_folder=images) if records else []
     opened = open_images(images) if images else None
     values, rows = summarize(path), CheckedRows(path)
     page = Page(f"Feature cache {path}", values["made_by"], f"llava-twophase {__version__}")

@@ -147,3 +147,16 @@ def test_repair_with_records_is_complete_without_images(made):
     assert values["complete"] and values["changed"] and values["images"] == 12 and values["extract_again"] == {}
     assert "every bit" in inspect("verify", made.cache).stdout
     assert inspect("repair", made.cache).stdout.startswith(f"{made.cache}: nothing to do: 12 images in 3 intact shards")
+
+
+def test_verify_and_repair_find_records_with_absolute_image_paths(tmp_path):
+    cache, keys, _ = make_cache(tmp_path / "cache")
+    images = tmp_path / "images"
+    images.mkdir()
+    records = write_records([make_record(key, str(images / key), "x") for key in keys], tmp_path / "records.json")
+    asked = inspect("verify", cache, "--records", records, expect=1).stderr
+    assert "is absolute: give --image_folder (verify: --sources)" in asked
+    found = inspect("verify", cache, "--records", records, "--sources", images, expect=1).stdout
+    assert "8 problems found" in found and "it has no features" not in found
+    repaired = inspect("repair", cache, "--records", records, "--image_folder", images, "--dry_run")
+    assert "nothing to do" in repaired.stdout

@@ -117,3 +117,9 @@ def test_tokenizer_or_room_that_is_missing_is_one_error(flags, message, cache, r
     flags = [flag.format(llama=tiny_llama) for flag in flags]
     result = inspect("coverage", cache, "--data_path", records, *flags, expect=1)
     assert result.stderr.startswith("error: ") and message in result.stderr and result.stdout == ""
+
+
+def test_coverage_makes_absolute_image_paths_relative(tmp_path):
+    path, keys, _ = make_cache(tmp_path / "cache")
+    records = write_records([make_record(key, f"/data/{key}", "x") for key in keys], tmp_path / "records.json")
+    assert coverage(path, records, "--image_folder", "/data", "--json")["images_with_features"] == len(keys)
