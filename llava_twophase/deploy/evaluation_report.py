@@ -23,7 +23,8 @@ from llava_twophase.errors import UserError
 from llava_twophase.files import replace_file
 from llava_twophase.html import Card, Page, mark_differences
 from llava_twophase.records import Record, load_records
-from llava_twophase.vision.images import BadImage, Images, decode, open_images
+from llava_twophase.vision.images import BadImage, decode
+from llava_twophase.vision.sources import ImageSource, open_images
 
 LIMITS = (
     "These figures compare projectors on the captions that they were trained to write. They do not predict how good a "
@@ -97,7 +98,7 @@ def _sample(records: Sequence[Record], options: EvaluationOptions) -> list[Recor
     return [records[position] for position in sorted(chosen)]
 
 
-def _features(captioner: Captioner, images: Images | None) -> Callable[[Sequence[str]], torch.Tensor]:
+def _features(captioner: Captioner, images: ImageSource | None) -> Callable[[Sequence[str]], torch.Tensor]:
     def read(keys: Sequence[str]) -> torch.Tensor:
         cache = captioner.cache
         inputs: list[str | bytes] = []
@@ -159,7 +160,7 @@ def _page(
     report: Mapping[str, Any],
     results: Mapping[str, Sequence[RecordResult]],
     options: EvaluationOptions,
-    images: Images | None,
+    images: ImageSource | None,
 ) -> Page:
     lead = f"{report['evaluated_records']} held-out records of {options.data_path}, {len(results)} run(s)"
     page = Page("Evaluation of trained projectors", lead, f"llava-twophase {__version__}")
@@ -204,7 +205,7 @@ def _page(
     return page
 
 
-def _card(row: RecordResult, images: Images | None) -> Card:
+def _card(row: RecordResult, images: ImageSource | None) -> Card:
     true = row.caption.strip()
     return Card(
         title=row.image,
@@ -215,7 +216,7 @@ def _card(row: RecordResult, images: Images | None) -> Card:
     )
 
 
-def _thumbnail(key: str, images: Images | None) -> list[tuple[str, Image.Image]]:
+def _thumbnail(key: str, images: ImageSource | None) -> list[tuple[str, Image.Image]]:
     if images is None:
         return []
     try:

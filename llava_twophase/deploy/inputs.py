@@ -10,7 +10,8 @@ from pathlib import Path
 
 from llava_twophase.errors import UserError
 from llava_twophase.records import image_keys, load_records
-from llava_twophase.vision.images import BadImage, Images, open_images
+from llava_twophase.vision.images import BadImage
+from llava_twophase.vision.sources import ImageSource, open_images
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 _ARCHIVES = (".zip", ".tar")
@@ -74,7 +75,7 @@ def _names(path: Path) -> list[str]:
         return archive.getnames()
 
 
-def _reader(images: Images | None, key: str) -> Callable[[], bytes]:
+def _reader(images: ImageSource | None, key: str) -> Callable[[], bytes]:
     def read() -> bytes:
         if images is None:
             raise UserError(f"image {key} is not in --feature_cache; give --image_folder too")

@@ -16,7 +16,7 @@ from llava_twophase.cache.codec import Channels, Codec
 from llava_twophase.errors import UserError
 from llava_twophase.extract.decode import DecodeDataset
 from llava_twophase.extract.encode import TowerRunner
-from llava_twophase.vision.images import Images
+from llava_twophase.vision.sources import ImageSource
 from llava_twophase.vision.tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Rates:
 
 
 def measure_channels(
-    images: Images, tower: VisionTower, keys: Sequence[str], batch_size: int, num_workers: int
+    images: ImageSource, tower: VisionTower, keys: Sequence[str], batch_size: int, num_workers: int
 ) -> tuple[Channels, dict[str, Any]]:
     """Measure the mean and standard deviation of every channel on a seeded sample.
 
@@ -85,7 +85,7 @@ def measure_channels(
 
 
 def measure_rates(
-    images: Images, tower: VisionTower, codec: Codec, keys: Sequence[str], batch_size: int, num_workers: int
+    images: ImageSource, tower: VisionTower, codec: Codec, keys: Sequence[str], batch_size: int, num_workers: int
 ) -> Rates | None:
     """Measure how fast one rank works, on the first batch; takes some seconds.
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from llava_twophase.cache.quarantine import Quarantined
 from llava_twophase.cache.shard_writer import sha256
-from llava_twophase.vision.images import BadImage, Images, check_header, decode_image
+from llava_twophase.vision.images import BadImage, decode_image
+from llava_twophase.vision.precheck import find_bad_headers
 from llava_twophase.vision.preprocess import Preprocessor
-
-_HEADERS_PER_BATCH = 256
+from llava_twophase.vision.sources import ImageSource
 
 
 @dataclass
@@ -58,7 +58,7 @@ class DecodeDataset(Dataset[DecodedBatch]):
         batches: The image keys of each batch.
     """
 
-    def __init__(self, images: Images, preprocessor: Preprocessor, batches: Sequence[Sequence[str]]) -> None:
+    def __init__(self, images: ImageSource, preprocessor: Preprocessor, batches: Sequence[Sequence[str]]) -> None:
         self._images = images
         self._preprocessor = preprocessor
         self._batches = batches
@@ -93,43 +93,12 @@ class DecodeDataset(Dataset[DecodedBatch]):
         return crop
 
 
-class _HeaderDataset(Dataset[list[Quarantined]]):
-    def __init__(self, images: Images, keys: Sequence[str]) -> None:
-        self._images = images
-        self._keys = keys
-
-    def __len__(self) -> int:
-        return -(-len(self._keys) // _HEADERS_PER_BATCH)
-
-    def __getitem__(self, index: int) -> list[Quarantined]:
-        bad = []
-        for key in self._keys[index * _HEADERS_PER_BATCH : (index + 1) * _HEADERS_PER_BATCH]:
-            try:
-                with self._images.open(key) as file:
-                    check_header(file)
-            except BadImage as error:
-                bad.append(Quarantined(key, str(error)))
-        return bad
+def find_bad(images: ImageSource, keys: Sequence[str], num_workers: int) -> list[Quarantined]:
+    """Find images that cannot be used, from the first bytes of each file; see ``find_bad_headers``."""
+    return [Quarantined(key, reason) for key, reason in find_bad_headers(images, keys, num_workers).items()]
 
 
-def find_bad(images: Images, keys: Sequence[str], num_workers: int) -> list[Quarantined]:
-    """Find the images that cannot be used, from the first bytes of each file.
-
-    Args:
-        images: The source of image files.
-        keys: Image keys.
-        num_workers: Worker processes; 0 uses this process.
-
-    Returns:
-        Missing and empty files, files that are not images, and images too large to decode, in the order of ``keys``.
-        A file that is truncated or damaged further on is found only when it is decoded.
-    """
-    workers = min(num_workers, len(keys) // (4 * _HEADERS_PER_BATCH))  # few files are checked before workers start
-    loader = DataLoader(_HeaderDataset(images, keys), batch_size=None, num_workers=workers)
-    return [bad for batch in loader for bad in batch]
-
-
-def still_bad(images: Images, entries: Sequence[Quarantined]) -> set[str]:
+def still_bad(images: ImageSource, entries: Sequence[Quarantined]) -> set[str]:
     """Return the keys of quarantined images whose files have not changed since, or are still missing."""
     unchanged = set()
     for entry in entries:

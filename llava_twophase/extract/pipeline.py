@@ -16,7 +16,7 @@ from llava_twophase.extract.encode import TowerRunner
 from llava_twophase.extract.plan import ShardWork
 from llava_twophase.extract.sealing import Sealed, ShardQueue
 from llava_twophase.extract.timings import Timings
-from llava_twophase.vision.images import Images
+from llava_twophase.vision.sources import ImageSource
 from llava_twophase.vision.tower import VisionTower
 
 
@@ -55,7 +55,7 @@ class Step:
 def extract(
     cache: Path,
     work: Sequence[ShardWork],
-    images: Images,
+    images: ImageSource,
     tower: VisionTower,
     spec: ShardSpec,
     options: Options,
@@ -100,7 +100,7 @@ def extract(
 
 
 def _decoded_batches(
-    work: Sequence[ShardWork], images: Images, tower: VisionTower, options: Options, timings: Timings
+    work: Sequence[ShardWork], images: ImageSource, tower: VisionTower, options: Options, timings: Timings
 ) -> Iterator[tuple[ShardWork, Sequence[str], DecodedBatch]]:
     size = options.batch_size
     batches = [(shard, shard.keys[start : start + size]) for shard in work for start in range(0, len(shard.keys), size)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -13,7 +13,7 @@ from llava_twophase.extract.config import ExtractConfig
 from llava_twophase.extract.decode import find_bad, still_bad
 from llava_twophase.extract.plan import Plan, make_plan
 from llava_twophase.records import Record
-from llava_twophase.vision.images import Images, open_images
+from llava_twophase.vision.sources import ImageSource, open_images
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Inputs:
 
     config: ExtractConfig
     records: list[str]
-    images: Images
+    images: ImageSource
 
     @cached_property
     def keys(self) -> list[str]:
@@ -42,7 +42,8 @@ def open_inputs(config: ExtractConfig, records: Sequence[Record]) -> Inputs:
     Raises:
         UserError: ``--image_folder`` is neither a folder nor an archive.
     """
-    return Inputs(config, [record.image for record in records], open_images(config.image_folder))
+    keys = [record.image for record in records]
+    return Inputs(config, keys, open_images(config.image_folder, keys))
 
 
 def plan_extraction(inputs: Inputs, manifest: Manifest | None) -> Plan:
@@ -58,21 +59,20 @@ def plan_extraction(inputs: Inputs, manifest: Manifest | None) -> Plan:
     )
 
 
-def find_unusable(inputs: Inputs, plan: Plan, missing: Sequence[str]) -> list[Quarantined]:
+def find_unusable(inputs: Inputs, plan: Plan, missing: Mapping[str, str]) -> list[Quarantined]:
     """Find the images of a plan that cannot be used, judged by the first bytes of each file.
 
     Args:
         inputs: The extraction's inputs.
         plan: The plan.
-        missing: Its images without a file.
+        missing: Its images without a file, with a reason for each.
 
     Returns:
         The missing images, then the others.
     """
-    gone = set(missing)
-    present = [key for key in plan.keys if key not in gone]
+    present = [key for key in plan.keys if key not in missing]
     return [
-        *(Quarantined(key, "the file is missing") for key in missing),
+        *(Quarantined(key, reason) for key, reason in missing.items()),
         *find_bad(inputs.images, present, inputs.config.num_workers),
     ]
 

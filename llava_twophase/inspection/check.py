@@ -25,7 +25,7 @@ from llava_twophase.inspection.rows import CheckedRows
 from llava_twophase.records import image_keys, load_records
 
 if TYPE_CHECKING:
-    from llava_twophase.vision.images import Images
+    from llava_twophase.vision.sources import ImageSource
 
 _SHOWN_PROBLEMS = 100
 _CHUNK = 256
@@ -92,9 +92,10 @@ def without_features(rows: CheckedRows, keys: list[str]) -> Iterator[Problem]:
             yield Problem(key, "it has no features", "run the extraction command with these records")
 
 
-def changed_sources(rows: CheckedRows, images: Images) -> Iterator[Problem]:
+def changed_sources(rows: CheckedRows, images: ImageSource) -> Iterator[Problem]:
     """Find images that are missing, or are not the files that the features were made from."""
-    from llava_twophase.vision.images import BadImage, ImageFolder
+    from llava_twophase.vision.images import BadImage
+    from llava_twophase.vision.sources import ImageFolder
 
     starts = np.cumsum([0, *(header.rows for header in rows.cache.headers)])
 
@@ -127,8 +128,8 @@ def changed_sources(rows: CheckedRows, images: Images) -> Iterator[Problem]:
             bar.update(len(part))
 
 
-def _open(sources: str) -> Images:
-    from llava_twophase.vision.images import open_images
+def _open(sources: str) -> ImageSource:
+    from llava_twophase.vision.sources import open_images
 
     return open_images(sources)
 

@@ -24,7 +24,7 @@ from llava_twophase.inspection.summary import not_recorded
 if TYPE_CHECKING:
     import torch
 
-    from llava_twophase.vision.images import Images
+    from llava_twophase.vision.sources import ImageSource
     from llava_twophase.vision.tower import VisionTower
 
 EXPLAINED = 16.0
@@ -38,7 +38,7 @@ _NEEDED = (
 
 def run(path: str, image_folder: str, count: int, seed: int, *, tower: str | None, device: str, as_json: bool) -> int:
     """Print the comparison; return 1 if a difference is not explained."""
-    from llava_twophase.vision.images import open_images
+    from llava_twophase.vision.sources import open_images
 
     rows = CheckedRows(path)
     images = open_images(image_folder)
@@ -57,7 +57,7 @@ class _Compared:
     measured: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
 
-def reencode(rows: CheckedRows, images: Images, tower: VisionTower, count: int, seed: int) -> dict[str, Any]:
+def reencode(rows: CheckedRows, images: ImageSource, tower: VisionTower, count: int, seed: int) -> dict[str, Any]:
     """Run a tower over a sample.
 
     Args:
@@ -148,7 +148,9 @@ def _usable_device(device: str) -> str:
     return device
 
 
-def _add_image(rows: CheckedRows, images: Images, tower: VisionTower, image: tuple[int, str], state: _Compared) -> None:
+def _add_image(
+    rows: CheckedRows, images: ImageSource, tower: VisionTower, image: tuple[int, str], state: _Compared
+) -> None:
     from llava_twophase.vision.images import BadImage, decode
 
     row, key = image

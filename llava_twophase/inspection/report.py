@@ -24,7 +24,8 @@ from llava_twophase.inspection.summary import in_words as summary_in_words
 from llava_twophase.plots import missing_matplotlib
 from llava_twophase.records import Record, load_records
 from llava_twophase.text import format_bytes
-from llava_twophase.vision.images import BadImage, Images, open_images
+from llava_twophase.vision.images import BadImage
+from llava_twophase.vision.sources import ImageSource, open_images
 
 _MEASURED = 256
 _THUMBNAIL = 224
@@ -91,7 +92,7 @@ def _add_statistics(page: Page, rows: CheckedRows, seed: int) -> None:
 
 
 def _add_sample(
-    page: Page, rows: CheckedRows, records: Sequence[Record], images: Images | None, picked: np.ndarray
+    page: Page, rows: CheckedRows, records: Sequence[Record], images: ImageSource | None, picked: np.ndarray
 ) -> None:
     features = rows.values(picked)
     finite = np.isfinite(features).all((1, 2))
@@ -121,7 +122,7 @@ def _add_sample(
     page.cards(cards)
 
 
-def _thumbnail(rows: CheckedRows, images: Images | None, row: int) -> tuple[list[tuple[str, Image.Image]], str]:
+def _thumbnail(rows: CheckedRows, images: ImageSource | None, row: int) -> tuple[list[tuple[str, Image.Image]], str]:
     if images is None:
         return [], ""
     try:

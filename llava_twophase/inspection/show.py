@@ -14,7 +14,8 @@ from llava_twophase.errors import UserError, combined_error
 from llava_twophase.inspection import output, pictures
 from llava_twophase.inspection.rows import CheckedRows
 from llava_twophase.text import printable
-from llava_twophase.vision.images import BadImage, Images, decode, open_images
+from llava_twophase.vision.images import BadImage, decode
+from llava_twophase.vision.sources import ImageSource, open_images
 
 
 def run(
@@ -34,7 +35,7 @@ def run(
     output.check_output(png)
     pictures.check_sheet(len(keys), size)
     found = rows.find(keys)
-    crops = _crops(rows, open_images(image_folder), found, image_folder, size)
+    crops = _crops(rows, open_images(image_folder, keys), found, image_folder, size)
     maps = pictures.draw_maps(rows.values(found), rows.cache.fingerprint, patch)
     names = rows.keys(found)
     drawn = pictures.sheet(crops, names, maps, patch, size)
@@ -43,7 +44,7 @@ def run(
     return 0
 
 
-def seen(rows: CheckedRows, images: Images, row: int, size: int) -> tuple[Image.Image, str]:
+def seen(rows: CheckedRows, images: ImageSource, row: int, size: int) -> tuple[Image.Image, str]:
     """Return the part of an image that the tower saw, and a warning if the file may be another one.
 
     Args:
@@ -67,7 +68,7 @@ def seen(rows: CheckedRows, images: Images, row: int, size: int) -> tuple[Image.
     return pictures.crop(decode(data), rows.cache.fingerprint, size), warning
 
 
-def _crops(rows: CheckedRows, images: Images, found: np.ndarray, folder: str, size: int) -> list[Image.Image]:
+def _crops(rows: CheckedRows, images: ImageSource, found: np.ndarray, folder: str, size: int) -> list[Image.Image]:
     crops, problems = [], []
     for row, key in zip(found.tolist(), rows.keys(found), strict=True):
         try:

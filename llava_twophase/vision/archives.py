@@ -1,7 +1,7 @@
-"""Pictures straight from a zip or tar archive, without unpacking; knows nothing of what is in them.
+"""Image files in a zip or tar archive, read without unpacking.
 
-An archive is indexed once, when it is first asked for a picture. The index is one array, 45 bytes for each file, that
-forked worker processes share; names are kept as hashes of 128 bits, which never collide by chance.
+An archive is indexed once, when it is first asked for an image. The index is one array of 45 bytes per file, which
+forked worker processes share; names are kept as 128-bit hashes, which do not collide by chance.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import os
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -20,9 +21,11 @@ import numpy as np
 import xxhash
 
 from llava_twophase.errors import UserError
+from llava_twophase.vision.archive_entry import UNREADABLE, Entry, EntryFile, Kind
 from llava_twophase.vision.images import BadImage
+from llava_twophase.vision.sources import MISSING, ImageSource, fold_name, require_size
 
-# The name's hash in two halves, then where its bytes lie and what they are.
+# The name's hash in two halves, then where the file's bytes are and how they are stored.
 _ENTRY = np.dtype(
     [
         ("high", "<u8"),
@@ -34,171 +37,241 @@ _ENTRY = np.dtype(
         ("kind", "u1"),
     ]
 )
-_LOCAL = struct.Struct("<4s5H3L2H")  # a zip entry's local header (APPNOTE.TXT 4.3.7)
-_ENCRYPTED = 1
-_UNUSABLE = 255
+# Keys from which the folder inside the archive is found.
+_SAMPLE_KEYS = 32
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def open_archive(path: Path) -> ImageArchive:
+def open_archive(path: Path, keys: Iterable[str] = ()) -> ImageSource:
     """Open a zip or an uncompressed tar.
-
-    Raises:
-        UserError: It is neither, or a compressed tar.
-    """
-    try:
-        if zipfile.is_zipfile(path):
-            return ImageZip(path)
-        with tarfile.open(path, "r:"):
-            pass
-        return ImageTar(path)
-    except (tarfile.ReadError, zipfile.BadZipFile) as error:
-        hint = ""
-        if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-            hint = "; a compressed tar has no random access: decompress it to .tar, or unpack it to a folder"
-        raise UserError(f"--image_folder {path} is no zip or uncompressed tar archive: {error}{hint}") from None
-    except OSError as error:
-        raise UserError(f"--image_folder {path} cannot be read: {error.strerror or error}") from None
-
-
-class ImageArchive:
-    """What zip and tar share: the index, and which of its names a key means.
-
-    A key is a file's path in the archive. Where all files lie below one top folder and the records do not name it
-    (``images.zip`` made of a folder ``images``), it is added.
 
     Args:
         path: The archive.
+        keys: Image keys; see ``open_images``.
+
+    Raises:
+        UserError: It is neither, or it is damaged or compressed.
+    """
+    from llava_twophase.vision.tar_archive import ImageTar
+    from llava_twophase.vision.zip_archive import ImageZip
+
+    try:
+        # Tar first: a zip is recognised by its end, and the last file of an uncompressed tar may be a zip.
+        try:
+            with tarfile.open(path, "r:"):
+                pass
+            return ImageTar(path, keys)
+        except tarfile.ReadError as error:
+            reason = str(error)
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UserError(f"--image_folder {path} cannot be read: {error.strerror or error}") from None
+    if zipfile.is_zipfile(path):
+        return ImageZip(path, keys)
+    if start == b"PK\3\4":
+        raise UserError(f"--image_folder {path} is a truncated zip archive: its index is missing; download it again")
+    hint = ""
+    if path.name.endswith(_COMPRESSED_TARS):
+        hint = "; a compressed tar has no random access: decompress it to .tar, or unpack it to a folder"
+    raise UserError(f"--image_folder {path} is not a zip or uncompressed tar archive: {reason}{hint}")
+
+
+class ImageArchive:
+    """The index of a zip or tar archive, and the rules by which a key finds an entry.
+
+    A key is a path relative to some folder inside the archive. If no entry has exactly the keys' names, the folder is
+    searched below which they are. Exact names win over other Unicode normalisation forms and other encodings of a name.
+    Of several entries with one name the last one is used, as by unpacking.
+
+    Args:
+        path: The archive.
+        keys: Image keys, from which the folder is found.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keys: Iterable[str] = ()) -> None:
         self.path = path
         self._descriptor, self._owner = -1, 0
         self._index: np.ndarray | None = None
+        self._hashes = np.empty(0, np.uint64)
+        self._folders: list[str] = []
+        self._prefix: str | None = None  # the folder inside the archive that keys are relative to
+        self._problem = ""  # why there is none
+        self._sample = _spread(list(keys))
 
     def prepare(self) -> None:
-        """Index the archive, so that worker processes forked from here on need not."""
+        """Index the archive, so that worker processes that are forked from now on share the index."""
         self._entries_by_hash()
 
-    def _entries_by_hash(self) -> np.ndarray:
-        if self._index is not None:
-            return self._index
-        rows, top = [], set()
-        for name, *entry in self._entries():
-            name = name.removeprefix("./")
-            if name.startswith("__MACOSX/"):
-                continue
-            rows.append((*_hash(name), *entry))
-            top.add(name.partition("/")[0] if "/" in name else "")
-        if not rows:
-            raise UserError(f"--image_folder {self.path} holds no files")
-        # Stable, so that of two files with one name the later one stands last, and counts.
-        index = np.array(rows, _ENTRY)
-        self._index = index = index[np.lexsort((index["low"], index["high"]))]
-        self._hashes = np.ascontiguousarray(index["high"])
-        self._top = f"{top.pop()}/" if len(top) == 1 else ""
-        return index
-
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """List the keys without a file, in their order."""
-        return [key for key in keys if self._find(key) is None]
+    def missing(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the keys that have no entry, in their order, with a reason for each."""
+        keys = list(keys)
+        self._sample = self._sample or _spread(keys)
+        absent = [key for key in keys if self._find(key) is None]
+        hints = self._similar_names(absent) if absent and not self._problem else {}
+        return {key: MISSING + hints.get(key, self._problem and f"; {self._problem}") for key in absent}
 
     def read(self, key: str) -> bytes:
         """Read a file.
 
         Raises:
-            BadImage: It is not there, empty, encrypted, or damaged.
+            BadImage: It is missing, empty, encrypted, or damaged.
         """
-        found = self._find(key)
-        if found is None:
-            raise BadImage("cannot be read: No such file in the archive")
+        entry = self._require(key)
+        require_size(int(entry["size"]))
         try:
-            data = self._read(found)
+            data = self._read(entry)
         except (OSError, zlib.error, struct.error) as error:
             raise BadImage(f"cannot be read from the archive: {error}") from None
-        if not data:
-            raise BadImage("the file is empty")
+        except MemoryError:
+            raise BadImage(f"cannot be read: out of memory for {int(entry['size']):,} bytes") from None
         return data
 
     def open(self, key: str) -> BinaryIO:
-        """Read a file and wrap it as one.
+        """Open a file; only what is read of it is decompressed.
 
         Raises:
-            BadImage: It is not there, empty, encrypted, or damaged.
+            BadImage: It is missing, empty, encrypted, or damaged.
         """
-        return io.BytesIO(self.read(key))
+        entry = self._require(key)
+        try:
+            return io.BufferedReader(EntryFile(self.read_at, int(entry["size"]), *self._data(entry)), 1 << 14)
+        except (OSError, struct.error) as error:
+            raise BadImage(f"cannot be read from the archive: {error}") from None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the open file behind when pickled."""
-        return {**self.__dict__, "_descriptor": -1, "_owner": 0}
+    def read_at(self, offset: int, count: int) -> bytes:
+        """Read bytes of the archive; safe in forked processes.
 
-    def _entries(self) -> Iterator[tuple[Any, ...]]:
-        raise NotImplementedError
-
-    def _read(self, entry: Any) -> bytes:
-        raise NotImplementedError
-
-    def _find(self, key: str) -> Any | None:
-        index = self._entries_by_hash()
-        for name in (key, self._top + key) if self._top else (key,):
-            high, low = _hash(name)
-            position = int(np.searchsorted(self._hashes, np.uint64(high), side="right")) - 1
-            while position >= 0 and self._hashes[position] == high:
-                if index["low"][position] == low:
-                    return index[position]
-                position -= 1
-        return None
-
-    def _pread(self, count: int, offset: int) -> bytes:
-        if self._owner != os.getpid():  # each process its own
+        Raises:
+            OSError: The archive ends before.
+        """
+        if self._owner != os.getpid():  # a file descriptor for each process
             self._descriptor, self._owner = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC), os.getpid()
         data = os.pread(self._descriptor, count, offset)
         if len(data) < count:
             raise OSError("the archive is truncated")
         return data
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the open file."""
+        return {**self.__dict__, "_descriptor": -1, "_owner": 0}
 
-class ImageZip(ImageArchive):
-    """Pictures in a zip archive, stored or deflated."""
-
-    def _entries(self) -> Iterator[tuple[Any, ...]]:
-        with zipfile.ZipFile(self.path) as archive:
-            for info in archive.infolist():
-                if not info.is_dir():
-                    kind = _UNUSABLE if info.flag_bits & _ENCRYPTED else info.compress_type
-                    yield (info.filename, info.header_offset, info.compress_size, info.file_size, info.CRC, kind)
+    def _entries(self) -> Iterator[Entry]:
+        raise NotImplementedError
 
     def _read(self, entry: Any) -> bytes:
-        kind = int(entry["kind"])
-        if kind not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise BadImage("is encrypted or compressed in another way than deflate in the archive")
-        offset = int(entry["offset"])
-        header = _LOCAL.unpack(self._pread(_LOCAL.size, offset))
-        if header[0] != b"PK\3\4":
-            raise OSError("its header is not where the archive's index says")
-        name_bytes, extra_bytes = header[9:]
-        data = self._pread(int(entry["stored"]), offset + _LOCAL.size + name_bytes + extra_bytes)
-        if kind == zipfile.ZIP_DEFLATED:
-            # One byte more than it claims, so that a bomb cannot fill the memory.
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(entry["size"]) + 1)
-        if len(data) != int(entry["size"]) or zlib.crc32(data) != int(entry["crc"]):
-            raise OSError("its checksum is wrong")
-        return data
+        raise NotImplementedError
+
+    def _data(self, entry: Any) -> tuple[int, int, bool]:
+        # Offset and length of the stored bytes, and whether they are deflated.
+        raise NotImplementedError
+
+    def _entries_by_hash(self) -> np.ndarray:
+        if self._index is not None:
+            return self._index
+        exact, others, folders = [], [], set()
+        for entry in self._entries():
+            name = _clean(entry.name)
+            place = (entry.offset, entry.stored, entry.size, entry.crc, entry.kind)
+            exact.append((*_hash(name), *place))
+            folders.add(name.rpartition("/")[0])
+            for other in dict.fromkeys((*map(_clean, entry.other_names), _normalized(name))):
+                if other != name:
+                    others.append((*_hash(other), *place))
+                    folders.add(other.rpartition("/")[0])
+        # Of equal names the last one counts (the sort is stable), and an exact name comes after all others.
+        index = np.array(others + exact, _ENTRY)
+        if (index["kind"] == Kind.FOLDER).all():
+            raise UserError(f"--image_folder {self.path} contains no files")
+        self._index = index = index[np.lexsort((index["low"], index["high"]))]
+        self._hashes = np.ascontiguousarray(index["high"])
+        self._folders = sorted({parent for folder in folders for parent in _parents(folder)})
+        return index
+
+    def _require(self, key: str) -> Any:
+        found = self._find(key)
+        if found is None:
+            reason = f"; {self._problem}" if self._problem else ""
+            raise BadImage(f"cannot be read: No such file in the archive{reason}")
+        kind = int(found["kind"])
+        if kind not in (Kind.STORED, Kind.DEFLATED):
+            raise BadImage(UNREADABLE[Kind(kind)])
+        if not found["size"]:
+            raise BadImage("the file is empty")
+        return found
+
+    def _find(self, key: str) -> Any | None:
+        self._entries_by_hash()
+        if self._prefix is None:
+            self._prefix = self._find_prefix(self._sample or [key])
+        return self._lookup(self._prefix + key)
+
+    def _similar_names(self, absent: list[str]) -> dict[str, str]:
+        # The index holds no names, so the archive's own index is read again.
+        wanted = {fold_name((self._prefix or "") + key): key for key in absent}
+        similar = {}
+        for entry in self._entries():
+            key = wanted.get(fold_name(_clean(entry.name)))
+            if key is not None and entry.kind != Kind.FOLDER:
+                similar[key] = f"; {entry.name!r} differs only in upper and lower case"
+        return similar
+
+    def _find_prefix(self, keys: list[str]) -> str:
+        # The folder below which most of the keys are; "" if some key is an exact name.
+        if any(self._lookup(key) is not None for key in keys):
+            return ""
+        hits: dict[str, int] = {}
+        for key in map(_normalized, keys):
+            parent = key.rpartition("/")[0]
+            for folder in self._folders:
+                # A look at the index is needed only for folders that end like the key's own folder.
+                if parent and not f"/{folder}".endswith(f"/{parent}"):
+                    continue
+                prefix = folder[: len(folder) - len(parent)] if parent else f"{folder}/"
+                if prefix not in ("", "/") and self._lookup(prefix + key) is not None:
+                    hits[prefix] = hits.get(prefix, 0) + 1
+        most = max(hits.values(), default=0)
+        best = [prefix for prefix, count in hits.items() if count == most]
+        if len(best) > 1:
+            names = ", ".join(sorted(best)[:3])
+            self._problem = f"the archive has files of this name below several folders ({names})"
+        return best[0] if len(best) == 1 else ""
+
+    def _lookup(self, key: str) -> Any | None:
+        assert self._index is not None
+        for name in dict.fromkeys((key, _normalized(key))):
+            high, low = _hash(name)
+            position = int(np.searchsorted(self._hashes, np.uint64(high), side="right")) - 1
+            while position >= 0 and self._hashes[position] == high:
+                if self._index["low"][position] == low:
+                    return self._index[position]
+                position -= 1
+        return None
 
 
-class ImageTar(ImageArchive):
-    """Pictures in an uncompressed tar archive."""
+def _spread(keys: list[str]) -> list[str]:
+    return keys[:: max(1, len(keys) // _SAMPLE_KEYS)]
 
-    def _entries(self) -> Iterator[tuple[Any, ...]]:
-        with tarfile.open(self.path, "r:", encoding="utf-8") as archive:
-            for member in archive:
-                if member.isreg():
-                    yield (member.name, member.offset_data, member.size, member.size, 0, 0)
-                archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep an object for each file
 
-    def _read(self, entry: Any) -> bytes:
-        return self._pread(int(entry["size"]), int(entry["offset"]))
+def _clean(name: str) -> str:
+    # "/data/./images//a.jpg" -> "data/images/a.jpg"
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _parents(folder: str) -> Iterator[str]:
+    parts = folder.split("/") if folder else []
+    for end in range(1, len(parts) + 1):
+        yield "/".join(parts[:end])
+
+
+def _normalized(name: str) -> str:
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _hash(name: str) -> tuple[int, int]:
-    digest = xxhash.xxh3_128_intdigest(name.encode("utf-8", "surrogateescape"))
+    try:
+        encoded = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        encoded = name.encode("utf-8", "surrogatepass")
+    digest = xxhash.xxh3_128_intdigest(encoded)
     return digest >> 64, digest & (1 << 64) - 1

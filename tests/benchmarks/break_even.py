@@ -27,8 +27,8 @@ from llava_twophase.extract.break_even import SIZES, compute_break_even, llm_con
 from llava_twophase.extract.calibrate import Rates, measure_rates
 from llava_twophase.extract.tower import plain_codec
 from llava_twophase.train.loop.metrics import StepFlops
-from llava_twophase.vision.images import ImageFolder
 from llava_twophase.vision.preprocess import Preprocessor
+from llava_twophase.vision.sources import ImageFolder
 from llava_twophase.vision.tower import VisionTower
 
 IMAGES, ROW_BYTES, LAYERS = 558_128, 1_179_648, 23

@@ -35,8 +35,8 @@ from llava_twophase.cache.shard_writer import ShardSpec
 from llava_twophase.extract.pipeline import Options, extract
 from llava_twophase.extract.plan import ShardWork
 from llava_twophase.extract.timings import Timings
-from llava_twophase.vision.images import ImageFolder
 from llava_twophase.vision.preprocess import Preprocessor
+from llava_twophase.vision.sources import ImageFolder
 from llava_twophase.vision.tower import VisionTower
 
 SIDE, PATCH, WIDTH, INNER, HEADS = 336, 14, 1024, 4096, 16

@@ -1,4 +1,4 @@
-"""Pictures as LLaVA sees them, and every kind of file that is none."""
+"""Images decoded as LLaVA decodes them, and files that are not images."""
 
 import io
 
@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 import drawn
-from llava_twophase.errors import UserError
-from llava_twophase.vision.images import BadImage, ImageFolder, check_header, decode
+from llava_twophase.vision import images as images_module
+from llava_twophase.vision.images import FORMATS, BadImage, check_header, decode, decode_image
+from llava_twophase.vision.sources import ImageFolder
 
 
 def encoded(picture, kind="PNG", **options):
@@ -17,7 +18,7 @@ def encoded(picture, kind="PNG", **options):
     return file.getvalue()
 
 
-def test_every_odd_picture_is_what_convert_rgb_gives(image_set):
+def test_decode_equals_convert_rgb(image_set):
     images = ImageFolder(image_set.folder)
     for key in image_set.keys:
         with Image.open(image_set.folder / key) as picture:
@@ -27,12 +28,12 @@ def test_every_odd_picture_is_what_convert_rgb_gives(image_set):
         np.testing.assert_array_equal(np.asarray(found), wanted, err_msg=key)
 
 
-def test_alpha_is_dropped_not_blended(image_set):
+def test_decode_drops_alpha(image_set):
     picture = decode((image_set.folder / "odd/transparent.png").read_bytes())
     np.testing.assert_array_equal(np.asarray(picture), np.asarray(drawn.transparent())[..., :3])
 
 
-def test_exif_orientation_is_ignored(image_set):
+def test_decode_ignores_exif_orientation(image_set):
     assert decode((image_set.folder / "odd/turned.jpg").read_bytes()).size == (96, 60)
 
 
@@ -40,12 +41,12 @@ def drawn_ramp():
     return np.add.outer(4 * np.arange(60), 4 * np.arange(60))
 
 
-def test_sixteen_bits_clip_as_pillow_clips(image_set):
+def test_decode_clips_sixteen_bits(image_set):
     values = np.asarray(decode((image_set.folder / "odd/sixteen_bit.png").read_bytes()))
     assert (values.astype(int) == np.minimum(drawn_ramp(), 255)[..., None]).all()
 
 
-def test_the_kind_is_told_by_content_not_by_name(tmp_path):
+def test_decode_goes_by_content_not_by_name(tmp_path):
     first, second = drawn.draw((20, 20), (255, 0, 0)), drawn.draw((20, 20), (0, 0, 255))
     first.save(tmp_path / "really.jpg", "GIF", save_all=True, append_images=[second])
     picture = decode(ImageFolder(tmp_path).read("really.jpg"))
@@ -53,7 +54,7 @@ def test_the_kind_is_told_by_content_not_by_name(tmp_path):
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(gif.convert("RGB")))
 
 
-def test_palettes_with_transparency_bring_no_warning():
+def test_decode_of_a_transparent_palette_gives_no_warning():
     picture = drawn.draw((30, 30), (1, 2, 3)).quantize(8)
     assert decode(encoded(picture, transparency=bytes(8))).mode == "RGB"  # warnings are errors
 
@@ -77,19 +78,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_is_no_picture_is_never_half_decoded(kind):
+def test_decode_refuses_damaged_files(kind):
     with pytest.raises(BadImage):
         decode(BAD[kind])
 
 
 @pytest.mark.parametrize("kind", ["an HTML page", "nothing", "zeros", "a decompression bomb"])
-def test_the_beginning_of_a_file_tells_what_it_is_not(kind):
+def test_check_header_refuses_other_files(kind):
     with pytest.raises(BadImage) as caught:
         check_header(io.BytesIO(BAD[kind]))
-    assert "0x" not in str(caught.value)  # a reason must not differ from run to run
+    assert "0x" not in str(caught.value)  # a reason must be the same in every run
 
 
-def test_the_beginning_of_a_good_file_is_good(image_set):
+def test_check_header_accepts_every_image(image_set):
     images = ImageFolder(image_set.folder)
     refused = {}
     for key in image_set.keys:
@@ -101,28 +102,59 @@ def test_the_beginning_of_a_good_file_is_good(image_set):
     assert refused == {}
 
 
-def test_missing_pictures_keep_their_order(image_set):
-    images = ImageFolder(image_set.folder)
-    assert images.missing(image_set.keys) == []
-    many = [f"odd/{number}.png" for number in range(40)]  # so many that the folder is listed
-    assert images.missing(["nowhere/a.png", *many, *image_set.keys, "odd"]) == ["nowhere/a.png", *many, "odd"]
-    assert images.missing([f"nowhere/{number}" for number in range(40)]) == [
-        f"nowhere/{number}" for number in range(40)
-    ]
+def test_check_header_leaves_the_file_open(image_set):
+    with ImageFolder(image_set.folder).open(image_set.keys[0]) as file:
+        check_header(file)
+        file.seek(0)
+        assert file.read() == (image_set.folder / image_set.keys[0]).read_bytes()
 
 
-def test_reading_a_file_that_cannot_be_read(tmp_path):
-    (tmp_path / "empty.jpg").touch()
-    (tmp_path / "folder.jpg").mkdir()
-    images = ImageFolder(tmp_path)
-    with pytest.raises(BadImage, match="empty"):
-        images.read("empty.jpg")
-    with pytest.raises(BadImage, match="not a regular file"):
-        images.read("folder.jpg")
-    with pytest.raises(BadImage, match="No such file"):
-        images.read("missing.jpg")
+def test_decode_image_reports_clipped_values(image_set):
+    deep = {key for key in image_set.keys if decode_image((image_set.folder / key).read_bytes()).high_bit_depth}
+    assert deep == {"odd/sixteen_bit.png"}
 
 
-def test_the_folder_must_be_one(tmp_path):
-    with pytest.raises(UserError, match="--image_folder"):
-        ImageFolder(tmp_path / "nowhere")
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in ("ICO",)])
+def test_decode_accepts_every_format(kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {kind}")
+    data = encoded(drawn.draw((40, 30), (200, 20, 30)), kind)
+    with Image.open(io.BytesIO(data)) as picture:
+        np.testing.assert_array_equal(np.asarray(decode(data)), np.asarray(picture.convert("RGB")))
+    check_header(io.BytesIO(data))
+
+
+def test_decode_accepts_multi_picture_jpeg():
+    frames = [drawn.draw((40, 30), colour) for colour in ((200, 20, 30), (20, 30, 200))]
+    data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert decode(data).getpixel((18, 13))[0] > 150
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "SGI", "PDF"])
+def test_decode_refuses_formats_that_are_not_listed(kind, monkeypatch):
+    """No plugin of another format sees the file: that of EPS would look for Ghostscript and run it."""
+    data = encoded(drawn.draw((40, 30), (200, 20, 30)), kind)
+    Image.init()
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: pytest.fail("looks for Ghostscript"))
+    for call in (decode, lambda data: check_header(io.BytesIO(data))):
+        with pytest.raises(BadImage, match="it is a.? ?P|it is not an image, or its header is damaged"):
+            call(data)
+
+
+def test_decode_reports_memory_errors(monkeypatch):
+    class Huge:
+        mode = "RGB"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def convert(self, mode):
+            raise MemoryError
+
+    monkeypatch.setattr(images_module.Image, "open", lambda *_, **__: Huge())
+    with pytest.raises(BadImage, match="cannot be decoded: out of memory"):
+        decode(b"x")

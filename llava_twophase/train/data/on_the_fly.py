@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+from llava_twophase.cpu import available_cpus
 from llava_twophase.errors import UserError
 from llava_twophase.records import Record
 from llava_twophase.train.data.local_tower import TowerSettings
-from llava_twophase.vision.images import BadImage, Images, decode, open_images, require
+from llava_twophase.vision.images import BadImage, decode
+from llava_twophase.vision.precheck import require_images
 from llava_twophase.vision.preprocess import Preprocessor
+from llava_twophase.vision.sources import ImageSource, open_images
 from llava_twophase.vision.tower import VisionTower
 
 
@@ -61,12 +64,12 @@ class OnTheFlyFeatures:
         return records
 
     def require(self, keys: Sequence[str]) -> None:
-        """Check that every image exists.
+        """Check that every image has a usable file, from the first bytes of each.
 
         Raises:
-            UserError: Some do not; all are counted and the first are listed.
+            UserError: Some have not; all are counted and the first are listed.
         """
-        require(self._images, keys, self._image_folder)
+        require_images(self._images, keys, self._image_folder, min(8, available_cpus()))
 
     def load(self) -> tuple[int, int]:
         """Load the tower and return its feature shape: tokens and width of one image."""
@@ -122,7 +125,7 @@ class Thumbnails:
         images: Where the images are; opened once, since a zip of 558K images takes seconds to open.
     """
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: ImageSource) -> None:
         self._images = images
 
     @classmethod
