@@ -33,7 +33,7 @@ def run_export(path: str, keys: Sequence[str], file: str, kind: str) -> int:
         shape, dtype = _write_npz(rows, names, stored, file)
     else:
         shape, dtype = _write_tensor(rows, names, stored, file, kind)
-    output.print_line(f"wrote {file}: features {' x '.join(map(str, shape))}, {dtype}", output.console())
+    output.print_written(file, f"features {' x '.join(map(str, shape))}, {dtype}")
     return 0
 
 

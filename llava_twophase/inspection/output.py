@@ -146,6 +146,14 @@ def write_file(path: str, write: Callable[[IO[bytes]], Any]) -> None:
         raise UserError(f"-o {path} cannot be written: {reason or str(error).partition(chr(10))[0]}") from None
 
 
+def print_written(path: str, text: str) -> None:
+    """Print what a result file holds; on stderr if the file is a device, which may be stdout itself."""
+    if Path(path).is_file():
+        print_line(f"wrote {path}: {text}", console())
+    else:
+        print(printable(f"wrote {path}: {text}"), file=sys.stderr)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -60,7 +60,7 @@ def run(path: str, html: str, count: int, seed: int, *, images: str | None, reco
     page.details("provenance: only recorded", output.flatten(values["provenance"]))
     content = page.to_bytes()
     output.write_file(html, lambda file: file.write(content))
-    output.print_line(f"wrote {html}: {format_bytes(len(content))}, one file", output.console())
+    output.print_written(html, f"{format_bytes(len(content))}, one file")
     return 0
 
 

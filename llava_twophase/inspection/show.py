@@ -40,7 +40,7 @@ def run(
     names = rows.keys(found)
     drawn = pictures.sheet(crops, names, maps, patch, size)
     output.write_file(png, lambda file: drawn.save(file, format="PNG"))
-    output.print_line(f"wrote {png}: {', '.join(names)}", output.console())
+    output.print_written(png, ", ".join(names))
     return 0
 
 
