@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from llava_twophase.cache.format import FORMAT, MANIFEST, QUANTISED, SCHEMA
+from llava_twophase.cache.check.hdf5_process import Hdf5Checker
+from llava_twophase.cache.format import FORMAT, MANIFEST, QUANTISED, SCHEMA, SHARDS
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.inspection import output
@@ -64,7 +66,23 @@ def summarize(path: str | Path) -> dict[str, Any]:
         "age_seconds": _age(cache),
         "fingerprint": cache.fingerprint,
         "provenance": cache.manifest.provenance,
+        "shard_software": shard_software(cache),
     }
+
+
+def shard_software(cache: FeatureCache) -> dict[str, dict[str, int]]:
+    """Count the software versions that shards record: a cache may be extended under other versions.
+
+    Returns:
+        Name to version to number of shards. Shards whose attributes cannot be read are skipped; verify reports them.
+    """
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    with Hdf5Checker() as checker:  # in another process: HDF5 can crash on damaged metadata
+        for shard in cache.manifest.shards:
+            attributes = checker.attributes(cache.path / SHARDS / shard.file) or {}
+            for name, version in output.flatten(attributes.get("provenance") or {}).items():
+                found[name][version] += 1
+    return {name: dict(versions) for name, versions in found.items() if name}
 
 
 def not_recorded(fingerprint: dict[str, Any], fields: tuple[str, ...]) -> list[str]:
@@ -161,6 +179,18 @@ def _print(values: dict[str, Any], out: Console) -> None:
     title = "fingerprint: changes a value, so it is compared"
     output.print_section(title, output.flatten(values["fingerprint"]), out)
     output.print_section("provenance: only recorded", output.flatten(values["provenance"]), out)
+    differing = {name: versions for name, versions in values["shard_software"].items() if len(versions) > 1}
+    if differing:
+        output.print_section("software that differs between shards", _versions(differing), out)
+
+
+def _versions(software: dict[str, dict[str, int]]) -> dict[str, str]:
+    return {
+        name: ", ".join(
+            f"{version} in {count:,} shard{'s' if count > 1 else ''}" for version, count in versions.items()
+        )
+        for name, versions in software.items()
+    }
 
 
 def _age(cache: FeatureCache) -> int:

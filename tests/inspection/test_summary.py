@@ -2,10 +2,13 @@
 
 import json
 
+import h5py
+import numpy as np
 import pytest
 
 from cache.make import STORAGES, fingerprint_of, make_cache
 from inspection.command import inspect
+from llava_twophase import CacheWriter
 from llava_twophase.cache.format import SHARDS
 
 
@@ -70,3 +73,19 @@ def test_summary_reports_an_incomplete_cache(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache", complete=False)
     assert "INCOMPLETE" in inspect("summary", cache).stdout
     assert json.loads(inspect("summary", cache, "--json").stdout)["complete"] is False
+
+
+def test_summary_shows_the_software_of_shards_that_were_added_later(tmp_path, monkeypatch):
+    def add(*keys):
+        with CacheWriter(tmp_path / "cache", (1, 2), "float32", {}, images_per_shard=1) as cache:
+            for key in keys:
+                cache.add(key, np.ones((1, 2), np.float32))
+
+    add("a.jpg", "b.jpg")
+    assert "differs between shards" not in inspect("summary", tmp_path / "cache").stdout
+    monkeypatch.setattr("llava_twophase.cache.writer.version", lambda name: "9.9")
+    add("a.jpg", "b.jpg", "c.jpg")
+    text = " ".join(inspect("summary", tmp_path / "cache").stdout.split())
+    assert f"software that differs between shards h5py {h5py.__version__} in 2 shards, 9.9 in 1 shard numpy" in text
+    values = json.loads(inspect("summary", tmp_path / "cache", "--json").stdout)
+    assert values["shard_software"]["numpy"] == {np.__version__: 2, "9.9": 1}
