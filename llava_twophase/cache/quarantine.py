@@ -95,7 +95,7 @@ def _read(path: Path) -> dict[str, Quarantined]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}; delete it to try its images again") from None
+        raise UserError(f"{path} cannot be read: {error}; delete the file to try its images again") from None
     entries: dict[str, Quarantined] = {}
     for number, line in enumerate(lines, 1):
         if line:
@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, Quarantined]:
                 entry = _entry(json.loads(line))
             except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(
-                    f"{path} line {number} is damaged ({error}); delete it to try its images again"
+                    f"{path} line {number} is damaged ({error}); delete the file to try its images again"
                 ) from None
             entries[entry.key] = entry
     return entries

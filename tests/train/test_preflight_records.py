@@ -35,5 +35,5 @@ def test_check_inputs_makes_absolute_image_paths_relative_to_the_image_folder(ch
 
 
 def test_check_inputs_asks_for_the_image_folder_of_absolute_paths(check):
-    with pytest.raises(UserError, match=r"is absolute: give --image_folder, the folder that it is in"):
+    with pytest.raises(UserError, match=r"is absolute: give --image_folder"):
         check[2]()
