@@ -20,20 +20,19 @@ _PATIENCE_SECONDS = 6.0
 
 
 @contextmanager
-def output_lock(folder: Path, patience: float = _PATIENCE_SECONDS) -> Iterator[None]:
+def output_lock(folder: Path) -> Iterator[None]:
     """Lock a run's folder from rank 0; the lock ends with the process, however it ends.
 
     No file is written. On file systems without locks (some NFS and Lustre mounts) nothing is locked.
 
     Args:
         folder: The folder of the run, which exists.
-        patience: Seconds to wait for another process to release the lock.
 
     Raises:
         UserError: Another run holds the lock.
     """
     held: list[int] = []
-    on_main_rank(lambda: _lock(folder, patience, held))
+    on_main_rank(lambda: _lock(folder, held))
     try:
         yield
     finally:
@@ -41,9 +40,9 @@ def output_lock(folder: Path, patience: float = _PATIENCE_SECONDS) -> Iterator[N
             os.close(descriptor)
 
 
-def _lock(folder: Path, patience: float, held: list[int]) -> None:
+def _lock(folder: Path, held: list[int]) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

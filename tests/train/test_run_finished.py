@@ -1,0 +1,110 @@
+"""A run that has ended: its command changes no file, and a longer one continues it."""
+
+import json
+
+import pytest
+
+from commands import assert_same_outcome, outcome, train_command
+from llava_twophase.train import run as run_module
+from llava_twophase.train.cli import main
+
+
+def contents(folder):
+    """Bytes and modification time of every file."""
+    return {
+        path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def train(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, monkeypatch, caplog):
+    """Run the command in this process; returns its exit code and whether it loaded the LLM."""
+    load_llm, loads = run_module.load_llm, []
+    monkeypatch.setattr(run_module, "load_llm", lambda arguments: loads.append(1) or load_llm(arguments))
+
+    def start(name="out", **changes):
+        loads.clear()
+        flags = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 2, **changes}
+        command = train_command(
+            data_path=plain_set.json,
+            model_name_or_path=tiny_llama,
+            vision_tower=tiny_clip,
+            feature_cache=plain_cache,
+            output_dir=tmp_path / name,
+            **flags,
+        )
+        with caplog.at_level("INFO"):
+            return main(command[1:]), bool(loads)
+
+    start.folder = tmp_path
+    return start
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"max_steps": 4},
+        {"max_steps": 3, "save_strategy": "epoch"},
+        {"max_steps": 2, "save_strategy": "no"},
+        {"num_train_epochs": 0.5},
+        {"num_train_epochs": 1},
+        {"num_train_epochs": 1.5, "gradient_accumulation_steps": 2},
+    ],
+    ids=lambda flags: "-".join(map(str, flags.values())),
+)
+def test_rerun_of_a_finished_run_changes_no_file_and_loads_no_llm(train, flags, caplog):
+    assert train(**flags) == (0, True)
+    before = contents(train.folder / "out")
+    caplog.clear()
+    assert train(**flags) == (0, False)
+    assert contents(train.folder / "out") == before
+    assert "is finished" in caplog.text
+
+
+def test_longer_command_continues_a_finished_run(train):
+    """Three steps an epoch: from within the second epoch into the fourth; the schedule is constant."""
+    constant = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    assert train(max_steps=4, **constant) == (0, True)
+    assert train(max_steps=10, **constant) == (0, True)
+    assert train("uninterrupted", max_steps=10, **constant) == (0, True)
+    assert_same_outcome(outcome(train.folder / "out"), outcome(train.folder / "uninterrupted"))
+    assert train(max_steps=10, **constant) == (0, False)
+    assert train(max_steps=5, **constant) == (1, False)
+
+
+def test_run_that_was_killed_before_its_artefacts_writes_them_without_a_step(train):
+    """With a checkpoint at the last step, which is within an epoch: HF Trainer would train one more."""
+    assert train(max_steps=4) == (0, True)
+    expected = outcome(train.folder / "out")
+    for name in ("mm_projector.bin", "finished.json", "config.json"):
+        (train.folder / "out" / name).unlink()
+    assert train(max_steps=4) == (0, True)
+    assert_same_outcome(outcome(train.folder / "out"), expected)
+    assert not (train.folder / "out" / "checkpoint-5").exists()
+    finished = json.loads((train.folder / "out" / "finished.json").read_text(encoding="utf-8"))
+    assert (finished["step"], finished["steps_per_epoch"]) == (4, 3)
+
+
+def test_damaged_checkpoint_is_reported_with_the_older_one(train, capsys):
+    assert train(max_steps=4) == (0, True)
+    newest = train.folder / "out" / "checkpoint-4"
+    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:100])
+    (train.folder / "out" / "finished.json").unlink()
+    assert train(max_steps=4) == (1, False)
+    message = capsys.readouterr().err
+    assert f"error: {newest} is damaged: optimizer.pt has 100 bytes" in message
+    assert f"--resume_from_checkpoint {train.folder / 'out' / 'checkpoint-2'}" in message
+    assert train(max_steps=4, resume_from_checkpoint=train.folder / "out" / "checkpoint-2") == (0, True)
+
+
+def test_second_run_in_one_folder_is_refused(train, capsys, monkeypatch):
+    from llava_twophase.train.loop import output_lock
+
+    monkeypatch.setattr(output_lock, "_PATIENCE_SECONDS", 0)
+    (train.folder / "out").mkdir()
+    with output_lock.output_lock(train.folder / "out"):
+        assert train(max_steps=1) == (1, False)
+    assert "another training run is writing to --output_dir" in capsys.readouterr().err
+    assert train(max_steps=1) == (0, True)
