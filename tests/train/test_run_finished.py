@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-from commands import assert_same_outcome, outcome, train_command
-from llava_twophase.train import run as run_module
-from llava_twophase.train.cli import main
+from commands import assert_same_outcome, outcome
 
 
 def contents(folder):
@@ -19,27 +17,8 @@ def contents(folder):
 
 
 @pytest.fixture
-def train(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, monkeypatch, caplog):
-    """Run the command in this process; returns its exit code and whether it loaded the LLM."""
-    load_llm, loads = run_module.load_llm, []
-    monkeypatch.setattr(run_module, "load_llm", lambda arguments: loads.append(1) or load_llm(arguments))
-
-    def start(name="out", **changes):
-        loads.clear()
-        flags = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 2, **changes}
-        command = train_command(
-            data_path=plain_set.json,
-            model_name_or_path=tiny_llama,
-            vision_tower=tiny_clip,
-            feature_cache=plain_cache,
-            output_dir=tmp_path / name,
-            **flags,
-        )
-        with caplog.at_level("INFO"):
-            return main(command[1:]), bool(loads)
-
-    start.folder = tmp_path
-    return start
+def train(train_in_process):
+    return train_in_process
 
 
 @pytest.mark.parametrize(
