@@ -17,7 +17,8 @@ from commands import extract_command
 from helpers import ROOT, SCRIPTS, run
 from llava_twophase.cache.shard_files import read_header
 
-PAGES = ("README.md", "docs/extract.md", "docs/train.md", "docs/inspect.md")
+INSPECT = ("docs/inspect.md", "docs/inspect-features.md")
+PAGES = ("README.md", "docs/extract.md", "docs/train.md", *INSPECT)
 BLOCK = re.compile(r"^```console\n\$ (llava-(?:.*\\\n)*.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 PROGRESS = re.compile(r"^.*\| *\d+/\d+ \[[^\]]*\]|^Loading weights.*|^.*\[WARNING\] \[real_accelerator.*")
 
@@ -29,7 +30,7 @@ def prepare(folder, page):
     tiny.write_clip(folder / "towers" / "tiny-clip")
     (folder / "llms" / "tiny-llama").mkdir(parents=True)
     tiny.write_llama(folder / "llms" / "tiny-llama", images.captions)
-    if page == "docs/inspect.md":
+    if page in INSPECT:
         write_caches(folder)
 
 

@@ -4,15 +4,18 @@ import functools
 import inspect
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
+import torch
 
 import docs_tree
 from cache.make import make_cache
 from helpers import ROOT, SCRIPTS, fenced_blocks, run
 from llava_twophase.cache import format as cache_format
 from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.train.model.projector import build_projector, save_projector
 
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 COMMANDS = {**SCRIPTS, **{script: script for script in SCRIPTS.values()}}
@@ -78,6 +81,62 @@ def test_format_page_example_reads_a_row(tmp_path):
     exec(example.replace("caches/clip-l-336", str(cache)), found)
     np.testing.assert_array_equal(found["bits"].reshape(stored[5].shape), stored[5])
     np.testing.assert_array_equal(found["values"], FeatureCache(cache).read([keys[5]])[0])
+
+
+def run_examples(page, printed):
+    """Run a page's Python blocks one after another; return what they print and the comments beside it."""
+    blocks = [block for block in fenced_blocks(text(page), "python") if "offset" not in block]
+    found = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), found)
+    expected = [line.rpartition("  # ")[2] for block in blocks for line in block.splitlines() if "print(" in line]
+    return printed().out.splitlines(), expected, found
+
+
+def test_python_page_examples_run_and_print_what_they_say(tmp_path, monkeypatch, capsys, image_set):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(image_set.json, "records.json")
+    (tmp_path / "features" / "00000").mkdir(parents=True)
+    np.save("features/00000/0.npy", np.ones((4, 8), "f2"))
+    (tmp_path / "projector").mkdir()
+    save_projector(build_projector("mlp2x_gelu", 32, 64), tmp_path / "projector")
+    lines, expected, found = run_examples("docs/python-api.md", capsys.readouterr)
+    assert len(lines) == len(expected) > 3
+    for line, comment in zip(lines, expected, strict=True):
+        assert line == comment or "print(" in comment  # a line without a comment prints what depends on the records
+    assert found["missing"] == ["no/such.jpg"] and found["tensor"].dtype == torch.bfloat16
+    assert torch.equal(found["features"], found["tensor"])
+    assert FeatureCache("caches/from-npy").read(["00000/0.jpg"]).sum() == 32
+
+
+def test_readme_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines, expected, _ = run_examples("README.md", capsys.readouterr)
+    assert lines == [expected[0].partition(", float32")[0]] == ["(1, 576, 1024)"]
+
+
+def test_quickstart_leads_from_images_to_captions(tmp_path, monkeypatch, plain_set, tiny_clip, tiny_llama):
+    """Its Python block and its commands, with tiny models in place of the ones on the hub."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(plain_set.folder, "my-images")
+    for record in plain_set.records:
+        image = tmp_path / "my-images" / record["image"]
+        image.rename(image.with_suffix(".jpg"))
+        image.with_suffix(".txt").write_text(record["conversations"][1]["value"], encoding="utf-8")
+    (script,) = fenced_blocks(text("docs/quickstart.md"), "python")
+    exec(compile(script, "quickstart", "exec"), {})
+    models = {"openai/clip-vit-large-patch14-336": tiny_clip, "HuggingFaceTB/SmolLM2-135M": tiny_llama, "0.05": "0.25"}
+    commands = [(script, words) for script, words in our_commands("docs/quickstart.md") if "my-records.json" in words]
+    assert len(commands) == 3
+    for script, words in commands:
+        run(["python", ROOT / script, *(models.get(word, word) for word in words)], cwd=tmp_path)
+    page = (tmp_path / "my-projector" / "samples" / "index.html").read_text(encoding="utf-8")
+    assert "data:image" in page and (tmp_path / "my-projector" / "mm_projector.bin").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_short(page):
+    assert len(text(page).splitlines()) <= (200 if page == "README.md" else 250)
 
 
 def test_architecture_page_tree_is_current():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from docs_transcripts import PAGES, blocks, output, prepare
+from docs_transcripts import INSPECT, PAGES, blocks, output, prepare
 from inspection.command import SUBCOMMANDS
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -12,7 +12,6 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 VOLATILE = re.compile(
     r"^  (age|device|torch|provenance\.software|software\.|command|made from)|sha256|^bound by", re.MULTILINE
 )
-INSPECT = "docs/inspect.md"
 
 
 def compared(text):
@@ -22,8 +21,9 @@ def compared(text):
     return NUMBER.sub("#", joined), [float(number.replace(",", "")) for number in NUMBER.findall(joined)]
 
 
-def test_inspection_page_shows_every_subcommand():
-    assert {command.split()[1] for command, _ in blocks(INSPECT)} == set(SUBCOMMANDS)
+def test_inspection_pages_show_every_subcommand():
+    shown = {command.split()[1] for page in INSPECT for command, _ in blocks(page)}
+    assert shown == set(SUBCOMMANDS)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -33,7 +33,7 @@ def test_commands_print_what_the_page_shows(page, tmp_path):
     for command, shown in blocks(page):
         words, numbers = compared(output(command, tmp_path))
         shown_words, shown_numbers = compared(shown)
-        if page == INSPECT:  # other CPUs and releases round differently, and their Pillow writes files of another size
+        if page in INSPECT:  # other CPUs and releases round differently, and their Pillow writes files of another size
             assert words == shown_words
             assert numbers == pytest.approx(shown_numbers, rel=0.1, abs=0.02)
         else:  # numbers are rates; a busy machine may add a warning, and "..." stands for further lines
