@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 
-# Before anything imports a Hugging Face library: no test asks a hub, and no test starts threads of its own.
+# Before anything imports a Hugging Face library: tests use no hub, and libraries start no threads.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,7 +16,7 @@ import helpers
 
 
 def pytest_configure():
-    """Heed Ctrl-C: a shell in the background has it ignored, and the commands that tests start would inherit that."""
+    """Handle Ctrl-C: background shells ignore it, and the commands that tests start would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -34,20 +34,20 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def shared_memory():
-    """Leave none behind."""
+    """Remove the shared memory that DeepSpeed leaves."""
     yield
     helpers.free_shared_memory()
 
 
 @pytest.fixture(scope="session")
 def image_set(tmp_path_factory):
-    """Drawn pictures of every troublesome kind with their records: see `drawn.ImageSet`."""
+    """Drawn images of every unusual kind with their records: see `drawn.ImageSet`."""
     return drawn.write_image_set(tmp_path_factory.mktemp("image_set"))
 
 
 @pytest.fixture(scope="session")
 def plain_set(image_set, tmp_path_factory):
-    """The twelve plain scenes of `image_set` alone, for training tests that want no odd picture."""
+    """The twelve plain scenes of `image_set`."""
     root = tmp_path_factory.mktemp("plain_set")
     records = image_set.records[: drawn.PLAIN]
     json_path = drawn.write_records(records, root / "records.json")
@@ -64,7 +64,7 @@ def tiny_clip(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_clip_full(tiny_clip, tmp_path_factory):
-    """Folder of a whole CLIPModel, as published on the hub, with the vision weights of `tiny_clip`."""
+    """Folder of a CLIPModel with text tower, as published on the hub, with the vision weights of `tiny_clip`."""
     import tiny
 
     return tiny.write_clip_full(tmp_path_factory.mktemp("tiny_clip_full"), tiny_clip)
@@ -88,7 +88,7 @@ def tiny_dinov2(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_llama(image_set, tmp_path_factory):
-    """Folder of a LlamaForCausalLM (width 64, two layers) and a tokenizer that puts <s> in front."""
+    """Folder of a LlamaForCausalLM (width 64, two layers) and a tokenizer that adds <s>."""
     import tiny
 
     return tiny.write_llama(tmp_path_factory.mktemp("tiny_llama"), image_set.captions)
@@ -96,7 +96,7 @@ def tiny_llama(image_set, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_llama_no_bos(image_set, tmp_path_factory):
-    """The same LLM with a tokenizer that knows <s> but puts none in front."""
+    """The same LLM with a tokenizer that knows <s> and does not add it."""
     import tiny
 
     return tiny.write_llama(tmp_path_factory.mktemp("tiny_llama_no_bos"), image_set.captions, add_bos=False)
@@ -104,7 +104,7 @@ def tiny_llama_no_bos(image_set, tmp_path_factory):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts a tmpfs of some bytes; for those who may."""
+    """Mount a tmpfs with these options; skip the test if that is not allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
 

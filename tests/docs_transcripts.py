@@ -45,7 +45,7 @@ def write_caches(folder):
             storage_dtype=storage,
         )
         run(["python", ROOT / script, *flags], cwd=folder, SOURCE_DATE_EPOCH=1764028800)
-    # One bit of a row, and the whole manifest.
+    # A flipped bit in a row; the same without a manifest.
     damaged, lost = folder / "caches/damaged", folder / "caches/lost"
     shutil.copytree(folder / "caches/demo", damaged)
     with (damaged / "shards/shard-000001.h5").open("r+b") as file:

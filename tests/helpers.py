@@ -1,4 +1,4 @@
-"""Processes as a user would start them. Knows nothing about models or pictures."""
+"""Start processes as a user would."""
 
 import os
 import re
@@ -31,7 +31,7 @@ _ports = []  # handed out since the last free_shared_memory()
 
 
 def process_environment(**env):
-    """The environment of every test process: offline, one thread, this checkout first on the path.
+    """Return the environment of every test process: offline, one thread, this checkout first on the path.
 
     A variable given as None is removed.
     """
@@ -57,8 +57,8 @@ def process_environment(**env):
 def run(command, *, expect=0, timeout=300, cwd=ROOT, **env):
     """Run `command` (a list; a leading "python" is this interpreter) and return its CompletedProcess with text output.
 
-    `expect` is the exit code wanted, or None for any. On another code or on a timeout the test fails and shows the
-    output. The command gets a session of its own, so that a launcher's ranks die with it.
+    `expect` is the exit code, None for any. With another code, or after a timeout, the test fails and shows the
+    output. The command gets a session of its own, so that a launcher's ranks end with it.
     """
     command = [sys.executable if i == 0 and part == "python" else str(part) for i, part in enumerate(command)]
     process = subprocess.Popen(
@@ -80,7 +80,7 @@ def run(command, *, expect=0, timeout=300, cwd=ROOT, **env):
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
         problem = f"still running after {timeout} s"
-    except BaseException:  # an interrupted test, or pytest-timeout: leave nothing running behind
+    except BaseException:  # an interrupted test, or pytest-timeout: leave no process running
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         raise
@@ -97,7 +97,7 @@ def project():
 
 
 def free_port():
-    """A TCP port that is free now, for the rendezvous of a launcher."""
+    """Return a TCP port that is free now, for the rendezvous of a launcher."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         _ports.append(listener.getsockname()[1])
@@ -105,12 +105,12 @@ def free_port():
 
 
 def free_shared_memory():
-    """Remove what DeepSpeed's ranks on the CPU leave in memory at their end, killed or not: 69 MB each."""
+    """Remove the shared memory that DeepSpeed's ranks leave on a CPU: 69 MB each."""
     while _ports:
         for segment in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{_ports.pop()}_*"):
             segment.unlink()
 
 
 def fenced_blocks(markdown, language):
-    """The bodies of the fenced code blocks of one language ("" for blocks without one), in order."""
+    """Return the bodies of the fenced code blocks of one language ("" for blocks without one), in order."""
     return re.findall(rf"^```{language}[ \t]*\n(.*?)^```[ \t]*$", markdown, flags=re.MULTILINE | re.DOTALL)

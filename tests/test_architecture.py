@@ -98,17 +98,18 @@ def importers(folder, *forbidden, at_import_only=False, allowed=()):
 
 
 def test_every_folder_of_the_architecture_exists():
-    assert {"vision", "cache", "extract", "train", "inspection"} <= {path.name for path in PACKAGE.iterdir()}
+    assert {"vision", "cache", "extract", "train", "inspection", "deploy"} <= {path.name for path in PACKAGE.iterdir()}
 
 
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
-        ("cache", ["extract", "train", "vision", "inspection"]),
-        ("vision", ["cache", "extract", "train", "inspection"]),
-        ("extract", ["train", "inspection"]),
-        ("train", ["extract", "inspection"]),
-        ("inspection", ["extract", "train"]),
+        ("cache", ["extract", "train", "vision", "inspection", "deploy"]),
+        ("vision", ["cache", "extract", "train", "inspection", "deploy"]),
+        ("extract", ["train", "inspection", "deploy"]),
+        ("train", ["extract", "inspection", "deploy"]),
+        ("inspection", ["extract", "train", "deploy"]),
+        ("deploy", ["extract", "inspection"]),
     ],
 )
 def test_layers(folder, forbidden):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -98,8 +99,10 @@ def test_python_page_examples_run_and_print_what_they_say(tmp_path, monkeypatch,
     shutil.copy(image_set.json, "records.json")
     (tmp_path / "features" / "00000").mkdir(parents=True)
     np.save("features/00000/0.npy", np.ones((4, 8), "f2"))
-    (tmp_path / "projector").mkdir()
-    save_projector(build_projector("mlp2x_gelu", 32, 64), tmp_path / "projector")
+    (tmp_path / "my-projector").mkdir()
+    save_projector(build_projector("mlp2x_gelu", 32, 64), tmp_path / "my-projector")
+    names = {"_name_or_path": "an LLM", "mm_vision_tower": "a tower", "mm_projector_type": "mlp2x_gelu"}
+    (tmp_path / "my-projector" / "config.json").write_text(json.dumps(names), encoding="utf-8")
     lines, expected, found = run_examples("docs/python-api.md", capsys.readouterr)
     assert len(lines) == len(expected) > 3
     for line, comment in zip(lines, expected, strict=True):
@@ -126,12 +129,15 @@ def test_quickstart_leads_from_images_to_captions(tmp_path, monkeypatch, plain_s
     (script,) = fenced_blocks(text("docs/quickstart.md"), "python")
     exec(compile(script, "quickstart", "exec"), {})
     models = {"openai/clip-vit-large-patch14-336": tiny_clip, "HuggingFaceTB/SmolLM2-135M": tiny_llama, "0.05": "0.25"}
-    commands = [(script, words) for script, words in our_commands("docs/quickstart.md") if "my-records.json" in words]
-    assert len(commands) == 3
+    commands = [(script, words) for script, words in our_commands("docs/quickstart.md") if "my-images" in words]
+    assert len(commands) == 4
     for script, words in commands:
         run(["python", ROOT / script, *(models.get(word, word) for word in words)], cwd=tmp_path)
-    page = (tmp_path / "my-projector" / "samples" / "index.html").read_text(encoding="utf-8")
-    assert "data:image" in page and (tmp_path / "my-projector" / "mm_projector.bin").is_file()
+    samples = tmp_path / "my-projector" / "samples"
+    steps = re.findall(r'href="(step-\d+\.html)"', (samples / "index.html").read_text(encoding="utf-8"))
+    assert len(steps) == 2
+    for page in (samples / steps[-1], tmp_path / "my-captions.html"):
+        assert "data:image" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -125,7 +125,7 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=needs_compiler)])
-def test_a_rank_that_dies_ends_the_other_and_the_rerun_goes_on(
+def test_killed_rank_stops_the_other_and_the_same_command_resumes(
     plain_set, tiny_llama, tiny_clip, features, tmp_path, launcher
 ):
     """Killed in its fifth step, with a checkpoint at the third; under torchrun without DeepSpeed's engine."""
