@@ -2,6 +2,7 @@
 
 import pytest
 
+from commands import extract_command
 from extract.server import Server, files
 
 
@@ -12,33 +13,26 @@ def server():
         yield running
 
 
+@pytest.fixture(scope="session")
+def defaults(image_set, tiny_clip):
+    """Flags for the complete image set: 29 images, four shards of eight, batches of three."""
+    return {
+        "data_path": image_set.json,
+        "image_folder": image_set.folder,
+        "vision_tower": tiny_clip,
+        "batch_size": 3,
+    }
+
+
 @pytest.fixture
-def command(image_set, tiny_clip, tmp_path):
-    """The command's arguments for the whole image set: 29 images, four shards of eight, batches of three."""
-
-    def make(**changes):
-        flags = {
-            "data_path": image_set.json,
-            "image_folder": image_set.folder,
-            "vision_tower": tiny_clip,
-            "feature_cache": tmp_path / "cache",
-            "compute_dtype": "fp32",
-            "images_per_shard": 8,
-            "batch_size": 3,
-            "num_workers": 0,
-            "device": "cpu",
-            **changes,
-        }
-        return [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
-
-    return make
+def command(defaults, tmp_path):
+    """Makes the command's arguments; a keyword changes a flag."""
+    return lambda **changes: extract_command(**{**defaults, "feature_cache": tmp_path / "cache", **changes})[1:]
 
 
 @pytest.fixture(scope="session")
-def whole(server, image_set, tiny_clip, tmp_path_factory):
-    """The files of a cache that one uninterrupted run made of the image set."""
-    cache = tmp_path_factory.mktemp("whole") / "cache"
-    flags = f"--data_path {image_set.json} --image_folder {image_set.folder} --vision_tower {tiny_clip} "
-    flags += "--compute_dtype fp32 --images_per_shard 8 --batch_size 3 --num_workers 0 --device cpu"
-    server.run([*flags.split(), "--feature_cache", cache])
+def expected_files(server, defaults, tmp_path_factory):
+    """The files of a cache that one uninterrupted run made from the image set."""
+    cache = tmp_path_factory.mktemp("uninterrupted") / "cache"
+    server.run(extract_command(**defaults, feature_cache=cache)[1:])
     return files(cache)

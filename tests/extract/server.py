@@ -1,6 +1,6 @@
 """Starts the extraction command in forks of a process that has imported everything: a tenth of a second each.
 
-Run as a script it is the server; imported it is the client. Knows nothing of pytest.
+Run as a script it is the server; imported it is the client.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from helpers import process_environment
 
-# What makes a run's steps durable; a crash is tried before each one.
+# The calls that make a run's work durable; tests kill a run before each of them.
 STEPS = ("pwrite", "fsync", "replace", "unlink")
 
 
@@ -65,14 +65,14 @@ class Server:
 
 
 class Run:
-    """One running command, leader of a process group of its own."""
+    """A running command, the leader of its own process group."""
 
     def __init__(self, server, pid, log):
         self._server, self.pid, self._log = server, pid, log
         self.code = None
 
     def kill(self, kind=signal.SIGKILL):
-        """Send a signal to the command and its workers, where it still runs."""
+        """Send a signal to the command and its workers, if it is still running."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, kind)
 

@@ -1,16 +1,57 @@
-"""The extraction's command line: how flags reach the records."""
+"""The extraction command's arguments and the settings that are made from them."""
 
-import drawn
+from pathlib import Path
+
+import pytest
+
+from llava_twophase.errors import UserError
+from llava_twophase.extract.cli import build_parser, choose_storage_dtype, main, make_config
+from llava_twophase.extract.config import ExtractConfig
+
+REQUIRED = ["--data_path", "r.json", "--image_folder", "i", "--vision_tower", "t", "--feature_cache", "c"]
 
 
-def test_absolute_image_paths_inside_the_image_folder_are_found(server, command, image_set, tmp_path):
-    records = [{**record, "image": str(image_set.folder / record["image"])} for record in image_set.records]
-    data = drawn.write_records(records, tmp_path / "absolute.json")
-    log = server.run([*command(data_path=data), "--plan"])
-    assert "to encode   29, of which 0 are missing" in log
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_size", "0"], "not positive"),
+        (["--batchsize", "4"], "unrecognized arguments"),
+        (["--mm_vision_select_feature", "cls"], "invalid choice"),
+        (["--json"], "--json needs --plan"),
+        (["--llm", "13B"], "--llm needs --plan"),
+        (["--plan", "--runs", "3"], "--runs needs --llm"),
+        (["--num_workers", "-1"], "negative"),
+    ],
+)
+def test_main_exits_with_2_on_wrong_usage(capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        main([*REQUIRED, *flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-def test_absolute_image_paths_outside_the_image_folder_are_refused(server, command, image_set, tmp_path):
-    data = drawn.write_records([drawn.make_record("1", "/elsewhere/a.jpg", "x")], tmp_path / "absolute.json")
-    log = server.run(command(data_path=data), expect=1)
-    assert f"image path '/elsewhere/a.jpg' must stay inside --image_folder {image_set.folder}" in log
+def test_make_config_uses_the_defaults_of_the_parser():
+    config = make_config(build_parser().parse_args(REQUIRED))
+    expected = ExtractConfig("r.json", "i", "t", Path("c"), num_workers=config.num_workers)
+    assert config == expected
+    assert 1 <= config.num_workers <= 8
+
+
+@pytest.mark.parametrize(
+    ("compute", "storage", "expected"),
+    [
+        ("bf16", "auto", "bfloat16"),
+        ("fp16", "fp16", "float16"),
+        ("bf16", "fp32", "float32"),
+        ("fp32", "int8", "int8"),
+        ("fp16", "int4", "int4"),
+    ],
+)
+def test_choose_storage_dtype_never_rounds_without_scales(compute, storage, expected):
+    assert choose_storage_dtype(compute, storage) == expected
+
+
+@pytest.mark.parametrize(("compute", "storage"), [("fp32", "bf16"), ("fp16", "bf16"), ("bf16", "fp16")])
+def test_choose_storage_dtype_refuses_to_round(compute, storage):
+    with pytest.raises(UserError, match=f"--storage_dtype {storage} cannot hold {compute} features exactly"):
+        choose_storage_dtype(compute, storage)

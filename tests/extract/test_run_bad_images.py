@@ -55,9 +55,9 @@ def test_extract_stops_at_a_truncated_image(server, command, image_set, tmp_path
     assert "8 images cached, 21 to encode" in log
 
 
-def test_extract_with_skip_and_no_bad_image_gives_the_same_cache(server, command, whole, tmp_path):
+def test_extract_with_skip_and_no_bad_image_gives_the_same_cache(server, command, expected_files, tmp_path):
     server.run(command(on_bad_image="skip"))
-    assert files(tmp_path / "cache") == whole
+    assert files(tmp_path / "cache") == expected_files
 
 
 def test_extract_with_skip_quarantines_bad_images(server, command, broken, image_set, tmp_path):
@@ -76,7 +76,7 @@ def test_extract_with_skip_quarantines_bad_images(server, command, broken, image
     assert sorted(path.name for path in (cache / "shards").iterdir()) == [f"shard-00000{n}.h5" for n in range(4)]
 
 
-def test_rows_do_not_depend_on_skipped_images(server, command, broken, image_set, whole, tmp_path):
+def test_rows_do_not_depend_on_skipped_images(server, command, broken, image_set, expected_files, tmp_path):
     """A batch that lost an image is not filled up from the next one, so all other batches are unchanged."""
     server.run(command(feature_cache=tmp_path / "all"))
     server.run(command(image_folder=broken, on_bad_image="skip"))
@@ -150,10 +150,10 @@ def test_extract_refuses_a_folder_without_any_of_the_images(server, command, tmp
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_extract_from_an_archive_gives_the_same_cache(server, command, image_set, whole, tmp_path, kind):
+def test_extract_from_an_archive_gives_the_same_cache(server, command, image_set, expected_files, tmp_path, kind):
     archive = shutil.make_archive(str(tmp_path / "images"), kind, image_set.folder)
     server.run(command(image_folder=archive, num_workers=2))
-    assert files(tmp_path / "cache") == whole
+    assert files(tmp_path / "cache") == expected_files
 
 
 def test_extract_makes_one_row_for_an_image_of_several_records(server, command, image_set, tmp_path):

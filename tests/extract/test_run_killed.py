@@ -1,6 +1,6 @@
-"""Killed anywhere, the next run ends with the very bytes of a run that was not; no sealed shard is done again.
+"""An extraction that is killed at any moment and run again gives the bytes of an uninterrupted one.
 
-`LLAVA_TWOPHASE_KILLS=100` makes the random part as long as one likes.
+No sealed shard is written again. `LLAVA_TWOPHASE_KILLS=100` sets the number of kills of the random test.
 """
 
 import os
@@ -30,7 +30,7 @@ def broken(image_set, tmp_path):
 
 @pytest.fixture
 def skipping(command, broken, tmp_path):
-    """The command that leaves them out, into the given cache."""
+    """The command that skips them, into the given cache."""
     return lambda cache: command(feature_cache=tmp_path / cache, image_folder=broken, on_bad_image="skip")
 
 
@@ -43,9 +43,9 @@ def assert_kept(before, cache):
     assert {name: now.get(name) for name in before} == before
 
 
-def test_before_every_step_that_makes_something_last(server, skipping, tmp_path):
-    server.run(skipping("whole"), COUNT_STEPS=tmp_path / "steps")
-    wanted, steps = files(tmp_path / "whole"), (tmp_path / "steps").read_text(encoding="utf-8").split()
+def test_killed_before_every_durable_step_and_run_again_gives_the_same_bytes(server, skipping, tmp_path):
+    server.run(skipping("uninterrupted"), COUNT_STEPS=tmp_path / "steps")
+    wanted, steps = files(tmp_path / "uninterrupted"), (tmp_path / "steps").read_text(encoding="utf-8").split()
     assert {"pwrite", "fsync", "replace", "unlink"} <= Counter(steps).keys()
     # Writes of rows are many and alike; every other kind of step is tried at each place.
     writes = [number for number, name in enumerate(steps, 1) if name == "pwrite"]
@@ -66,10 +66,10 @@ def test_before_every_step_that_makes_something_last(server, skipping, tmp_path)
     assert killed > 0.8 * len(tried)
 
 
-def test_at_random_moments_again_and_again(server, skipping, tmp_path):
-    """One cache, killed and continued until it is whole, with worker processes; then the next one."""
-    server.run(skipping("whole"))
-    wanted, chance = files(tmp_path / "whole"), random.Random(0)
+def test_killed_at_random_moments_until_complete_gives_the_same_bytes(server, skipping, tmp_path):
+    """One cache, killed and resumed until it is complete, with worker processes; then the next one."""
+    server.run(skipping("uninterrupted"))
+    wanted, chance = files(tmp_path / "uninterrupted"), random.Random(0)
     kills = round_number = 0
     while kills < KILLS:
         round_number += 1
@@ -89,9 +89,9 @@ def test_at_random_moments_again_and_again(server, skipping, tmp_path):
         shutil.rmtree(cache)
 
 
-def test_two_ranks_one_killed_or_both(server, skipping, tmp_path):
-    server.run(skipping("whole"))
-    wanted, chance = files(tmp_path / "whole"), random.Random(1)
+def test_two_ranks_of_which_one_or_both_are_killed_give_the_same_bytes(server, skipping, tmp_path):
+    server.run(skipping("uninterrupted"))
+    wanted, chance = files(tmp_path / "uninterrupted"), random.Random(1)
     cache = tmp_path / "ranks"
     for attempt in range(100):
         before = sealed(cache)
@@ -117,30 +117,29 @@ def test_two_ranks_one_killed_or_both(server, skipping, tmp_path):
     assert verify(cache) == []
 
 
-def test_going_on_with_other_flags_that_change_no_feature(server, skipping, tmp_path):
-    """Cut, then continued on another number of ranks and workers: the same bytes."""
-    server.run(skipping("whole"))
-    wanted = files(tmp_path / "whole")
+def test_a_run_resumed_with_other_ranks_and_workers_gives_the_same_bytes(server, skipping, tmp_path):
+    server.run(skipping("uninterrupted"))
+    wanted = files(tmp_path / "uninterrupted")
     steps = tmp_path / "steps"
     server.run(skipping("counted"), COUNT_STEPS=steps)
     half = len(steps.read_text(encoding="utf-8").split()) // 2
-    server.run(skipping("cut"), expect=-signal.SIGKILL, crash_at=half)
+    server.run(skipping("interrupted"), expect=-signal.SIGKILL, crash_at=half)
     port = free_port()
     common = {"WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     runs = [
-        server.start([*skipping("cut"), "--num_workers", "1"], RANK=rank, LOCAL_RANK=rank, **common)
+        server.start([*skipping("interrupted"), "--num_workers", "1"], RANK=rank, LOCAL_RANK=rank, **common)
         for rank in range(3)
     ]
     assert [run.wait() for run in runs] == [0, 0, 0], "\n".join(run.log() for run in runs)
-    assert files(tmp_path / "cut") == wanted
+    assert files(tmp_path / "interrupted") == wanted
 
 
-def test_control_c_says_how_to_go_on(server, command, whole, tmp_path):
+def test_control_c_says_how_to_resume(server, command, expected_files, tmp_path):
     run = server.start(command(batch_size=1, num_workers=1))
     while len(sealed(tmp_path / "cache")) < 1:
         time.sleep(0.01)
     run.kill(signal.SIGINT)
     assert run.wait() == 130
-    assert "run the same command again to go on" in run.log() and "Traceback" not in run.log()
+    assert "run the same command again to resume" in run.log() and "Traceback" not in run.log()
     server.run(command())
-    assert sorted(files(tmp_path / "cache")) == sorted(whole)
+    assert sorted(files(tmp_path / "cache")) == sorted(expected_files)
