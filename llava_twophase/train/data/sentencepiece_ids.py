@@ -10,10 +10,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 _SPACE = "\u2581"  # how sentencepiece writes a space
+
+
+def is_sentencepiece_model(content: bytes) -> bool:
+    """Return whether a ``tokenizer.model`` is sentencepiece's; other tokenizers use that name too."""
+    try:
+        return len(ModelProto.FromString(content).pieces) > 0
+    except DecodeError:
+        return False
 
 
 class SentencePieceIds:

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from llava_twophase.compat import find_file, tokenizer_settings
-from llava_twophase.train.data.sentencepiece_ids import SentencePieceIds
+from llava_twophase.errors import UserError
+from llava_twophase.train.data.sentencepiece_ids import SentencePieceIds, is_sentencepiece_model
 
 logger = logging.getLogger(__name__)
 
+# Two files of one tokenizer give the same ids for plain words.
+_PROBE = "a photo of a cat"
 # sentencepiece may add one or two spaces in front of a text.
 _ADDED_SPACES = 2
 
@@ -51,9 +54,12 @@ def load_caption_tokenizer(name: str, tokenizer: Any, cache_dir: str | None = No
         name: The LLM's hub id or folder.
         tokenizer: Its Hugging Face tokenizer; needs neither a pad token nor a BOS.
         cache_dir: Where hub downloads are kept.
+
+    Raises:
+        UserError: ``tokenizer.model`` is a Git LFS pointer.
     """
     settings = tokenizer_settings(name, cache_dir)
-    model_file = find_file(name, "tokenizer.model", cache_dir)
+    model_file = _find_sentencepiece_model(name, cache_dir)
     bos = _choose_bos(name, tokenizer, settings)
     added = tokenizer.get_added_vocab()
     encode: Callable[[str], list[int]]
@@ -65,10 +71,12 @@ def load_caption_tokenizer(name: str, tokenizer: Any, cache_dir: str | None = No
     else:
         # Absent or null means legacy, as in transformers 4.37; transformers 5's tokenizers do not have the setting.
         legacy = settings.get("legacy") is not False
-        encode = SentencePieceIds(Path(model_file), added, legacy, tokenizer.unk_token)
+        encode = SentencePieceIds(model_file, added, legacy, tokenizer.unk_token)
+        if encode(_PROBE) != tokenizer(_PROBE, add_special_tokens=False).input_ids:
+            logger.warning("%s: tokenizer.model and tokenizer.json give different ids; tokenizer.model is used", name)
         identity = {
             "kind": "tokenizer.model",
-            "sha256": hashlib.sha256(Path(model_file).read_bytes()).hexdigest(),
+            "sha256": hashlib.sha256(model_file.read_bytes()).hexdigest(),
             "added_tokens_sha256": _sha256_of_json([sorted(added.items()), tokenizer.unk_token]),
             "legacy": legacy,
         }
@@ -80,6 +88,21 @@ def load_caption_tokenizer(name: str, tokenizer: Any, cache_dir: str | None = No
         added=added,
         identity={**identity, "bos": bos},
     )
+
+
+def _find_sentencepiece_model(name: str, cache_dir: str | None) -> Path | None:
+    path = find_file(name, "tokenizer.model", cache_dir)
+    if path is None:
+        return None
+    content = Path(path).read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"--model_name_or_path {name}: {path} is a Git LFS pointer, not the file itself; run: git lfs pull"
+        )
+    if not is_sentencepiece_model(content):
+        logger.info("%s: tokenizer.model is not a sentencepiece model; the ids are those of tokenizer.json", name)
+        return None
+    return Path(path)
 
 
 @dataclass(frozen=True)

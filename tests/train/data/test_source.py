@@ -1,14 +1,11 @@
 """Where features come from: a cache compared with the flags, or the tower."""
 
 import logging
-import shutil
 import unicodedata
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from cache.make import FINGERPRINT, make_cache
 from commands import outcome, train_command
@@ -18,13 +15,8 @@ from llava_twophase.cache.quarantine import Quarantined, write_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.records import Record, load_records
-from llava_twophase.train.data.collator import collate
-from llava_twophase.train.data.conversation import PlainTemplate
-from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.data.local_tower import TowerSettings
-from llava_twophase.train.data.on_the_fly import OnTheFlyFeatures
 from llava_twophase.train.data.source import CachedFeatures
-from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 
 SETTINGS = TowerSettings("my/tower", select_layer=-2, select_feature="patch", image_aspect_ratio="square")
 CPU = torch.device("cpu")
@@ -149,22 +141,6 @@ def test_require_accepts_an_image_of_several_records(source_of):
     source = source_of(FINGERPRINT)
     key = next(iter(source._cache.keys()))
     source.require([key, key])
-
-
-def test_bad_image_on_the_fly_is_reported_with_its_record_from_a_worker(plain_set, tiny_clip, tiny_llama, tmp_path):
-    shutil.copytree(plain_set.folder, tmp_path / "images")
-    records = load_records(plain_set.json)
-    (tmp_path / "images" / records[2].image).write_bytes(b"<html>not found</html>")
-    settings = TowerSettings(str(tiny_clip), -2, "patch", "square")
-    source = OnTheFlyFeatures(str(tmp_path / "images"), settings, torch.float32, "cpu")
-    tokenizer = load_caption_tokenizer(str(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama))
-    dataset = CaptionDataset(records, PlainTemplate(tokenizer, 512, 16), source)
-    for workers in (0, 1):
-        with pytest.raises(UserError) as caught:
-            list(DataLoader(dataset, 2, collate_fn=collate, num_workers=workers))
-        message = str(caught.value)
-        assert message.startswith(f"image {records[2].image}: ") and "Traceback" not in message
-        assert message.endswith(f"or remove its record, whose caption is {records[2].caption[:60]!r}")
 
 
 def test_training_from_a_cache_of_a_cache_writer(plain_set, tiny_llama, tmp_path):

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import tiny
 from helpers import run
+from llava_twophase.errors import UserError
 from llava_twophase.train.data.conversation import PlainTemplate
 from llava_twophase.train.data.tokenizer import load_caption_tokenizer, most_tokens
 
@@ -93,7 +94,7 @@ def test_most_tokens_covers_characters_that_normalization_decomposes():
     assert most_tokens("ﷺ") >= 33 and most_tokens("abc") == 5
 
 
-def test_identity_names_the_file_that_ids_come_from(load, tmp_path, image_set):
+def test_identity_names_the_file_that_ids_come_from(load, tmp_path, image_set, caplog):
     rebuilt = load()
     with (tmp_path / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -102,8 +103,27 @@ def test_identity_names_the_file_that_ids_come_from(load, tmp_path, image_set):
         )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     original = load_caption_tokenizer(str(tmp_path), tokenizer)
+    assert "tokenizer.model and tokenizer.json give different ids" in caplog.text
     assert (rebuilt.identity["kind"], original.identity["kind"]) == ("tokenizer.json", "tokenizer.model")
     assert original.identity == load_caption_tokenizer(str(tmp_path), tokenizer).identity
     path = tmp_path / "tokenizer_config.json"
     path.write_text(path.read_text(encoding="utf-8").replace("{", '{"legacy": false, ', 1), encoding="utf-8")
     assert load_caption_tokenizer(str(tmp_path), tokenizer).identity == {**original.identity, "legacy": False}
+
+
+def test_load_caption_tokenizer_refuses_a_git_lfs_pointer(load, tmp_path):
+    load()
+    (tmp_path / "tokenizer.model").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=r"tokenizer\.model is a Git LFS pointer.*git lfs pull"):
+        load()
+
+
+@pytest.mark.parametrize("content", [b"IQ== 0\nIg== 1\n", b"", b"\x00\x01"])
+def test_load_caption_tokenizer_ignores_a_tokenizer_model_of_another_kind(load, tmp_path, content):
+    """Llama 3 and others name a tiktoken file so."""
+    expected = load()
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    found = load()
+    assert found.identity == expected.identity and found.encode("a red circle") == expected.encode("a red circle")
