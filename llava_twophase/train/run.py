@@ -28,6 +28,7 @@ from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel
 from llava_twophase.train.model.load_llm import gathered, load_llm
 from llava_twophase.train.preflight import TrainingInputs, prepare_inputs
+from llava_twophase.train.stage_2 import warn_about_stage_2
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
     start = find_start(folder, training.resume_from_checkpoint, identity, length)
     if start.finished:
         return None
+    warn_about_stage_2(arguments)
     trainer_arguments = arguments.for_trainer()
     trackers = on_main_rank(lambda: start_trackers(trainer_arguments, folder))
     try:

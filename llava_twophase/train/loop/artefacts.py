@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: LLaVA's ``config.json`` beside ``mm_projector.bin``, and how it came about."""
+"""The files of a finished run: ``mm_projector.bin``, LLaVA's ``config.json``, arguments, fingerprint and loss curve."""
 
 from __future__ import annotations
 
@@ -17,11 +17,22 @@ from llava_twophase.train.model.projector import save_projector
 
 logger = logging.getLogger(__name__)
 
-_MODEL_TYPES = {"llama": "llava_llama", "mistral": "llava_mistral"}
+MODEL_TYPES = {
+    # LLaVA v1.2.2
+    "llama": "llava_llama",
+    "mistral": "llava_mistral",
+    "mpt": "llava_mpt",
+    # LLaVA-NeXT
+    "gemma": "llava_gemma",
+    "mixtral": "llava_mixtral",
+    "qwen2": "llava_qwen",
+    "qwen2_moe": "llava_qwen_moe",
+}
+"""The ``model_type`` that LLaVA or LLaVA-NeXT registers for each base LLM."""
 
 
 def llava_config(base: PretrainedConfig, arguments: Arguments, mm_hidden_size: int) -> dict[str, Any]:
-    """Describe the trained model as LLaVA does.
+    """Return the trained model's ``config.json`` as LLaVA writes it.
 
     Args:
         base: The LLM's configuration.
@@ -29,20 +40,19 @@ def llava_config(base: PretrainedConfig, arguments: Arguments, mm_hidden_size: i
         mm_hidden_size: Tower width, 1024 for CLIP-L.
 
     Returns:
-        The content of ``config.json``: the LLM's own fields under their old and new names, and LLaVA's.
+        The LLM's own fields under their old and new names, and LLaVA's fields.
     """
     model, data, training = arguments.model, arguments.data, arguments.training
     config = base.to_dict()
-    # transformers 5 renamed these; 4.37 would fall back to its defaults, and a wrong rope theta goes unnoticed.
-    rope = dict(config.get("rope_parameters") or {})
-    config["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-    kind = rope.pop("rope_type", "default")
-    config["rope_scaling"] = None if kind == "default" else {"type": kind, "rope_type": kind, **rope}
+    # transformers 5 renamed these; 4.37 would silently use its defaults.
+    rope = config.get("rope_parameters") or {}
+    config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    config["rope_scaling"] = _rope_scaling(rope)
     config["torch_dtype"] = config.get("dtype")
     config |= {
         "_name_or_path": model.model_name_or_path,
         "architectures": base.architectures,
-        "model_type": _MODEL_TYPES.get(base.model_type, f"llava_{base.model_type}"),
+        "model_type": MODEL_TYPES.get(base.model_type, f"llava_{base.model_type}"),
         "freeze_mm_mlp_adapter": training.freeze_mm_mlp_adapter,
         "image_aspect_ratio": data.image_aspect_ratio,
         "mm_hidden_size": mm_hidden_size,
@@ -56,26 +66,38 @@ def llava_config(base: PretrainedConfig, arguments: Arguments, mm_hidden_size: i
         "mm_vision_tower": model.vision_tower,
         "tokenizer_model_max_length": training.model_max_length,
         "tokenizer_padding_side": "right",
-        "tune_mm_mlp_adapter": model.tune_mm_mlp_adapter,
+        "tune_mm_mlp_adapter": True,
         "use_mm_proj": True,
     }
+    if model.mm_tunable_parts is not None:
+        config["mm_tunable_parts"] = model.mm_tunable_parts
     return config
+
+
+def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind in ("linear", "dynamic"):
+        # transformers 4.37 refuses any further field.
+        return {"type": kind, "factor": rope["factor"]}
+    return {"type": kind, **{name: value for name, value in rope.items() if name != "rope_theta"}}
 
 
 def write_artefacts(
     folder: Path, projector: nn.Module, config: dict[str, Any], arguments: Arguments, features: dict[str, Any] | None
 ) -> Path:
-    """Write all that a run leaves besides ``trainer_state.json``.
+    """Write the files of a finished run, except ``trainer_state.json`` and ``finished.json``.
 
     Args:
         folder: The output folder.
         projector: The trained projector.
-        config: As ``llava_config`` makes it.
+        config: As ``llava_config`` returns it.
         arguments: The run's arguments, as typed and with all defaults, written as ``arguments.json``.
         features: Fingerprint of the feature cache, written as ``feature_cache.json``; None for on-the-fly runs.
 
     Returns:
-        The projector's file, written last: where it is, the rest is.
+        The projector's file, which is written last.
     """
     write_json(folder / "config.json", config)
     write_json(folder / "arguments.json", arguments.to_dict())

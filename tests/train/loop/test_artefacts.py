@@ -3,7 +3,16 @@
 import json
 
 import pytest
-from transformers import LlamaConfig
+from transformers import (
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    MptConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+)
 
 from llava_twophase.train.command_line import parse_arguments
 from llava_twophase.train.loop.artefacts import llava_config, write_json
@@ -67,18 +76,55 @@ def base_config(folder, **changes):
     return LlamaConfig.from_pretrained(folder)
 
 
-def test_every_field_of_llava_is_there(arguments, tmp_path):
+def require_rope_scaling_of_4_37(config):
+    """The check that transformers 4.37.2 makes of `rope_scaling` in a LLaMA configuration, stated again."""
+    scaling = config["rope_scaling"]
+    if scaling is None:
+        return
+    assert isinstance(scaling, dict) and len(scaling) == 2
+    assert scaling.get("type") in ("linear", "dynamic")
+    assert isinstance(scaling.get("factor"), float) and scaling["factor"] > 1.0
+
+
+def test_llava_config_has_every_field_of_llava(arguments, tmp_path):
     config = llava_config(base_config(tmp_path / "base"), arguments, mm_hidden_size=32)
     write_json(tmp_path / "config.json", config)
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert {name: written.get(name, "absent") for name in WRITTEN_BY_LLAVA} == WRITTEN_BY_LLAVA
     assert written["_name_or_path"] == "some/llm"
+    require_rope_scaling_of_4_37(written)
 
 
-def test_rope_of_a_base_with_another_theta_keeps_its_old_names(arguments, tmp_path):
-    scaling = {"type": "linear", "factor": 4.0}
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_llava_config_writes_scaled_rope_as_transformers_4_37_reads_it(arguments, tmp_path, kind):
+    """Vicuna's 16k models."""
+    scaling = {"type": kind, "factor": 4.0}
     base = base_config(tmp_path / "base", rope_theta=500000.0, rope_scaling=scaling)
     config = llava_config(base, arguments, mm_hidden_size=32)
     assert config["rope_theta"] == 500000.0
-    assert {name: config["rope_scaling"][name] for name in ("type", "factor")} == scaling
+    assert config["rope_scaling"] == scaling
     assert config["rope_parameters"]["rope_theta"] == 500000.0
+    require_rope_scaling_of_4_37(config)
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        (LlamaConfig, "llava_llama"),
+        (MistralConfig, "llava_mistral"),
+        (MptConfig, "llava_mpt"),
+        (Qwen2Config, "llava_qwen"),
+        (Qwen2MoeConfig, "llava_qwen_moe"),
+        (MixtralConfig, "llava_mixtral"),
+        (GemmaConfig, "llava_gemma"),
+        (PhiConfig, "llava_phi"),  # neither registers it
+    ],
+)
+def test_llava_config_has_the_model_type_that_llava_or_llava_next_registers(arguments, base, name):
+    assert llava_config(base(), arguments, mm_hidden_size=32)["model_type"] == name
+
+
+def test_llava_config_keeps_mm_tunable_parts(arguments):
+    arguments.model.mm_tunable_parts = "mm_mlp_adapter"
+    config = llava_config(LlamaConfig(), arguments, mm_hidden_size=32)
+    assert config["mm_tunable_parts"] == "mm_mlp_adapter" and config["tune_mm_mlp_adapter"] is True
