@@ -18,7 +18,7 @@ def is_zero3_enabled() -> bool:
     """
     from transformers.integrations import is_deepspeed_zero3_enabled  # type: ignore[attr-defined]
 
-    return bool(is_deepspeed_zero3_enabled())  # type: ignore[no-untyped-call]
+    return bool(is_deepspeed_zero3_enabled())
 
 
 def apply_liger(llm: Any, options: dict[str, Any] | None) -> None:
@@ -30,7 +30,7 @@ def apply_liger(llm: Any, options: dict[str, Any] | None) -> None:
     """
     from transformers.integrations import apply_liger_kernel  # type: ignore[attr-defined]
 
-    apply_liger_kernel(llm, options)  # type: ignore[no-untyped-call]
+    apply_liger_kernel(llm, options)
 
 
 def parameter_shape(parameter: torch.Tensor) -> torch.Size:
@@ -98,5 +98,5 @@ def tracker_callbacks(names: list[str]) -> list[type[Any]]:
     """
     from transformers.integrations import get_reporting_integration_callbacks  # type: ignore[attr-defined]
 
-    callbacks: list[type[Any]] = get_reporting_integration_callbacks(names)  # type: ignore[no-untyped-call]
+    callbacks: list[type[Any]] = get_reporting_integration_callbacks(names)
     return callbacks

@@ -159,44 +159,48 @@ class Codec:
         import torch
 
         if self.channels is None:
-            return rows.view(getattr(torch, self.storage)).unflatten(1, self.feature_shape)
+            exact: torch.Tensor = rows.view(getattr(torch, self.storage)).unflatten(1, self.feature_shape)
+            return exact
         mean, std = self._channels(rows.device)
-        stored = rows[:, : self._features_bytes].unflatten(1, self._part_shapes[0])
-        scale = rows[:, self._features_bytes :].contiguous().view(torch.float16).unflatten(1, self._part_shapes[1])
+        stored: torch.Tensor = rows[:, : self._features_bytes].unflatten(1, self._part_shapes[0])
+        halves = rows[:, self._features_bytes :].contiguous().view(torch.float16)
+        scale: torch.Tensor = halves.unflatten(1, self._part_shapes[1])
         if self.storage == "int8":
             values = stored.view(torch.int8).float() * scale.float().unsqueeze(-1)
         else:
             pairs = torch.stack((stored & 15, stored >> 4), dim=-1)  # [B, L, D / 2, 2]
-            blocks = pairs.flatten(2).float().sub_(8).unflatten(2, (-1, BLOCK))  # [B, L, K, 32]
+            blocks: torch.Tensor = pairs.flatten(2).float().sub_(8).unflatten(2, (-1, BLOCK))  # [B, L, K, 32]
             values = (blocks * scale.float().unsqueeze(-1)).flatten(2)
         return values.mul_(std).add_(mean)
 
     def to_numpy(self, rows: np.ndarray) -> np.ndarray:
         """Convert stored rows ``uint8 [B, row_bytes]`` to float32 ``[B, L, D]``, without torch."""
-        stored = rows[:, : self._features_bytes].copy().view(STORAGE_DTYPES[self.storage])
+        stored: np.ndarray = rows[:, : self._features_bytes].copy().view(STORAGE_DTYPES[self.storage])
         stored = stored.reshape(-1, *self._part_shapes[0])
         if self.storage == "bfloat16":
             # bfloat16 is the upper half of a float32.
-            return (stored.astype(np.uint32) << 16).view(np.float32)
+            exact: np.ndarray = (stored.astype(np.uint32) << 16).view(np.float32)
+            return exact
         if self.channels is None:
             return stored.astype(np.float32)
         scale = rows[:, self._features_bytes :].copy().view("<f2").reshape(-1, *self._part_shapes[1], 1)
         if self.storage == "int4":
             pairs = np.stack((stored & 15, stored >> 4), axis=-1).astype(np.float32) - 8
             stored = pairs.reshape(*scale.shape[:-1], BLOCK)
-        values = (stored.astype(np.float32) * scale.astype(np.float32)).reshape(-1, *self.feature_shape)
-        return values * self.channels.std + self.channels.mean
+        values: np.ndarray = (stored.astype(np.float32) * scale.astype(np.float32)).reshape(-1, *self.feature_shape)
+        values = values * self.channels.std + self.channels.mean
+        return values
 
     def finite(self, rows: np.ndarray) -> np.ndarray:
         """Return for each stored row whether all its values are finite: ``bool [B]``."""
         if self.channels is not None:
-            scale = rows[:, self._features_bytes :].copy().view("<f2")
-            return np.isfinite(scale).all(axis=1)
-        values = rows.view(STORAGE_DTYPES[self.storage])  # [B, L * D]
-        if self.storage == "bfloat16":
-            # All exponent bits set means inf or NaN.
-            return ~((values & 0x7F80) == 0x7F80).any(axis=1)
-        return np.isfinite(values).all(axis=1)
+            values = rows[:, self._features_bytes :].copy().view("<f2")  # the scales
+        else:
+            values = rows.view(STORAGE_DTYPES[self.storage])  # [B, L * D]
+        # In bfloat16, all exponent bits set means inf or NaN.
+        finite = (values & 0x7F80) != 0x7F80 if self.storage == "bfloat16" else np.isfinite(values)
+        result: np.ndarray = finite.all(axis=1)
+        return result
 
     def _channels(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         import torch

@@ -126,7 +126,7 @@ class TowerRunner:
 
 
 def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -59,7 +59,8 @@ class ProjectorTrainer(Trainer):
                 collate_fn=_unchanged,
                 drop_last=args.dataloader_drop_last,
             )
-            return self.accelerator.prepare(loader)
+            prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+            return prepared
         loader = DataLoader(
             self.train_dataset,
             batch_size=args.train_batch_size,
@@ -72,7 +73,8 @@ class ProjectorTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             drop_last=args.dataloader_drop_last,
         )
-        return self.accelerator.prepare(loader)
+        prepared = self.accelerator.prepare(loader)
+        return prepared
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -49,7 +49,7 @@ class LlavaProjectorModel(nn.Module):
 
     # With --torch_compile Trainer compiles the model that it trains. The LLM's layers are compiled on their own;
     # tracing a tower in inference mode, or a function that differentiates inside, would fail.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: torch.Tensor,

@@ -99,7 +99,7 @@ def read_causal_lm(name: str, options: dict[str, Any]) -> Any:
         )
     llm.requires_grad_(False)
     # Captions are generated greedily, whatever beams or temperatures the LLM's own file sets for chats.
-    llm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    llm.generation_config = GenerationConfig()
     return llm
 
 
@@ -181,7 +181,7 @@ def quantization(
         "bnb_4bit_quant_type": quant_type,
     }
     options = {"load_in_8bit": True} if bits == 8 else four_bits
-    return BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(**options)
 
 
 def _init_process_group() -> None:
