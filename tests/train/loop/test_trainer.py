@@ -146,7 +146,7 @@ def test_meter_reports_rates_of_all_ranks():
     ("flags", "named"),
     [
         (["--eval_strategy", "epoch"], "--eval_strategy needs records"),
-        (["--sample_captions", "2"], "--sample_captions writes at each evaluation"),
+        (["--sample_captions", "2"], "--sample_captions writes captions at each evaluation"),
         (["--eval_fraction", "1.5"], "--eval_fraction 1.5"),
     ],
 )
