@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import random
 import zipfile
 from pathlib import Path
@@ -204,6 +206,30 @@ def test_interrupted_demo_says_how_to_resume(monkeypatch, capsys):
     monkeypatch.setattr(run, "_run", interrupt)
     assert run.main([]) == 130
     assert capsys.readouterr().err == "interrupted: run the same command again to resume the demo\n"
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "LLAVA_TWOPHASE_DEMO_CACHE"])
+def test_folder_that_cannot_be_written_is_one_error_before_the_downloads(flag, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(run, "fetch", lambda _: pytest.fail("fetched"))
+    monkeypatch.setenv("LLAVA_TWOPHASE_DEMO_CACHE", str(file if flag != "--output_dir" else tmp_path / "cache"))
+    assert run.main(["--output_dir", str(file if flag == "--output_dir" else tmp_path / "out")]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {flag} {file}") and len(errors.splitlines()) == 1
+
+
+def test_full_disk_of_the_demo_is_one_error(tmp_path, monkeypatch, capsys):
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("LLAVA_TWOPHASE_DEMO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(run, "fetch", lambda _: tmp_path)
+    monkeypatch.setattr(run, "write_scenes", fail)
+    monkeypatch.setattr("pipelines.demo.weights.dinov2_folder", lambda *_: tmp_path)
+    assert run.main(["--output_dir", str(tmp_path / "out")]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: the disk of --output_dir ") and "run the same command again to resume" in errors
 
 
 class Recorded(commands.Commands):

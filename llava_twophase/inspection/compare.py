@@ -58,9 +58,9 @@ def compare(rows: CheckedRows, others: CheckedRows, count: int, seed: int) -> di
         seed: Seed of the sample.
 
     Returns:
-        JSON values: ``fingerprint`` (the fields that differ), counts, and if the shapes are equal the distances;
-        ``cka``, the linear centred kernel alignment of the images' mean tokens (Kornblith et al. 2019), which does not
-        need equal shapes.
+        JSON values: ``fingerprint`` and ``software`` (the fields that differ), counts, and if the shapes are equal the
+        distances; ``cka``, the linear centred kernel alignment of the images' mean tokens (Kornblith et al. 2019),
+        which does not need equal shapes.
 
     Raises:
         UserError: They have no image in common, or features are not finite.
@@ -71,7 +71,8 @@ def compare(rows: CheckedRows, others: CheckedRows, count: int, seed: int) -> di
     picked = np.sort(np.random.default_rng(seed).choice(common, min(count, len(common)), replace=False))
     found, pooled = _measure(rows, others, picked)
     return {
-        "fingerprint": _fingerprints(rows.cache.fingerprint, others.cache.fingerprint),
+        "fingerprint": _fields_that_differ(rows.cache.fingerprint, others.cache.fingerprint),
+        "software": _fields_that_differ(rows.cache.manifest.software, others.cache.manifest.software),
         "images": [len(rows.cache), len(others.cache)],
         "common": len(common),
         "rows": len(picked),
@@ -97,7 +98,7 @@ def print_worst(worst: list[list[Any]], out: Console) -> None:
         output.print_table(table, out, ("worst images", "cosine", "relative error"))
 
 
-def _fingerprints(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def _fields_that_differ(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     names = sorted({*one, *other})
     both = [{name: made.get(name, {}) for name in names} for made in (one, other)]
     lines = differences(both[0], both[1], ("the first", "the second"))
@@ -154,6 +155,10 @@ def _print(values: dict[str, Any], out: Console) -> None:
             output.print_line(f"  {line}", out)
     else:
         output.print_line("made with the same settings: the fingerprints are equal", out)
+    if values["software"]:
+        output.print_line("made with other software:", out, "bold")
+        for line in values["software"]:
+            output.print_line(f"  {line}", out)
     rows = {"images": "{:,} and {:,}".format(*values["images"])}
     if "cosine" in values:
         rows["bit-equal images"] = f"{values['equal_images']:,} of {values['rows']:,}"

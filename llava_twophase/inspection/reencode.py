@@ -107,12 +107,19 @@ def load_tower(rows: CheckedRows, name: str | None, device: str) -> VisionTower:
 
     path, made = rows.cache.path, rows.cache.fingerprint
     dtype, layer = _settings(rows)
-    name = name or rows.cache.manifest.provenance.get("vision_tower")
-    if not isinstance(name, str):
+    recorded = rows.cache.manifest.provenance.get("vision_tower")
+    if name is None and not isinstance(recorded, str):
         raise UserError(f"{path} does not record where its tower is; give it as --vision_tower")
+    given, name = name, str(recorded) if name is None else name
     device = _usable_device(device)
     ratio, feature = str(made["image_aspect_ratio"]), str(made["select_feature"])
-    tower = VisionTower(name, Preprocessor(name, ratio), layer, feature, dtype, torch.device(device))
+    try:
+        tower = VisionTower(name, Preprocessor(name, ratio), layer, feature, dtype, torch.device(device))
+    except UserError as error:
+        if given is not None:
+            raise
+        moved = f"{path} records {name!r} as its tower, which cannot be loaded; if it has moved, give --vision_tower"
+        raise UserError(f"{moved} ({error})") from error
     different = differences(made, tower.fingerprint(), ("the cache", "this tower"))
     if different:
         raise combined_error(different, f"{name} is not the tower that made {path}; give that one as --vision_tower")

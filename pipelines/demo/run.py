@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from llava_twophase import __version__
 from llava_twophase.errors import UserError, run_command
-from llava_twophase.files import replace_file
+from llava_twophase.files import explain_os_errors, replace_file, require_writable
 from pipelines.demo.commands import ROOT, Commands, Models, own_commands
-from pipelines.demo.fetch import DINOV2_SMALL, SMOLLM2_135M, fetch
+from pipelines.demo.fetch import DINOV2_SMALL, SMOLLM2_135M, cache_folder, fetch
 from pipelines.demo.scenes import write_scenes
 from pipelines.demo.stamps import fetch_stamps, write_stamps
 
@@ -87,10 +87,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(data: str, output_dir: Path, short: bool) -> int:
-    recipe = (SHORT if short else RECIPES)[data]
-    dtype = _dtype()
     # The commands run in the repository's root, where paths relative to it are shortest.
     folder = (output_dir if Path.cwd() == ROOT else output_dir.absolute()) / data
+    require_writable(folder, "--output_dir")
+    require_writable(cache_folder(), "LLAVA_TWOPHASE_DEMO_CACHE")
+    with explain_os_errors(folder, "--output_dir", lambda: "run the same command again to resume"):
+        return _run_in(folder, data, short)
+
+
+def _run_in(folder: Path, data: str, short: bool) -> int:
+    recipe = (SHORT if short else RECIPES)[data]
+    dtype = _dtype()
     if prepare_folder(folder, _inputs(data, recipe, dtype)):
         print(f"resuming the demo in {folder}: its inputs are unchanged", flush=True)
     onnx, gguf = fetch(DINOV2_SMALL), fetch(SMOLLM2_135M)

@@ -2,12 +2,14 @@
 
 import json
 
+import h5py
 import numpy as np
 import pytest
 
 from cache.make import channels_of, make_cache, make_shard, write
 from inspection.command import inspect
 from inspection.values import cache_of, random_values
+from llava_twophase import CacheWriter
 from llava_twophase.cache.format import SHARDS
 from llava_twophase.inspection.compare import compare, distance
 from llava_twophase.inspection.rows import CheckedRows
@@ -82,3 +84,23 @@ def test_compare_pairs_rows_by_key(tmp_path):
     entry = make_shard(tmp_path / "two" / SHARDS / "shard-000000.h5", keys[::-1], stored[::-1].copy())
     write(tmp_path / "two", [entry])
     assert compare(CheckedRows(cache), CheckedRows(tmp_path / "two"), 256, 0)["equal_images"] == 5
+
+
+def test_compare_reports_other_software(tmp_path, monkeypatch):
+    def cache(name):
+        with CacheWriter(tmp_path / name, (1, 2), "float32", {}) as cache:
+            cache.add("a.jpg", np.ones((1, 2), np.float32))
+        return tmp_path / name
+
+    one = cache("one")
+    assert json.loads(inspect("compare", one, one, "--json").stdout)["software"] == []
+    monkeypatch.setattr("llava_twophase.cache.writer.version", lambda name: "9.9")
+    text = inspect("compare", one, cache("two")).stdout
+    assert f"made with other software:\n  h5py: the first has '{h5py.__version__}', the second '9.9'\n" in text
+
+
+def test_compare_with_features_that_are_zero_has_no_relative_error(tmp_path):
+    one, zero = cache_of(tmp_path / "one", random_values()), cache_of(tmp_path / "zero", random_values() * 0)
+    assert json.loads(inspect("compare", one, zero, "--json").stdout)["relative_error"] == {"mean": None, "max": None}
+    assert "relative error      inf" in inspect("compare", one, zero).stdout
+    assert json.loads(inspect("compare", zero, zero, "--json").stdout)["relative_error"] == {"mean": 0, "max": 0}

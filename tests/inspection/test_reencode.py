@@ -11,6 +11,7 @@ from cache.make import reseal, set_row
 from drawn import COLOURS, draw
 from helpers import run
 from inspection.command import inspect
+from llava_twophase import CacheWriter, FeatureCache
 
 EXTRACT = "pipelines/extract_features.py"
 
@@ -98,3 +99,34 @@ def test_device_that_does_not_exist_is_refused(original):
         "--device cuda:99 cannot be used"
         in reencode(original.cache, original.images, "--device", "cuda:99", expect=1).stderr
     )
+
+
+def test_recorded_tower_that_is_gone_is_one_error(original, made):
+    manifest = made.cache / "manifest.json"
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    content["provenance"]["vision_tower"] = "/none/tower"
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    errors = reencode(made.cache, made.images, expect=1).stderr
+    assert errors.startswith(f"error: {made.cache} records '/none/tower' as its tower, which cannot be loaded; ")
+    assert "if it has moved, give --vision_tower" in errors and "Traceback" not in errors
+    del content["provenance"]["vision_tower"]
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    assert "does not record where its tower is" in reencode(made.cache, made.images, expect=1).stderr
+
+
+@pytest.mark.parametrize("tower", ["", "none", "{llama}", "{images}"], ids=["empty", "missing", "llm", "images"])
+def test_tower_that_is_not_one_is_one_error(tower, original, tiny_llama):
+    tower = tower.format(llama=tiny_llama, images=original.images)
+    errors = reencode(original.cache, original.images, "--vision_tower", tower, expect=1).stderr
+    assert errors.startswith(f"error: --vision_tower {tower}") and "Traceback" not in errors
+
+
+def test_image_file_that_is_not_recorded_is_compared_and_counted(original, tiny_clip, tmp_path):
+    cache = FeatureCache(original.cache)
+    with CacheWriter(
+        tmp_path / "cache", cache.feature_shape, cache.dtype, cache.fingerprint, provenance=cache.manifest.provenance
+    ) as copy:
+        for key in original.keys:
+            copy.add(key, cache.read([key])[0])
+    values = reencode(tmp_path / "cache", original.images, "--json")
+    assert values["verdict"] == "equal" and values["unverified_images"] == values["rows"] == 12

@@ -104,3 +104,23 @@ def test_statistics_of_one_image_and_one_token(tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 def test_statistics_of_every_storage_dtype(dtype, tmp_path):
     assert stats(make_cache(tmp_path / "cache", dtype=dtype)[0])["rows"] == 8
+
+
+def test_neighbours_of_a_large_sample_are_found_in_blocks(tmp_path, monkeypatch):
+    stored = random_values()
+    stored[[3, 11, 17]] = stored[2]
+    cache = cache_of(tmp_path / "cache", stored)
+    expected = stats(cache)
+    assert expected["nearly_equal_pairs"] == 6
+    monkeypatch.setattr("llava_twophase.inspection.statistics._BLOCK_VALUES", 60)  # three rows at once
+    found = stats(cache)
+    for values in (expected, found):
+        values["nearly_equal_images"] = [pair[:2] for pair in values["nearly_equal_images"]]
+    assert found == {**expected, "nearest_image_cosine": pytest.approx(expected["nearest_image_cosine"])}
+
+
+def test_many_nearly_equal_pairs_are_counted_and_some_listed(tmp_path):
+    stored = random_values(40)
+    stored[:30] = stored[0]
+    values = stats(cache_of(tmp_path / "cache", stored))
+    assert values["nearly_equal_pairs"] == 30 * 29 / 2 and len(values["nearly_equal_images"]) == 100
