@@ -14,6 +14,7 @@ from llava_twophase.cpu import available_cpus
 from llava_twophase.distributed import ranks_from_environment
 from llava_twophase.errors import UserError, run_command
 from llava_twophase.extract.config import ExtractConfig
+from llava_twophase.memory import is_out_of_memory
 from llava_twophase.records import load_records
 from llava_twophase.versions import require_supported
 
@@ -181,7 +182,15 @@ def _run(args: argparse.Namespace) -> int:
     # torch is imported only now, so that --help and bad records are answered at once.
     from llava_twophase.extract.run import run
 
-    return run(config, records, ranks)
+    try:
+        return run(config, records, ranks)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory ({str(error).partition(chr(10))[0] or type(error).__name__}); lower --num_workers or "
+            "--batch_size, then run the same command again: sealed shards are kept"
+        ) from None
 
 
 def _not_negative(text: str) -> int:

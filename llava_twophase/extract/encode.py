@@ -14,6 +14,7 @@ import torch
 
 from llava_twophase.cache.codec import Codec
 from llava_twophase.errors import UserError
+from llava_twophase.memory import is_out_of_memory
 from llava_twophase.vision.tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -100,8 +101,8 @@ class TowerRunner:
         while True:
             try:
                 return EncodedBatch(lambda: self._encode(crops), self._tower.device)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
                     raise
                 self._halve(min(self._limit, len(crops)))
 
@@ -127,8 +128,3 @@ class TowerRunner:
 
 def _timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # The CPU's allocator raises a bare RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -55,3 +55,16 @@ def test_choose_storage_dtype_never_rounds_without_scales(compute, storage, expe
 def test_choose_storage_dtype_refuses_to_round(compute, storage):
     with pytest.raises(UserError, match=f"--storage_dtype {storage} cannot hold {compute} features exactly"):
         choose_storage_dtype(compute, storage)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_main_explains_out_of_memory(monkeypatch, capsys, image_set, tmp_path, error):
+    def run(config, records, ranks):
+        raise error
+
+    monkeypatch.setattr("llava_twophase.extract.run.run", run)
+    flags = {"--data_path": image_set.json, "--image_folder": image_set.folder, "--feature_cache": tmp_path / "c"}
+    assert main([str(part) for flag in flags.items() for part in flag] + ["--vision_tower", "t"]) == 1
+    assert "error: out of memory (" in (said := capsys.readouterr().err) and "lower --num_workers" in said

@@ -29,6 +29,9 @@ class SmallTower:
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: not enough memory: you tried ..."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:116] err == 0. DefaultCPUAllocator: can't allocate memory: you ..."),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
 ]
 
 

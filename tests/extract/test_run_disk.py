@@ -24,7 +24,7 @@ def test_a_disk_that_fills_up_is_explained_and_a_rerun_resumes(server, command, 
     cache = disk / "cache"
     sealed = {name: content for name, content in files(cache).items() if name.endswith(".h5")}
     assert sealed and all(expected_files[name] == content for name, content in sealed.items())
-    assert [problem for problem in verify(cache) if not problem.note and "was cut" not in problem.what] == []
+    assert [problem for problem in verify(cache) if not problem.note and "was interrupted" not in problem.what] == []
     subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)
     log = server.run(flags)
     assert f"{8 * len(sealed)} images cached" in log
