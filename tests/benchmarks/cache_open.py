@@ -1,9 +1,9 @@
-"""How long opening a cache takes and how much memory its index holds, for LLaVA's 558K images and for 20 million.
+"""Measure the time to open a cache and the memory of its index, for LLaVA's 558K images and for 20 million.
 
     python tests/benchmarks/cache_open.py --folder /some/disk/with/3GB
 
-The caches are real but for their features, which are holes in sparse files. Each is opened in a fresh process. The last
-line is one JSON object.
+The features of these caches are holes in sparse files; everything else is real. Each cache is opened in a new
+process. The last line is one JSON object.
 """
 
 import argparse
@@ -38,7 +38,7 @@ print(json.dumps({"seconds": seconds, "cpu_seconds": used, "megabytes": resident
 
 
 def make_cache(folder, images):
-    """A cache whose rows were never written."""
+    """Write a cache without the values of its rows."""
     (folder / SHARDS).mkdir(parents=True)
     fingerprint, entries = {"made": "cache_open.py"}, []
     spec = ShardSpec((576, 1024), "bfloat16", fingerprint, {"made": "here"})
@@ -53,7 +53,7 @@ def make_cache(folder, images):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="where the caches go (default: a temporary folder)")
+    parser.add_argument("--folder", help="folder for the caches (default: a temporary folder)")
     parser.add_argument("--images", nargs="+", type=int, default=[558_128, 20_000_000])
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
@@ -61,7 +61,7 @@ def main():
     try:
         for images in args.images:
             print(f"making a cache of {images} images", file=sys.stderr)
-            with mock.patch("os.fsync"):  # nothing here is to survive a power cut
+            with mock.patch("os.fsync"):  # nothing here has to survive a power failure
                 make_cache(folder / str(images), images)
             command = [sys.executable, "-c", OPEN, str(folder / str(images))]
             found = [json.loads(subprocess.check_output(command)) for _ in range(args.repetitions)]

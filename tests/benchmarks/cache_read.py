@@ -1,12 +1,12 @@
-"""How fast features are read: this project's reader, its limit and the usual formats, on the same data, side by side.
+"""Compare the read speed of this project with its limit and with common formats, on the same data.
 
     python tests/benchmarks/cache_read.py --folder /some/disk/with/10GB
 
-Every method reads the same random rows into one kept batch. Within a repetition the methods take turns in random order,
-and each is divided by the limit (plain positioned reads of the same rows) of the same repetition; the figures are
-medians over repetitions. *Hot* reads from the page cache; for *cold* the files are evicted before every turn (on a
-virtual machine the host may still hold them). *Delivered* counts until a batch was copied out of a data loader, as the
-copy to a GPU would. The last line is one JSON object. Peers that are not installed are left out: pip install -e
+Every method reads the same random rows into the same batch. The order of the methods is random in each repetition,
+and each time is divided by the limit of that repetition: plain positioned reads of the same rows. The results are
+medians over repetitions. *Hot* reads from the page cache; for *cold* the files are evicted before each measurement
+(the host of a virtual machine may still have them). *Delivered* includes the data loader and a copy of the batch, as
+a copy to a GPU would be. The last line is one JSON object. Formats that are not installed are skipped: pip install -e
 '.[bench]'.
 """
 
@@ -50,7 +50,7 @@ def peer(name, module, sequential=False):
 
 
 def make_cache(folder, images, per_shard=512):
-    """Our cache of random bits: normal bfloat16 numbers would read no faster or slower."""
+    """Write a cache of random bits; the time to read does not depend on the values."""
     rng = np.random.default_rng(0)
     with CacheWriter(folder, SHAPE, "bfloat16", {"made": "cache_read.py"}, images_per_shard=per_shard) as cache:
         for row in range(images):
@@ -59,7 +59,7 @@ def make_cache(folder, images, per_shard=512):
     return FeatureCache(folder)
 
 
-# Each maker writes the rows in its format unless they are there, and returns how to read row numbers into a batch.
+# Each function writes the rows in its format unless the file exists, and returns a function that reads rows by number.
 
 
 def limit(cache, folder):
@@ -198,13 +198,13 @@ def row_by_row(array):
 
 
 def all_rows(cache):
-    """Row number and values of every row, a fresh array each."""
+    """Yield number and values of every row, each as a new array."""
     for row, key in enumerate(cache.keys()):
         yield row, cache.read_raw([key])[0]
 
 
 class Items(Dataset):
-    """The usual way: a sample opens h5py in its worker and returns a tensor."""
+    """The common way: each worker opens the file with h5py, and a sample is a tensor."""
 
     def __init__(self, path):
         self.path, self.file = path, None
@@ -232,7 +232,7 @@ def our_loader(cache, folder, rows, batch):
 
 
 def evict(folder):
-    """Drop what the page cache holds of all files below a folder."""
+    """Drop all files of a folder from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -241,7 +241,7 @@ def evict(folder):
 
 
 def measure_reading(make, cache, folder, rows, batch, cold):
-    """MB/s of one method over all rows; a cold one finds nothing in the page cache."""
+    """Return the MB/s of one method over all rows; with `cold`, the page cache is empty at the start."""
     if cold:
         evict(folder)
     read, close = make(cache, folder)
@@ -254,7 +254,7 @@ def measure_reading(make, cache, folder, rows, batch, cold):
 
 
 def measure_delivery(make, cache, folder, rows, batch, cold):
-    """MB/s from a data loader into a fixed batch, once its workers run and its memory was touched."""
+    """Return the MB/s from a data loader into a fixed batch, after its workers have started."""
     if cold:
         evict(folder)
     target = torch.from_numpy(batch).view(torch.bfloat16)
@@ -269,8 +269,8 @@ def measure_delivery(make, cache, folder, rows, batch, cold):
 
 
 def measure(cache, folder, args, cold):
-    """MB/s of every method in every repetition, in turns of random order."""
-    # torch's memory begins at a multiple of 64 bytes, numpy's does not: there every method would be half as fast.
+    """Return the MB/s of every method in every repetition, in random order."""
+    # torch's memory starts at a multiple of 64 bytes. numpy's does not, which halves the speed of every method.
     batch = torch.zeros(args.batch, *SHAPE, dtype=torch.uint16).numpy()
     turns = {"limit": limit, "this project": ours, "this project, 4 in flight": ours_in_flight}
     turns |= {name: make for name, make in PEERS.items() if find_spec(make.module)}
@@ -293,16 +293,16 @@ def measure(cache, folder, args, cold):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="where the data go, about 8 times their size (default: a temporary folder)")
+    parser.add_argument("--folder", help="folder for the data, about 8 times their size (default: a temporary folder)")
     parser.add_argument("--images", type=int, default=1024, help="rows of 1.18 MB (default: 1024)")
-    parser.add_argument("--cold_images", type=int, default=512, help="rows of a cold turn (default: 512)")
+    parser.add_argument("--cold_images", type=int, default=512, help="rows of a cold measurement (default: 512)")
     parser.add_argument("--batch", type=int, default=32, help="rows of a batch (default: 32)")
     parser.add_argument("--repetitions", type=int, default=7, help="after one to warm up (default: 7)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for make in PEERS.values():
         if not find_spec(make.module):
-            print(f"{make.label}: left out, pip install {make.module}", file=sys.stderr)
+            print(f"{make.label}: skipped, pip install {make.module}", file=sys.stderr)
     folder = Path(tempfile.mkdtemp(prefix="cache_read-", dir=args.folder))
     try:
         cache = make_cache(folder / "cache", args.images)

@@ -1,12 +1,12 @@
-"""What sealing a shard costs beyond writing its bytes, and what of it is checksums, side by side.
+"""Measure the cost of sealing a shard beyond writing its bytes, and the share of checksums in it.
 
     python tests/benchmarks/cache_write.py --folder /some/disk
 
 Every method writes the same batches of bfloat16 rows to a new file and syncs it: plain positioned writes (the limit),
-this project's writer, and the same writer without checksums and without its look for values that are not finite.
-Within a repetition they take turns in random order; ratios are of one repetition, the figures are medians. An
-extraction writes in threads beside the tower: `checksums_of_extraction` is the time of the rows' checksums over the
-whole time at --images_per_second. The last line is one JSON object.
+this project's writer, and the same writer without checksums and without the check for finite values. The order is
+random in each repetition; ratios are within a repetition, and the results are medians. An extraction writes in
+threads while the tower computes: `checksums_of_extraction` is the time of the row checksums divided by the total time
+at --images_per_second. The last line is one JSON object.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def ours(folder, keys, batches):
 
 
 def without(*names):
-    """The writer with some of its work left out."""
+    """Return the writer without some of its work."""
     replaced = {
         "row checksums": lambda: patch.object(writer.xxhash, "xxh3_64_intdigest", lambda data: 0),
         "shard checksum": lambda: patch.object(writer, "checksum_around", lambda *_: "0" * 32),
@@ -79,7 +79,7 @@ METHODS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="where the data go, about 0.6 GB (default: a temporary folder)")
+    parser.add_argument("--folder", help="folder for the data, about 0.6 GB (default: a temporary folder)")
     parser.add_argument("--images", type=int, default=512, help="rows of 1.18 MB in a shard (default: 512)")
     parser.add_argument("--batch", type=int, default=32, help="rows of a batch (default: 32)")
     parser.add_argument("--repetitions", type=int, default=9, help="after one to warm up (default: 9)")

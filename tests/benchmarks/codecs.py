@@ -1,14 +1,14 @@
-"""What each storage dtype costs: bytes, error, and the loss of a projector trained on it, on the demo's task.
+"""Compare storage dtypes on the demo's task: size, error, and the loss of a projector trained on each.
 
     python -m pipelines.demo                     # once: makes demo-output/scenes, with a bf16 or fp32 cache
     python tests/benchmarks/codecs.py demo-output/scenes --output_dir codec-runs
 
-The demo's cache is encoded again with each codec, and the demo's training command runs on each for every seed, with
-everything else, the order of samples included, the same. The held-out loss is measured twice: with the features as
-they are stored, and with the exact ones, as a model in use would see them. Training is chaotic: before it has
-converged, runs that differ in a last bit drift apart by more than any codec does. So the demo's own projector, trained
-on exact features, is also measured on each codec's: that difference has no noise. Finished runs are kept and not run
-again. The last line is one JSON object.
+The demo's cache is encoded again with each codec, and the demo's training command runs on each for every seed.
+Everything else is equal, including the order of samples. The held-out loss is measured with the stored features, and
+with the exact ones, which a model in use would get. Training is chaotic: before it has converged, runs that differ in
+one bit diverge by more than the difference between codecs. The demo's own projector, trained on exact features, is
+therefore also measured with the features of each codec; this difference has no noise. Finished runs are kept and are
+not repeated. The last line is one JSON object.
 """
 
 import argparse
@@ -37,7 +37,7 @@ BATCH = 64
 
 
 def encode_again(exact, storage, folder):
-    """Write an exact cache's features with another codec, in shards of the same keys."""
+    """Write the features of an exact cache with another codec, with the same keys in each shard."""
     cache = Path(folder)
     if (cache / "manifest.json").exists():
         return FeatureCache(cache)
@@ -57,7 +57,7 @@ def encode_again(exact, storage, folder):
 
 
 def error(exact, cache):
-    """Relative error over all values, and the mean of 1 - cosine over tokens."""
+    """Return the relative error over all values, and the mean of 1 - cosine over tokens."""
     difference = total = angle = 0.0
     keys = list(exact.keys())
     for start in range(0, len(keys), BATCH):
@@ -69,7 +69,7 @@ def error(exact, cache):
 
 
 def train(demo, cache, seed, folder, steps):
-    """The demo's training command on a cache; kept where it was done before."""
+    """Run the demo's training command on a cache, unless its result exists."""
     if (folder / "mm_projector.bin").exists():
         return
     recipe, fingerprint = RECIPES["scenes"], cache.fingerprint
@@ -102,7 +102,7 @@ def train(demo, cache, seed, folder, steps):
 
 
 def held_out_loss(demo, cache, folder):
-    """Loss of a trained projector on the demo's held-out records, with a cache's features; kept in a file."""
+    """Return the loss of a trained projector on held-out records with a cache's features; it is kept in a file."""
     kept = folder / f"held_out_{cache.dtype}.json"
     if not kept.exists():
         llm = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]
@@ -114,8 +114,10 @@ def held_out_loss(demo, cache, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", type=Path, help="what the demo wrote for its scenes")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where caches and projectors go, and stay")
+    parser.add_argument("demo", type=Path, help="folder that the demo wrote for its scenes")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder for caches and projectors, which are kept"
+    )
     parser.add_argument("--codecs", nargs="+", default=["int8", "int4"], help="beside the demo's own (default: both)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3; 0: bytes and error alone)")
     parser.add_argument("--steps", type=int, help="of each run (default: the demo's)")

@@ -1,9 +1,10 @@
-"""Mutates small caches and holds verify and the reader against them: no crash, no hang, no wrong data accepted.
+"""Run verify and the reader on mutated caches: neither crashes, hangs, or accepts wrong data.
 
     python tests/benchmarks/fuzz_cache.py --mutations 100000
 
-A mutant is a cache with a changed manifest, a changed shard, or a shard that was changed and then sealed again, so that
-its checksums agree. One that `verify` accepts must give the original's keys and rows. Ends with one JSON object.
+A mutant is a cache with a changed manifest, a changed shard, or a shard that was changed and then sealed again with
+new checksums. A mutant that `verify` accepts must have the keys and rows of the original. The last line is one JSON
+object.
 """
 
 import argparse
@@ -37,14 +38,14 @@ VALUES = (
 
 
 class Original:
-    """One good cache, and what its files held."""
+    """An intact cache, and the content of its files."""
 
     def __init__(self, folder, storage):
         self.path, self.keys, self.rows = make_cache(folder, counts=(5, 3), dtype=storage, shape=(4, 32))
         self.manifest, self.shard = self.path / MANIFEST, self.path / SHARDS / shard_name(0)
         self._bytes = {path: path.read_bytes() for path in (self.manifest, self.shard)}
         shard = self._bytes[self.shard]
-        # Most of a shard is padding: changes are worth more where there is something.
+        # Most of a shard is padding; changes to other bytes find more.
         self.used = [place for place in range(USER_BLOCK, len(shard)) if shard[place]]
 
     def restore(self):
@@ -52,18 +53,18 @@ class Original:
             path.write_bytes(data)
 
     def mutate(self, kind, chance):
-        """Change a file, really."""
+        """Change a file, and repeat until its bytes differ."""
         while all(path.read_bytes() == data for path, data in self._bytes.items()):
             MUTATIONS[kind](self, chance)
 
     def unchanged(self):
-        """Whether the cache, as it is now, gives the keys and rows that it was made of."""
+        """Return whether the cache still has the keys and rows of the original."""
         cache = FeatureCache(self.path)
         return list(cache.keys()) == self.keys and np.array_equal(cache.read_raw(self.keys), self.rows)
 
 
 def mutate_bytes(path, chance, start=0):
-    """Overwrite, cut, insert, swap or truncate."""
+    """Overwrite, delete or insert bytes, or truncate the file."""
     data = bytearray(path.read_bytes())
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         place = chance.randrange(min(start, len(data)), max(len(data), start + 1))
@@ -76,7 +77,7 @@ def mutate_bytes(path, chance, start=0):
 
 
 def mutate_json(content, chance):
-    """Change one value of a JSON document, somewhere inside."""
+    """Change one value at a random place of a JSON document."""
     inner = content
     while True:
         places = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
@@ -139,7 +140,7 @@ MUTATIONS = {
 
 
 def fuzz(folder, mutations, seed, checker):
-    """Try `mutations` mutants; returns how many of each kind were refused and accepted, or raises AssertionError."""
+    """Try mutants, assert that none is wrong, and return the number of each kind that was refused or accepted."""
     chance = random.Random(seed)
     originals = [Original(Path(folder) / storage, storage) for storage in STORAGES]
     found = Counter()
@@ -169,7 +170,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     faulthandler.enable()
-    hdf5.SECONDS = 4.0  # crafted metadata can make libhdf5 loop for good, which verify contains
+    hdf5.SECONDS = 4.0  # crafted metadata can make libhdf5 loop forever; verify then stops it
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, hdf5.Hdf5Checker() as checker:
         found = fuzz(folder, args.mutations, args.seed, checker)
