@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.records import Record, image_keys, load_records
@@ -76,6 +77,8 @@ def prepare_inputs(arguments: Arguments) -> TrainingInputs:
     # The tower of an on-the-fly run is loaded last: it may be downloaded.
     tokens, width = source.load()
     template = _template(arguments, tokenizer, tokens)
+    # Directly before the initial weights are drawn, so that nothing that was loaded before changes them.
+    set_seed(arguments.training.seed)
     projector = build_projector(arguments.model.mm_projector_type, width, config.get_text_config().hidden_size)
     if arguments.model.pretrain_mm_mlp_adapter is not None:
         load_projector(arguments.model.pretrain_mm_mlp_adapter, projector)

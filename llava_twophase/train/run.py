@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import Arguments, ProjectorTrainingArguments
@@ -51,7 +51,6 @@ def run(arguments: Arguments) -> int:
         UserError: Bad input, before the LLM is loaded wherever that can be known.
     """
     folder = output_folder(arguments)
-    set_seed(arguments.training.seed)
     inputs = on_all_ranks(lambda: prepare_inputs(arguments))
     with output_lock(folder), explain_disk_errors(folder):
         signal_number = _train(arguments, inputs, folder)
