@@ -221,7 +221,7 @@ def _tower_tensors(parts: _Parts) -> Iterator[tuple[str, torch.Tensor]]:
 def _extended(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     if rows == len(tensor):
         return tensor
-    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+    mean = torch.mean(tensor, dim=0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
 
 

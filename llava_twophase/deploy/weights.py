@@ -88,7 +88,7 @@ class SafetensorsWriter:
     """
 
     folder: Path
-    piece_bytes: int = 1 << 30
+    piece_bytes: int = 1 << 29
     _pending: dict[str, torch.Tensor] = field(default_factory=dict)
     _pending_bytes: int = 0
     _pieces: list[list[str]] = field(default_factory=list)
