@@ -8,7 +8,6 @@ tower in a process of its own, and reads that process's peak memory. The last li
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 from llava_twophase.deploy.weights import SafetensorsWriter  # noqa: E402
 
+# Peak memory of the process itself: ru_maxrss would include what this one had when it started the other.
+CHILD = """
+import re, sys
+from llava_twophase.deploy.cli import main
+code = main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+sys.exit(code)
+"""
 # Width, MLP width, layers, heads: TinyLlama, Vicuna-7B and -13B.
 SHAPES = {"1.1B": (2048, 5632, 22, 32), "7B": (4096, 11008, 32, 32), "13B": (5120, 13824, 40, 40)}
 
@@ -75,12 +82,14 @@ def main():
         state = {"0.weight": (width, 1024), "0.bias": (width,), "2.weight": (width, width), "2.bias": (width,)}
         projector = {f"model.mm_projector.{name}": torch.zeros(shape) for name, shape in state.items()}
         torch.save(projector, folder / "mm_projector.bin")
-        command = [sys.executable, ROOT / "pipelines/use_projector.py", "export", folder / "mm_projector.bin"]
+        command = [sys.executable, "-c", CHILD, "export", folder / "mm_projector.bin"]
         command += [folder / "out", "--to", "hf", "--model_name_or_path", folder / "llm", "--vision_tower"]
         started = time.perf_counter()
-        subprocess.run([*map(str, command), str(folder / "tower")], check=True, cwd=ROOT)
+        done = subprocess.run(
+            [*map(str, command), str(folder / "tower")], check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+        peak = int(done.stdout.split()[-1]) * 1024 / 1e9
         size = sum(file.stat().st_size for file in (folder / "out").iterdir()) / 1e9
     finally:
         shutil.rmtree(folder)
