@@ -118,16 +118,16 @@ class VisionTower:
 
     def _encode(self, crops: torch.Tensor) -> torch.Tensor:
         pixels = self.preprocessor.pixel_values(crops, self.dtype)  # [B, 3, S, S]
-        hidden = self._model(pixel_values=pixels).last_hidden_state  # [B, L, D]
+        hidden: torch.Tensor = self._model(pixel_values=pixels).last_hidden_state  # [B, L, D]
         return hidden[:, self._skip :]
 
 
 def _vision_config(name: str) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(name)
+        found = AutoConfig.from_pretrained(name)
     except Exception as error:  # of all kinds, as the file may hold anything
         raise UserError(f"--vision_tower {name} could not be loaded: {type(error).__name__}: {error}") from error
-    config = getattr(config, "vision_config", config)
+    config: PretrainedConfig = getattr(found, "vision_config", found)
     if config.model_type not in _TOWERS:
         kinds = ", ".join(_TOWERS)
         raise UserError(f"--vision_tower {name} is a {config.model_type}; supported towers: {kinds}")
@@ -142,7 +142,7 @@ def _grid(name: str, config: PretrainedConfig, image_size: int) -> int:
             f"--vision_tower {name}: its processor crops to {image_size} px, "
             f"but the tower takes {config.image_size} px in patches of {config.patch_size}"
         )
-    return image_size // config.patch_size
+    return image_size // int(config.patch_size)
 
 
 def _depth(num_hidden_layers: int, select_layer: int) -> int:
@@ -159,6 +159,7 @@ def _depth(num_hidden_layers: int, select_layer: int) -> int:
 def _load(tower_class: Any, name: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     try:
         with _quiet():
+            model: nn.Module
             model, info = tower_class.from_pretrained(
                 name, config=config, dtype=dtype, attn_implementation=_attention(dtype), output_loading_info=True
             )
