@@ -97,12 +97,17 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
 
 def _build_model(arguments: Arguments, inputs: TrainingInputs, checkpoint: Path | None) -> LlavaProjectorModel:
     training, template = arguments.training, inputs.template
-    samples, recompute = arguments.micro_batching
-    frozen = FrozenLLM(load_llm(arguments), template.image_position, samples, recompute)
-    if checkpoint is not None and (samples, recompute) == (None, None):
-        saved = saved_micro_batching(checkpoint)
-        if saved is not None:
-            frozen.micro_batching = saved
+    saved = None if checkpoint is None else saved_micro_batching(checkpoint)
+    samples, checkpoint_every = arguments.micro_batching
+    frozen = FrozenLLM(
+        load_llm(arguments),
+        image_position=template.image_position,
+        micro_batch_size=None if samples is None else min(samples, training.per_device_train_batch_size),
+        checkpoint_every=checkpoint_every,
+        longest=inputs.rows.longest,
+    )
+    if saved is not None:
+        frozen.resume_with(saved)
     model = LlavaProjectorModel(frozen, inputs.projector, template.image_tokens, inputs.source.encode)
     model.accepts_loss_kwargs = training.average_tokens_across_devices
     if training.torch_compile:

@@ -181,7 +181,7 @@ def explain_disk_errors(output_dir: Path) -> AbstractContextManager[None]:
 def saved_micro_batching(checkpoint: Path) -> MicroBatching | None:
     """Return how batches were split when a checkpoint was written; None if no batch had been trained on."""
     path = checkpoint / _MICRO_BATCHING
-    return MicroBatching(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return MicroBatching.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def _sync(path: Path) -> None:

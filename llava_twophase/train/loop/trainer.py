@@ -130,7 +130,7 @@ class ProjectorTrainer(Trainer):
         positions = length - 1 + self._projector_model.image_tokens
         self._meter.samples += samples
         self._meter.tokens += samples * positions
-        self._meter.flops += self._flops.count(samples, positions, length - self._projector_model.image_at)
+        self._meter.flops += self._flops.count(samples, positions, length - self._projector_model.image_position)
 
 
 class _SetEpoch(TrainerCallback):

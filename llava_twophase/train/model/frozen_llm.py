@@ -19,16 +19,16 @@ from torch.nn.functional import cross_entropy
 
 from llava_twophase.constants import IGNORE_INDEX
 from llava_twophase.errors import UserError
+from llava_twophase.train.model.activation_checkpointing import activation_checkpointing, checkpointable_layers
+from llava_twophase.train.model.activation_memory import analytic_estimate, free_memory, measure_activations
 from llava_twophase.train.model.last_layer import LastLayer, decoder_layers
 from llava_twophase.train.model.load_llm import LoadedLLM
 from llava_twophase.train.model.micro_batches import (
+    MicroBatch,
     MicroBatching,
-    analytic_estimate,
     choose_micro_batching,
-    free_memory,
+    largest_of_all_ranks,
     saturating_samples,
-    saved_bytes,
-    smallest_of_all_ranks,
 )
 
 logger = logging.getLogger(__name__)
@@ -36,17 +36,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Batch:
-    """Part of a batch, or all of it.
+    """Part of a batch, or all of it."""
 
-    Attributes:
-        features: ``[b, L, H]`` in the LLM's dtype.
-        input_ids: int64 ``[b, T]``.
-        labels: int64 ``[b, T]``.
-    """
-
-    features: torch.Tensor
-    input_ids: torch.Tensor
-    labels: torch.Tensor
+    features: torch.Tensor  # [b, L, H] in the LLM's dtype
+    input_ids: torch.Tensor  # [b, T]
+    labels: torch.Tensor  # [b, T]
 
     def select(self, index: torch.Tensor, length: int) -> _Batch:
         """Return some samples, and of their ids the first `length`."""
@@ -56,46 +50,43 @@ class _Batch:
 class FrozenLLM:
     """A causal LM whose weights do not change.
 
+    It stays in evaluation mode, without dropout or router noise, so losses depend on the batch alone.
+
     Args:
         loaded: The LLM, already on its device; its parameters stop requiring gradients.
-        image_at: Position of the image token in ``input_ids``: 1 after a BOS, else 0.
-        micro_batch_size: Samples per micro-batch; None chooses by memory.
+        image_position: Index of the image token in ``input_ids``: 1 after a BOS, else 0.
+        micro_batch_size: Largest number of samples per micro-batch; None chooses by memory.
         checkpoint_every: Activation checkpointing of every k-th layer, 0 for none; None chooses by memory.
+        longest: Number of ids of the longest sample of the data set; 0 if only the first batch is known.
 
     Attributes:
-        micro_batching: How batches are split; None until the first batch with gradients has chosen it. A resumed run
-            must set it to the value of the interrupted run, because another value rounds differently.
+        micro_batching: How batches are split; None until the first batch with gradients has chosen it.
     """
 
     def __init__(
         self,
         loaded: LoadedLLM,
-        image_at: int = 1,
+        image_position: int = 1,
         micro_batch_size: int | None = None,
         checkpoint_every: int | None = None,
+        longest: int = 0,
     ) -> None:
-        self.llm = loaded.model.requires_grad_(False)
-        self.image_at = image_at
+        self.llm = loaded.model.requires_grad_(False).eval()
+        self.image_position = image_position
+        self.micro_batching: MicroBatching | None = None
         self._is_partitioned = loaded.is_partitioned
         self._samples, self._checkpoint_every = micro_batch_size, checkpoint_every
-        self._micro_batching: MicroBatching | None = None
-        self._last_layer = LastLayer(self.llm)
+        self._longest = longest
+        self._evaluated_samples: int | None = None  # a smaller limit, once a forward pass ran out of memory
+        self._layers, self._last_layer = checkpointable_layers(self.llm), LastLayer(self.llm)
         # Gradients of a mean over a batch would underflow in float16. A tensor, so that nothing waits for the device.
         self._scale = torch.tensor(2.0**16 if self.llm.dtype == torch.float16 else 1.0, device=self.llm.device)
 
-    @property
-    def micro_batching(self) -> MicroBatching | None:
-        """How batches are split into micro-batches; None before the first batch."""
-        return self._micro_batching
-
-    @micro_batching.setter
-    def micro_batching(self, choice: MicroBatching) -> None:
-        self._micro_batching = choice
-        if choice.checkpoint_every:
-            self.llm.activation_checkpointing_enable(every_n_layers=choice.checkpoint_every)
-            self.llm.disable_input_require_grads()  # for fine-tuning; here only image positions need gradients
-        elif self.llm.is_activation_checkpointing:
-            self.llm.activation_checkpointing_disable()
+    def resume_with(self, saved: MicroBatching) -> None:
+        """Split batches as the interrupted run did, unless flags differ; other micro-batches round differently."""
+        samples_differ = self._samples not in (None, saved.samples)
+        if not samples_differ and self._checkpoint_every in (None, saved.checkpoint_every):
+            self.micro_batching = saved
 
     def compile(self, **options: Any) -> None:
         """Compile the decoder layers, which share one compilation, except the last, which has hooks.
@@ -143,47 +134,63 @@ class FrozenLLM:
     def splice(self, features: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Replace the image token of ``[b, T]`` ids by ``[b, L, H]`` features: ``[b, N, H]``."""
         text = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # [b, T, H]
-        return torch.cat([text[:, : self.image_at], features, text[:, self.image_at + 1 :]], dim=1)
+        return torch.cat([text[:, : self.image_position], features, text[:, self.image_position + 1 :]], dim=1)
 
     def _run_batch(
         self, batch: _Batch, lengths: Sequence[int] | None, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the loss of a batch, and the scaled gradient of its features if asked for."""
-        if with_gradient and self._micro_batching is None:
+        if with_gradient and self.micro_batching is None:
             self.micro_batching = self._choose(batch)
         # Divided before the sum, as in a mean: a sum of float16 gradients times the scale could overflow. The clamp
         # gives a batch without a caption token (dropped <unk>s only) a loss of 0 instead of 0 / 0.
-        weight = self._scale / (batch.labels[:, self.image_at + 1 :] != IGNORE_INDEX).sum().clamp(min=1)
+        weight = self._scale / (batch.labels[:, self.image_position + 1 :] != IGNORE_INDEX).sum().clamp(min=1)
         total = torch.zeros((), device=batch.features.device)
         gradient = torch.empty_like(batch.features) if with_gradient else None
         # Longest first: a micro-batch holds little padding, and what does not fit is found at once.
         size, longest = batch.input_ids.shape
         lengths = [longest] * size if lengths is None else lengths
         order = sorted(range(size), key=lambda sample: -lengths[sample])
-        while order:
-            chosen = order[: self._micro_batch_size(batch)]
+        planned = self._planned_lengths([lengths[sample] for sample in order], batch)
+        start = 0
+        while start < size:
+            micro_batch = self._next(planned[start:], batch, with_gradient)
+            chosen = order[start : start + micro_batch.samples]
             index = torch.tensor(chosen).to(batch.features.device, non_blocking=True)
-            done = self._try_micro_batch(batch.select(index, lengths[chosen[0]]), weight, with_gradient)
+            part = batch.select(index, lengths[chosen[0]])
+            done = self._try_micro_batch(part, weight, with_gradient, micro_batch.checkpoint_every)
             if done is None:
-                self._shrink(len(chosen))
+                self._reduce(micro_batch, with_gradient)
                 continue
             total += done[0]
             if gradient is not None:
                 gradient.index_copy_(0, index, done[1])
-            order = order[len(chosen) :]
+            start += len(chosen)
         if gradient is not None and self.llm.dtype == torch.float16:
             self._lower_scale(gradient)
         return total, gradient
 
-    def _micro_batch_size(self, batch: _Batch) -> int:
-        return self._micro_batching.samples if self._micro_batching else saturating_samples(batch.features)
+    def _planned_lengths(self, lengths: list[int], batch: _Batch) -> list[int]:
+        # Ranks that share a partitioned LLM must run it equally often: they split by the longest of their samples.
+        return largest_of_all_ranks(lengths, batch.features.device) if self._is_partitioned else lengths
+
+    def _next(self, lengths: list[int], batch: _Batch, with_gradient: bool) -> MicroBatch:
+        if self.micro_batching is not None:
+            micro_batch = self.micro_batching.next(lengths)
+        else:
+            micro_batch = MicroBatch(min(len(lengths), saturating_samples(batch.features)), lengths[0], 0)
+        if with_gradient:
+            return micro_batch
+        samples = min(micro_batch.samples, self._evaluated_samples or micro_batch.samples)
+        return MicroBatch(samples, lengths[0], checkpoint_every=0)
 
     def _try_micro_batch(
-        self, batch: _Batch, weight: torch.Tensor, with_gradient: bool
+        self, batch: _Batch, weight: torch.Tensor, with_gradient: bool, checkpoint_every: int
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return a micro-batch's share of the loss and its scaled gradient; None if it does not fit in memory."""
+        skipping = self._last_layer.reading_from(self._first_read(batch))
         try:
-            with self._last_layer.reading_from(self._first_read(batch)):
+            with skipping, activation_checkpointing(self._layers, checkpoint_every):
                 return self._run_micro_batch(batch, weight, with_gradient)
         except torch.OutOfMemoryError:
             return None  # handled by the caller: here the traceback still holds the activations
@@ -204,66 +211,69 @@ class FrozenLLM:
         # By index: a slice of the hidden states is not contiguous, and a frozen output embedding would be multiplied,
         # even copied, once for each sample.
         read = torch.arange(self._first_read(batch), embeds.shape[1] - 1, device=embeds.device)
-        logits = self.llm(inputs_embeds=embeds, use_cache=False, logits_to_keep=read).logits  # [b, T - image_at - 1, V]
-        targets = batch.labels[:, self.image_at + 1 :]  # [b, T - image_at - 1]
+        logits = self.llm(
+            inputs_embeds=embeds, use_cache=False, logits_to_keep=read
+        ).logits  # [b, T - image_position - 1, V]
+        targets = batch.labels[:, self.image_position + 1 :]  # [b, T - image_position - 1], as logits [..., V]
         return cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
 
     def _first_read(self, batch: _Batch) -> int:
         # The last image position predicts the caption's first token; no output before it is read.
-        return self.image_at + batch.features.shape[1] - 1
+        return self.image_position + batch.features.shape[1] - 1
 
     def _choose(self, batch: _Batch) -> MicroBatching:
-        """Choose by what one sample's forward pass keeps, equally on all ranks, and log the choice."""
-        size, ids = batch.input_ids.shape
-        if self._samples is not None and self._checkpoint_every is not None:
-            return MicroBatching(min(self._samples, size), self._checkpoint_every)
-        features = batch.features
-        positions = ids + features.shape[1]
-        memory = analytic_estimate(self.llm.config.get_text_config(), positions, ids, features.element_size())
-        # A trial measures the attention kernel, and what Liger and the compiler save. A partitioned LLM counts the
-        # forward passes through each layer and would miss the backward pass of the trial.
-        if not self._is_partitioned:
-            memory = replace(memory, layer=self._trial(batch) // memory.layers)
+        """Choose by the memory that one sample's forward pass keeps, equally on all ranks, and log the choice."""
+        features, (size, length) = batch.features, batch.input_ids.shape
+        by_memory = self._samples is None or self._checkpoint_every is None
+        memory = analytic_estimate(self.llm.config.get_text_config(), features.shape[1], features.element_size())
+        # A partitioned LLM counts the forward passes through each layer and would miss the backward pass of a trial.
+        if by_memory and not self._is_partitioned:
+            memory = measure_activations(self.llm, self.splice(features[:1], batch.input_ids[:1]), memory)
         free = free_memory(features.device) - 4 * features.nbytes  # for the gradients of the projector
+        layer, attention, length, negative_free = largest_of_all_ranks(
+            [memory.layer, memory.attention, length, -free], features.device
+        )
+        lengths = (length, max(length, self._longest))
         choice = choose_micro_batching(
-            memory=memory,
-            free=free,
+            memory=replace(memory, layer=layer, attention=attention),
+            lengths=lengths,
             batch=size,
+            free=-negative_free if by_memory else None,
             saturating=saturating_samples(features),
-            samples=self._samples,
+            samples=None if self._samples is None else min(self._samples, size),
             checkpoint_every=self._checkpoint_every,
         )
-        choice = smallest_of_all_ranks(choice, features.device)
         logger.info(
-            "a batch of %d goes through the LLM in %s: about %.1f GB, %.1f GB are free "
-            "(--micro_batch_size and --recompute override it; the losses are the same)",
+            "a batch of %d goes through the LLM in %s: about %.1f GB, at most %.1f GB for the longest sample (%d "
+            "positions), %.1f GB are free (--micro_batch_size and --recompute override it; the losses are the same)",
             size,
             choice,
-            memory.needed(choice) / 1e9,
-            free / 1e9,
+            choice.memory.needed(choice.samples, length, choice.checkpoint_every) / 1e9,
+            choice.peak(lengths[1]) / 1e9,
+            lengths[1] - 1 + features.shape[1],
+            -negative_free / 1e9,
         )
         return choice
 
-    def _trial(self, batch: _Batch) -> int:
-        first = replace(batch, input_ids=batch.input_ids[:1], labels=batch.labels[:1])
-        with torch.enable_grad(), self._last_layer.reading_from(self._first_read(batch)):
-            leaf = batch.features[:1].detach().requires_grad_()
-            return saved_bytes(lambda: self._summed_loss(replace(first, features=leaf)), self.llm)
-
-    def _shrink(self, failed: int) -> None:
-        """Continue with less memory after a micro-batch of so many samples did not fit."""
-        current = replace(self._micro_batching or MicroBatching(failed), samples=failed)
-        choice = current.smaller()
-        if choice is None or self._is_partitioned:
-            # Ranks that share a partitioned LLM would wait forever for a rank with other micro-batches.
+    def _reduce(self, failed: MicroBatch, with_gradient: bool) -> None:
+        """Continue with smaller micro-batches after one of them did not fit in memory."""
+        current = self.micro_batching if with_gradient else None
+        reduced = None if current is None else current.after_out_of_memory(failed)
+        # Ranks that share a partitioned LLM would wait forever for a rank with other micro-batches.
+        if self._is_partitioned or (reduced is None and (with_gradient or failed.samples == 1)):
             raise UserError(
-                f"out of memory with {current}; try --micro_batch_size 1 --recompute 1, --bits 4, a smaller LLM, or "
+                f"out of memory with {failed}; try --micro_batch_size 1 --recompute 1, --bits 4, a smaller LLM, or "
                 "larger devices"
             )
-        logger.warning("out of memory; continuing with %s", choice)
-        self.micro_batching = choice
+        if reduced is None:
+            self._evaluated_samples = failed.samples // 2
+            logger.warning("out of memory; evaluating %d samples at once", self._evaluated_samples)
+        else:
+            self.micro_batching = reduced
+            smaller = reduced.next([failed.length] * failed.samples)
+            logger.warning("out of memory with %s; continuing with %s", failed, smaller)
         if self.llm.device.type != "cpu":
             torch.get_device_module(self.llm.device).empty_cache()
 

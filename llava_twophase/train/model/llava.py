@@ -99,21 +99,15 @@ class LlavaProjectorModel(nn.Module):
         projected: torch.Tensor = self.mm_projector(features.to(dtype))  # [B, L, H]
         return projected
 
-    def train(self, mode: bool = True) -> LlavaProjectorModel:
-        """Set the mode of projector and LLM; activation checkpointing of the LLM works in training mode only."""
-        super().train(mode)
-        self.llm.train(mode)
-        return self
-
     @property
     def llm(self) -> Any:
         """The frozen LLM as transformers made it."""
         return self.frozen.llm
 
     @property
-    def image_at(self) -> int:
-        """Position of the image token in ``input_ids``."""
-        return self.frozen.image_at
+    def image_position(self) -> int:
+        """Index of the image token in ``input_ids``."""
+        return self.frozen.image_position
 
     @property
     def config(self) -> Any:

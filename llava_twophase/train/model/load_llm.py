@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from llava_twophase.compat import apply_liger, deepspeed_config, is_zero3_enabled
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.train.arguments import Arguments
-from llava_twophase.train.model.llm_config import require_bitsandbytes
+from llava_twophase.train.model.input_probe import check_embedding_input
+from llava_twophase.train.model.llm_config import require_bitsandbytes, require_llm
 
 logger = logging.getLogger(__name__)
+
+# Names of the text model's weights in multimodal checkpoints -> names in the text model.
+_TEXT_MODEL_KEYS = {r"^language_model\.(?=model\.|lm_head\.)": "", r"^model\.language_model\.": "model."}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def load_llm(arguments: Arguments) -> LoadedLLM:
         A causal LM on this rank's device; under ZeRO-3 it is partitioned over all ranks and gathered layer by layer.
 
     Raises:
-        UserError: The LLM cannot be loaded, or its files lack weights.
+        UserError: The LLM cannot be loaded, its files lack weights, or it needs more than embeddings.
     """
     model, training = arguments.model, arguments.training
     options: dict[str, Any] = {
@@ -72,11 +76,13 @@ def load_llm(arguments: Arguments) -> LoadedLLM:
     llm = read_causal_lm(model.model_name_or_path, options)
     if training.use_liger_kernel:
         apply_liger(llm, training.liger_kernel_config)
-    return LoadedLLM(llm, _zero3_engine(llm, arguments) if zero3 else None)
+    loaded = LoadedLLM(llm, _zero3_engine(llm, arguments) if zero3 else None)
+    check_embedding_input(model.model_name_or_path, llm)
+    return loaded
 
 
 def read_causal_lm(name: str, options: dict[str, Any]) -> Any:
-    """Load a causal LM with frozen weights that generates greedily.
+    """Load a causal LM with frozen weights that generates greedily; of a multimodal checkpoint, its text model alone.
 
     Args:
         name: Folder or hub id, as ``--model_name_or_path`` gives it.
@@ -86,8 +92,12 @@ def read_causal_lm(name: str, options: dict[str, Any]) -> Any:
         UserError: The LLM cannot be loaded, or its files lack weights.
     """
     try:
+        config = AutoConfig.from_pretrained(name, cache_dir=options.get("cache_dir"))
+        text = require_llm(name, config)
+        if text is not config:
+            options = {**options, "config": text, "key_mapping": _TEXT_MODEL_KEYS}
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # a folder may hold anything; an ImportError says which package a flag needs
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {type(error).__name__}: {error}") from error

@@ -1,48 +1,44 @@
-"""Choose the micro-batch size and activation checkpointing from measured activation size and free memory.
+"""Choose the size of micro-batches and activation checkpointing from activation size and free memory.
 
-Losses do not depend on this choice beyond rounding; speed and memory do.
+Losses do not depend on this choice beyond rounding; speed and memory do. A micro-batch is bounded by the memory that
+its positions need, so one long caption makes one small micro-batch and leaves the others as they are.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+
+from llava_twophase.train.model.activation_memory import ActivationMemory
 
 # Values of a micro-batch's hidden states beyond which larger matrices are no faster. On an accelerator the last wave of
 # tiles should be a small part of all: 1280 tiles of 128 x 128 are ten waves on 132 multiprocessors, 4096 positions of
 # width 5120. A CPU core reaches its full rate much earlier (tests/benchmarks/train_step.py).
 SATURATING_VALUES = {"cpu": 2**20}
 SATURATING_VALUES_ON_ACCELERATORS = 20 * 2**20
-# Part of the free memory that is left unused, for fragmentation and for batches with longer captions.
+# Part of the free memory that is left unused, for fragmentation.
 MARGIN = 0.15
 # Every k-th layer is recomputed, from none to all: each step needs less memory and more computation.
 CHECKPOINT_STEPS = (0, 4, 2, 1)
+# How much more memory a micro-batch may need than those of the first batch, whose captions may be short ones.
+HEADROOM = 1.5
 
 
-@dataclass(frozen=True)
-class MicroBatching:
-    """How a batch is passed through the LLM.
+class MicroBatch(NamedTuple):
+    """Size and activation checkpointing of one micro-batch.
 
     Attributes:
-        samples: Samples per micro-batch.
-        checkpoint_every: Activation checkpointing: 0 keeps all activations, k recomputes those of every k-th layer.
+        samples: Number of samples.
+        length: Number of ids of the longest one.
+        checkpoint_every: Activation checkpointing, as in ``MicroBatching``.
     """
 
     samples: int
-    checkpoint_every: int = 0
-
-    def smaller(self) -> MicroBatching | None:
-        """Return the next choice that needs less memory; None if there is none."""
-        if self.samples > 1:
-            return replace(self, samples=self.samples // 2)
-        current = self.checkpoint_every
-        steps = [step for step in CHECKPOINT_STEPS if step and (not current or step < current)]
-        return replace(self, checkpoint_every=steps[0]) if steps else None
+    length: int
+    checkpoint_every: int
 
     def __str__(self) -> str:
         """Return a description for the log."""
@@ -54,35 +50,71 @@ class MicroBatching:
 
 
 @dataclass(frozen=True)
-class SampleMemory:
-    """Memory for the activations of one sample, in bytes.
+class MicroBatching:
+    """How batches are split into micro-batches.
 
     Attributes:
-        layers: Number of decoder layers.
-        layer: Activations that autograd keeps of one layer.
-        boundary: Activations that it keeps of one checkpointed layer: its input.
-        head: Logits, their float32 copy, and the gradients of both.
+        samples: Largest number of samples.
+        checkpoint_every: Activation checkpointing: 0 keeps all activations, k recomputes those of every k-th layer. A
+            sample that exceeds the limit on its own gets a smaller k.
+        limit: Memory that a micro-batch may need, in bytes.
+        memory: Memory for activations, from which the need follows.
     """
 
-    layers: int
-    layer: int
-    boundary: int
-    head: int
+    samples: int
+    checkpoint_every: int
+    limit: int
+    memory: ActivationMemory
 
-    def needed(self, micro_batching: MicroBatching) -> int:
-        """Return the peak of a micro-batch in bytes."""
-        every = micro_batching.checkpoint_every
-        checkpointed = -(-self.layers // every) if every else 0
-        kept = checkpointed * self.boundary + (self.layers - checkpointed) * self.layer
-        # The backward pass needs one more layer: gradients of its activations, and what was recomputed.
-        passing = self.layer * (2 if checkpointed else 1)
-        return micro_batching.samples * (kept + max(passing, self.head))
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> MicroBatching:
+        """Return what ``dataclasses.asdict`` turned into a dictionary."""
+        return cls(**{**content, "memory": ActivationMemory(**content["memory"])})
+
+    def next(self, lengths: Sequence[int]) -> MicroBatch:
+        """Return the next micro-batch of a batch.
+
+        Args:
+            lengths: Numbers of ids of the samples that are left, longest first.
+        """
+        longest = lengths[0]
+        for samples in range(min(self.samples, len(lengths)), 0, -1):
+            if self.memory.needed(samples, longest, self.checkpoint_every) <= self.limit:
+                return MicroBatch(samples, longest, self.checkpoint_every)
+        steps = self._steps()
+        fitting = (step for step in steps if self.memory.needed(1, longest, step) <= self.limit)
+        return MicroBatch(1, longest, next(fitting, steps[-1]))
+
+    def after_out_of_memory(self, failed: MicroBatch) -> MicroBatching | None:
+        """Return a micro-batching with a lower limit; None if the failed micro-batch cannot be made smaller."""
+        if failed.samples > 1:
+            limit = self.memory.needed(failed.samples // 2, failed.length, failed.checkpoint_every)
+        elif failed.checkpoint_every != self._steps()[-1]:
+            limit = self.memory.needed(1, failed.length, failed.checkpoint_every) - 1
+        else:
+            return None
+        return replace(self, limit=limit)
+
+    def peak(self, longest: int) -> int:
+        """Return the largest need of a micro-batch, in bytes, if the longest sample has so many ids."""
+        micro_batches = (self.next([length] * self.samples) for length in range(1, longest + 1))
+        return max(self.memory.needed(*micro_batch) for micro_batch in micro_batches)
+
+    def _steps(self) -> list[int]:
+        """Return this choice and those that recompute more layers."""
+        current = self.checkpoint_every
+        return [current, *(step for step in CHECKPOINT_STEPS[1:] if not current or step < current)]
+
+    def __str__(self) -> str:
+        """Return a description for the log."""
+        return str(MicroBatch(self.samples, 0, self.checkpoint_every))
 
 
 def choose_micro_batching(
-    memory: SampleMemory,
-    free: int,
+    memory: ActivationMemory,
+    lengths: tuple[int, int],
     batch: int,
+    free: int | None,
     saturating: int,
     samples: int | None = None,
     checkpoint_every: int | None = None,
@@ -92,9 +124,10 @@ def choose_micro_batching(
     Sizes are powers of two, so a small difference in free memory seldom changes the choice.
 
     Args:
-        memory: Memory for one sample.
-        free: Bytes that a micro-batch may take.
+        memory: Memory for activations.
+        lengths: Numbers of ids of the longest sample of the first batch, and of the data set.
         batch: Samples of the batch.
+        free: Bytes that a micro-batch may take; None for any number.
         saturating: Samples beyond which larger micro-batches are no faster.
         samples: The user's own choice.
         checkpoint_every: The user's own choice.
@@ -102,11 +135,17 @@ def choose_micro_batching(
     Returns:
         The choice; the smallest allowed one if nothing fits.
     """
+    first, longest = lengths
+    budget = int(free * (1 - MARGIN)) if free is not None else memory.needed(batch, longest, 0)
     largest = 1 << (min(batch, max(saturating, 1)) - 1).bit_length()
     sizes = [largest >> power for power in range(largest.bit_length())] if samples is None else [samples]
     steps = CHECKPOINT_STEPS if checkpoint_every is None else (checkpoint_every,)
-    choices = [MicroBatching(size, step) for step in steps for size in sizes if size]
-    return next((choice for choice in choices if memory.needed(choice) <= free * (1 - MARGIN)), choices[-1])
+    choices = [(size, step) for step in steps for size in sizes]
+    fitting = (choice for choice in choices if memory.needed(choice[0], first, choice[1]) <= budget)
+    size, step = next(fitting, choices[-1])
+    typical = memory.needed(size, first, step)
+    wanted = max(int(HEADROOM * typical), memory.needed(1, longest, step))
+    return MicroBatching(size, step, max(typical, min(wanted, budget)), memory)
 
 
 def saturating_samples(features: torch.Tensor) -> int:
@@ -115,83 +154,11 @@ def saturating_samples(features: torch.Tensor) -> int:
     return -(-values // (features.shape[1] * features.shape[2]))
 
 
-def analytic_estimate(config: Any, positions: int, kept: int, element_size: int) -> SampleMemory:
-    """Estimate the memory for one sample from an LLM's configuration, for the LLaMA family with frozen weights.
-
-    Autograd does not save the input of a frozen matrix. It keeps for a layer: float32 inputs of two norms; queries,
-    keys, values and output of the attention; gate, its activation and up-projection of the MLP.
-
-    Args:
-        config: The LLM's configuration.
-        positions: N, spliced positions.
-        kept: Positions whose logits are computed.
-        element_size: Bytes of a value in the LLM's dtype.
-    """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden  # GPT-2 and MPT do not list it
-    values = 2 * (heads + kv_heads) * head_dim + 3 * inner
-    return SampleMemory(
-        layers=config.num_hidden_layers,
-        layer=positions * (2 * 4 * hidden + element_size * values),
-        boundary=positions * hidden * element_size,
-        # Logits in the LLM's dtype and in float32, log-probabilities, and the gradients of the first two.
-        head=kept * config.vocab_size * (2 * element_size + 12),
-    )
-
-
-def smallest_of_all_ranks(choice: MicroBatching, device: torch.device) -> MicroBatching:
-    """Return the choice that fits on every rank; ranks with equal micro-batches wait equally long for each other."""
+def largest_of_all_ranks(values: Sequence[int], device: torch.device) -> list[int]:
+    """Return the element-wise maximum over all ranks, so that all ranks decide alike."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
-        return choice
-    none = 1 << 30
-    smallest = torch.tensor([choice.samples, choice.checkpoint_every or none], device=device)
-    distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN)
-    samples, checkpoint_every = smallest.tolist()
-    return MicroBatching(samples, 0 if checkpoint_every == none else checkpoint_every)
-
-
-def saved_bytes(forward: Callable[[], Any], module: nn.Module) -> int:
-    """Run a forward pass and return the bytes that autograd keeps for the backward pass, without the module's weights.
-
-    Args:
-        forward: Runs the forward pass and returns what holds the graph.
-        module: Module whose parameters and buffers are not counted.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = forward()
-    total = sum(size for pointer, size in kept.items() if pointer not in own)
-    del graph  # kept until here: the address of a freed tensor could have been used again
-    return total
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the memory that this process can still allocate on a device, or on the host for a CPU.
-
-    Ranks of one node share its host memory evenly.
-    """
-    if device.type == "cpu":
-        return _available_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    backend = torch.get_device_module(device)
-    free, _ = backend.mem_get_info(device)
-    return int(free + backend.memory_reserved(device) - backend.memory_allocated(device))
-
-
-def _available_host_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        # Not Linux: the standard library knows the total memory only.
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return list(values)
+    largest = torch.tensor(values, device=device)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return [int(value) for value in largest.tolist()]

@@ -21,6 +21,7 @@ from llava_twophase.train.loop.checkpoints import (
     read_record,
     saved_micro_batching,
 )
+from llava_twophase.train.model.activation_memory import ActivationMemory
 from llava_twophase.train.model.micro_batches import MicroBatching
 from train.loop.checkpoint_files import IDENTITY, write
 
@@ -137,6 +138,7 @@ def test_checkpoint_of_a_13b_run_holds_the_projector_and_nothing_frozen(plain_se
 
 def test_saved_micro_batching_is_what_the_run_used(tmp_path):
     assert saved_micro_batching(tmp_path) is None
-    choice = MicroBatching(4, checkpoint_every=2)
+    memory = ActivationMemory(layers=2, image_tokens=16, layer=100, attention=0, boundary=10, head=50)
+    choice = MicroBatching(4, checkpoint_every=2, limit=10**6, memory=memory)
     (tmp_path / "micro_batching.json").write_text(json.dumps(asdict(choice)), encoding="utf-8")
     assert saved_micro_batching(tmp_path) == choice

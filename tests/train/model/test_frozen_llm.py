@@ -1,18 +1,16 @@
 """FrozenLLM: loss and gradient equal a plain forward pass, whatever the micro-batches."""
 
 import logging
+from itertools import accumulate
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.profiler import ProfilerActivity, profile
 
 from llava_twophase.constants import IGNORE_INDEX
 from llava_twophase.errors import UserError
-from llava_twophase.train.model.micro_batches import MicroBatching
-from tiny import redraw
-from train.model.llms import WIDTH, build_batch, build_llm, freeze, reference, step
-
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2")
+from llava_twophase.train.model.activation_checkpointing import checkpointable_layers
+from train.model.llms import FAMILIES, build_batch, build_family, build_llm, freeze, reference, step
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +22,7 @@ def llm():
 @pytest.mark.parametrize("bos", [True, False])
 def test_loss_and_gradient_do_not_depend_on_micro_batches(llm, samples, bos):
     batch = build_batch(bos=bos)
-    expected = reference(llm, *batch[:3], image_at=int(bos))
+    expected = reference(llm, *batch[:3], image_position=int(bos))
     torch.testing.assert_close(step(freeze(llm, int(bos), samples), *batch), expected, rtol=1e-6, atol=1e-7)
 
 
@@ -47,7 +45,6 @@ def test_activation_checkpointing_changes_no_bit(llm, every):
     batch = build_batch()
     expected = step(freeze(llm, 1, 4, 0), *batch)
     found = step(freeze(llm, 1, 4, every), *batch)
-    llm.activation_checkpointing_disable()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -63,21 +60,14 @@ def test_batch_without_a_caption_token_has_zero_loss_and_gradient(llm):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", LLAMA_LIKE)
-def test_gradient_of_llama_like_families(kind):
-    llm, batch = build_llm(kind), build_batch()
-    expected = reference(llm, *batch[:3])
-    torch.testing.assert_close(step(freeze(llm, 1, 4), *batch), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "opt", "mpt", "falcon", "bloom", "phi3", "gemma2"])
-def test_gradient_of_families_with_other_layers_and_names(kind):
-    """Submodules that do not have LLaMA's names are computed at all positions. Without dropout."""
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
-    config = AutoConfig.for_model(kind, **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    llm, batch = redraw(AutoModelForCausalLM.from_config(config), 3).eval(), build_batch()
-    expected = reference(llm, *batch[:3])
-    torch.testing.assert_close(step(freeze(llm, 1, 4, 0), *batch), expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_gradient_of_every_family_with_dropout_in_its_config(kind):
+    """It does not depend on micro-batches or recomputation, and equals a plain forward pass in evaluation mode."""
+    llm, batch = build_family(kind), build_batch()
+    expected = reference(llm.eval(), *batch[:3])
+    llm.train()
+    for samples, every in ((8, 0), (3, 1)):
+        torch.testing.assert_close(step(freeze(llm, 1, samples, every), *batch), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
@@ -118,11 +108,13 @@ def test_loss_without_gradients_chooses_no_micro_batching(llm):
     torch.testing.assert_close(loss, reference(llm, features.detach(), ids, labels)[0], rtol=1e-6, atol=0)
 
 
-def test_llm_has_no_gradients_and_no_hooks_after_a_step():
+def test_llm_has_no_gradients_hooks_or_changed_layers_after_a_step():
     llm = build_llm()
+    classes = [type(module) for module in llm.modules()]
     step(freeze(llm, checkpoint_every=1), *build_batch())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in llm.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in llm.modules())
+    assert [type(module) for module in llm.modules()] == classes
 
 
 def test_attention_gets_no_mask(llm, monkeypatch):
@@ -141,41 +133,71 @@ class FakeMemory:
     """Simulates a device that runs out of memory: no CPU raises torch.OutOfMemoryError by itself."""
 
     def __init__(self, llm, fits):
-        self.fits = fits
+        self.fits, self.sizes, self.first_layer = fits, [], checkpointable_layers(llm)[0]
         self.handle = llm.register_forward_pre_hook(self.check, with_kwargs=True)
 
     def check(self, module, args, kwargs):
-        if not self.fits(len(kwargs["inputs_embeds"]), module.is_activation_checkpointing):
+        samples, checkpointing = len(kwargs["inputs_embeds"]), "Checkpointed" in type(self.first_layer).__name__
+        if not self.fits(samples, checkpointing):
             raise torch.OutOfMemoryError("simulated")
+        self.sizes.append(samples)
+
+
+@pytest.fixture
+def fake_memory(llm):
+    made = []
+    yield lambda fits: made.append(FakeMemory(llm, fits)) or made[-1]
+    for memory in made:
+        memory.handle.remove()
 
 
 @pytest.mark.parametrize(
-    ("fits", "expected_choice"),
+    ("fits", "sizes", "message"),
     [
-        (lambda samples, checkpointing: samples <= 3, MicroBatching(2)),
-        (lambda samples, checkpointing: samples == 1 and checkpointing, MicroBatching(1, 4)),
+        (lambda samples, checkpointing: samples <= 3, [2] * 4, "continuing with micro-batches of 2 samples"),
+        (
+            lambda samples, checkpointing: samples == 1 and checkpointing,
+            [1] * 8,
+            "continuing with micro-batches of 1 sample, activation checkpointing of one layer in 2",
+        ),
     ],
 )
-def test_out_of_memory_reduces_the_micro_batches_and_continues(llm, caplog, fits, expected_choice):
-    batch = build_batch()
+def test_out_of_memory_reduces_the_micro_batches_and_continues(llm, fake_memory, caplog, fits, sizes, message):
+    batch = build_batch((5,) * 8)
     expected = reference(llm, *batch[:3])
-    memory, frozen = FakeMemory(llm, fits), freeze(llm)
-    frozen.micro_batching = MicroBatching(8)
+    frozen = freeze(llm, 1, 8, 0)
+    memory = fake_memory(fits)
     with caplog.at_level(logging.WARNING):
         found = step(frozen, *batch)
-    memory.handle.remove()
-    llm.activation_checkpointing_disable()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
-    assert frozen.micro_batching == expected_choice and str(expected_choice) in caplog.text
+    assert memory.sizes == sizes and message in caplog.text
 
 
-def test_out_of_memory_with_the_smallest_micro_batch_is_an_error(llm):
-    memory, frozen = FakeMemory(llm, lambda *_: False), freeze(llm)
-    frozen.micro_batching = MicroBatching(2)
-    with pytest.raises(UserError, match="activation checkpointing of every layer; try"):
-        step(frozen, *build_batch())
-    memory.handle.remove()
-    llm.activation_checkpointing_disable()
+def test_out_of_memory_of_one_long_sample_leaves_the_others_as_they_are(llm, fake_memory):
+    batch = build_batch((5,) * 7 + (70,))
+    frozen = freeze(llm, 1, 4, 0, longest=72)
+    step(frozen, *build_batch((5,) * 8))
+    memory = fake_memory(lambda samples, checkpointing: samples > 1 or checkpointing)
+    step(frozen, *batch)
+    assert memory.sizes == [1, 4, 3]
+    step(frozen, *batch)
+    assert memory.sizes == [1, 4, 3] * 2
+
+
+def test_out_of_memory_with_the_smallest_micro_batch_is_an_error(llm, fake_memory):
+    fake_memory(lambda *_: False)
+    with pytest.raises(UserError, match="1 sample, activation checkpointing of every layer; try --micro_batch_size 1"):
+        step(freeze(llm, 1, 2, 0), *build_batch())
+
+
+def test_out_of_memory_without_gradients_reduces_the_forward_passes_only(llm, fake_memory):
+    frozen, batch = freeze(llm, 1, 8, 0), build_batch()
+    expected = step(frozen, *batch)[0]
+    chosen = frozen.micro_batching
+    memory = fake_memory(lambda samples, checkpointing: samples <= 2)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.loss(*batch), expected, rtol=1e-6, atol=0)
+    assert memory.sizes == [2] * 4 and frozen.micro_batching == chosen
 
 
 def test_micro_batching_is_chosen_once_and_logged(llm, caplog):
@@ -183,9 +205,55 @@ def test_micro_batching_is_chosen_once_and_logged(llm, caplog):
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             step(frozen, *batch)
-    assert frozen.micro_batching == MicroBatching(8)
+    assert frozen.micro_batching.samples == 8 and frozen.micro_batching.checkpoint_every == 0
     assert caplog.text.count("a batch of 8 goes through the LLM in micro-batches of 8 samples") == 1
     assert "--micro_batch_size" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "is_kept"), [((None, None), True), ((8, 0), True), ((4, None), False), ((None, 1), False)]
+)
+def test_resume_with_keeps_the_saved_micro_batching_unless_flags_differ(llm, given, is_kept):
+    frozen = freeze(llm, 1, 8, 0, longest=50)
+    step(frozen, *build_batch())
+    resumed = freeze(llm, 1, *given)
+    resumed.resume_with(frozen.micro_batching)
+    assert (resumed.micro_batching == frozen.micro_batching) is is_kept
+
+
+def test_one_long_caption_makes_one_small_micro_batch(llm):
+    """Three steps: the long caption comes in the second one."""
+    sizes = []
+    handle = llm.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    frozen = freeze(llm, 1, 4, 0, longest=200)
+    for lengths in ((5,) * 8, (5,) * 7 + (198,), (5,) * 8):
+        step(frozen, *build_batch(lengths))
+    handle.remove()
+    assert sizes == [4, 4, 1, 4, 3, 4, 4]
+
+
+@pytest.mark.parametrize("given", [(None, None), (4, 0)])
+def test_measured_memory_stays_below_what_is_logged(caplog, given):
+    """The long captions come after the first batch."""
+    llm = build_llm(num_hidden_layers=8, intermediate_size=256)
+    frozen = freeze(llm, 1, *given, longest=162)
+    with caplog.at_level(logging.INFO):
+        step(frozen, *build_batch((5,) * 8))
+    promised = frozen.micro_batching.peak(162)
+    for lengths in ((5,) * 8, (5,) * 7 + (160,), (160,) * 8, (30, 60, 90, 120, 5, 5, 5, 5)):
+        batch = build_batch(lengths)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step(frozen, *batch)
+        assert peak_allocation(profiler) < promised
+    assert f"at most {promised / 1e9:.1f} GB" in caplog.text
+
+
+def peak_allocation(profiler):
+    """The largest sum of allocations that were alive at once."""
+    changes = [event.cpu_memory_usage for event in profiler.events() if event.name == "[memory]"]
+    return max(accumulate(changes))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised inside torch.compile

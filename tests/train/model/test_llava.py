@@ -35,17 +35,17 @@ def sample(caption, seed, bos=True):
 CAPTIONS = [[5, 6, 7, 8, 9], [10, 0, 11], [12]]
 
 
-def reference_loss(model, samples, image_at=1):
+def reference_loss(model, samples, image_position=1):
     """The mean over all caption tokens, from one pass with all logits for each sample, unpadded."""
     losses = []
     for one in samples:
         embed = model.llm.get_input_embeddings()
         ids = one["input_ids"]
-        before, after = embed(ids[:image_at]), embed(ids[image_at + 1 :])
+        before, after = embed(ids[:image_position]), embed(ids[image_position + 1 :])
         embeds = torch.cat([before, model.mm_projector(one["features"]), after])[None]
         logits = model.llm(inputs_embeds=embeds).logits[0].float()
-        caption = ids[image_at + 1 :]
-        first = image_at + PATCHES - 1
+        caption = ids[image_position + 1 :]
+        first = image_position + PATCHES - 1
         log_probabilities = logits[first : first + len(caption)].log_softmax(-1)
         losses.append(-log_probabilities.gather(1, caption[:, None])[:, 0])
     return torch.cat(losses).mean()
@@ -67,9 +67,9 @@ def test_forward_with_num_items_in_batch_returns_the_sum_over_that_number(model)
 
 
 def test_forward_without_bos_puts_the_image_first(model):
-    model = LlavaProjectorModel(FrozenLLM(LoadedLLM(model.llm), image_at=0), model.mm_projector)
+    model = LlavaProjectorModel(FrozenLLM(LoadedLLM(model.llm), image_position=0), model.mm_projector)
     samples = [sample(caption, seed, bos=False) for seed, caption in enumerate(CAPTIONS)]
-    expected = reference_loss(model, samples, image_at=0)
+    expected = reference_loss(model, samples, image_position=0)
     torch.testing.assert_close(model(**collate(samples))["loss"], expected, rtol=1e-6, atol=1e-6)
 
 

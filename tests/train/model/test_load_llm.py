@@ -5,12 +5,24 @@ import logging
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from llava_twophase.errors import UserError
 from llava_twophase.train.command_line import parse_arguments
 from llava_twophase.train.model.load_llm import load_llm
 from llava_twophase.train.preflight import prepare_inputs
+from tiny import redraw
 from train.commands import command
 
 MISSING = "model.layers.1.mlp.up_proj.weight"
@@ -100,3 +112,47 @@ def test_contradictory_generation_config_is_warned_about_and_not_used(folder, ar
     assert "generation_config.json is contradictory" in caplog.text and "`temperature`" in caplog.text
     generation = load_llm(arguments()).model.generation_config
     assert not generation.do_sample and generation.num_beams in (None, 1)
+
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 300,
+    "pad_token_id": 0,
+}
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER |= {"image_size": 28, "patch_size": 14}
+
+
+def build_multimodal(kind):
+    if kind == "gemma3":
+        config = Gemma3Config(text_config=TEXT, vision_config=TOWER, mm_tokens_per_image=4, image_token_index=299)
+        return redraw(Gemma3ForConditionalGeneration(config), 1)
+    config = LlavaConfig(text_config=LlamaConfig(**TEXT), vision_config=CLIPVisionConfig(**TOWER))
+    return redraw(LlavaForConditionalGeneration(config), 1)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava"])
+def test_load_llm_keeps_only_the_text_model_of_a_multimodal_checkpoint(kind, folder, arguments):
+    whole = build_multimodal(kind)
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder)
+    llm = load_llm(arguments()).model
+    expected = sum(parameter.numel() for parameter in whole.model.language_model.parameters())
+    head = 0 if llm.config.tie_word_embeddings else 300 * 32
+    assert sum(parameter.numel() for parameter in llm.parameters()) == expected + head
+    assert not any("vision" in name for name, _ in llm.named_modules())
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(llm(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+def test_load_llm_refuses_an_llm_that_is_not_causal(folder, arguments):
+    config = BertConfig(**{name: value for name, value in TEXT.items() if "key_value" not in name})
+    (folder / "model.safetensors").unlink()
+    redraw(BertLMHeadModel(config), 1).save_pretrained(folder)
+    with pytest.raises(UserError, match="later tokens change its earlier logits"):
+        load_llm(arguments())
