@@ -54,7 +54,8 @@ def read_json_records(path: Path, flag: str) -> Iterator[Any]:
 
 def _read_lines(text: str, path: Path) -> Iterator[Any]:
     # Only "\n" ends a line: str.splitlines would also split at U+2028 within a caption.
-    lines = text.split("\n")
+    # Files that were joined have a byte order mark in the middle.
+    lines = [line.removeprefix("\ufeff") for line in text.split("\n")]
     number, first = next(((number, line) for number, line in enumerate(lines, 1) if line.strip()), (0, ""))
     try:
         entry = json.loads(first or "{}")

@@ -42,6 +42,10 @@ def test_byte_order_mark_is_accepted(tmp_path, suffix, encoding):
     assert read(write(tmp_path / f"r.{suffix}", text, encoding)) == [RECORD]
 
 
+def test_byte_order_mark_of_a_joined_file_is_accepted(tmp_path):
+    assert read(write(tmp_path / "r.jsonl", f"{LINE}\n\ufeff{LINE}\n", "utf-8-sig")) == [RECORD, RECORD]
+
+
 def test_form_is_recognised_by_content(tmp_path):
     assert read(write(tmp_path / "lines.json", f"{LINE}\n\n{LINE}\n")) == [RECORD, RECORD]
     assert read(write(tmp_path / "list.jsonl", f"\n [{LINE}]")) == [RECORD]

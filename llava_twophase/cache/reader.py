@@ -88,6 +88,8 @@ class FeatureCache:
 
     def find(self, keys: Sequence[str]) -> np.ndarray:
         """Return the row of each key, ``int64 [len(keys)]``; -1 for keys that are not in the cache."""
+        if isinstance(keys, str):
+            raise TypeError(f"expected a list of image keys; for a single one give [{keys!r}]")
         return self._index.find(keys)
 
     def missing(self, keys: Sequence[str]) -> list[str]:

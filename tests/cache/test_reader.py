@@ -9,6 +9,7 @@ import pytest
 
 from cache.make import SHAPE, STORAGES, keys_of, make_cache, make_shard, rows, write
 from helpers import run
+from llava_twophase import cache as cache_package
 from llava_twophase.cache.format import SHARDS
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
@@ -86,6 +87,13 @@ def test_read_raw_reports_an_unknown_key(small):
     path, keys, _ = small
     with pytest.raises(UserError, match=r"image key '00000/none\.jpg' is not in the feature cache"):
         FeatureCache(path).read_raw([keys[0], "00000/none.jpg"])
+
+
+def test_read_refuses_a_key_that_is_not_in_a_list(small):
+    with pytest.raises(
+        TypeError, match=r"expected a list of image keys; for a single one give \['00000/picture 0.jpg'\]"
+    ):
+        FeatureCache(small[0]).read("00000/picture 0.jpg")
 
 
 def test_read_raw_distinguishes_keys_of_several_lengths_and_shards(tmp_path):
@@ -246,3 +254,10 @@ def test_shards_of_different_shapes_are_refused(tmp_path):
     write(cache, entries)
     with pytest.raises(UserError, match=r"shard-000001\.h5 has another feature shape"):
         FeatureCache(cache)
+
+
+def test_cache_package_exports_its_names_on_first_use():
+    assert [name for name in cache_package.__all__ if not callable(getattr(cache_package, name))] == []
+    assert set(cache_package.__all__) <= set(dir(cache_package))
+    code = "import sys, llava_twophase.cache; print({'numpy', 'torch', 'h5py'} & set(sys.modules))"
+    assert run(["python", "-c", code]).stdout == "set()\n"

@@ -1,1 +1,1 @@
-"""Checks of a whole feature cache: verification, repair, duplicates."""
+"""Checks of a feature cache: verify, repair, duplicates."""
