@@ -60,7 +60,7 @@ def test_table_has_a_row_for_each_run_and_a_column_for_each_difference(finished,
     ]
 
 
-def test_table_leaves_out_arguments_that_change_no_loss(finished, compare):
+def test_table_skips_arguments_that_change_no_loss(finished, compare):
     runs = [finished(name, [1.0], report_to=name, dataloader_num_workers=len(name)) for name in ("a", "bb")]
     assert cells(compare(*runs).out)[0] == ["run", "loss", "samples/s"]
 

@@ -1,4 +1,4 @@
-"""The three commands as processes, from pictures to mm_projector.bin."""
+"""The three commands as processes, from images to mm_projector.bin."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ STEPS = 6  # twelve plain scenes, batches of four, two epochs
 
 @pytest.fixture(scope="module")
 def features(plain_set, tiny_clip, tmp_path_factory):
-    """A cache of the plain scenes from a float32 tower, made by command 1."""
+    """A cache of the plain scenes from a float32 tower."""
     cache = tmp_path_factory.mktemp("features") / "cache"
     run(["python", *extract_plain(plain_set, tiny_clip, cache)])
     return cache
@@ -32,7 +32,7 @@ def features(plain_set, tiny_clip, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tower_gone(tiny_clip, features, tmp_path_factory):
-    """The path of a tower that is no longer on the disk, and a cache that it made."""
+    """The path of a tower that is no longer on the disk, and its cache."""
     root = tmp_path_factory.mktemp("gone")
     shutil.copytree(features, root / "cache")
     manifest = root / "cache" / "manifest.json"
@@ -70,7 +70,7 @@ def test_cached_equals_on_the_fly_and_needs_no_tower(plain_set, tiny_llama, tiny
     assert config["mm_hidden_size"] == 32
 
 
-def test_workers_and_recomputation_change_nothing(plain_set, tiny_llama, tiny_clip, features, tmp_path):
+def test_workers_and_activation_checkpointing_change_no_loss(plain_set, tiny_llama, tiny_clip, features, tmp_path):
     plain, other = tmp_path / "plain", tmp_path / "other"
     run(["python", *train_plain(plain_set, tiny_llama, tiny_clip, plain, feature_cache=features)])
     switches = {"dataloader_num_workers": 2, "gradient_checkpointing": True}
@@ -102,7 +102,7 @@ def test_zero2_on_two_ranks(plain_set, tiny_llama, tiny_clip, features, tmp_path
     saved = sum(
         path.stat().st_size for path in output.glob("checkpoint-*/**/*") if path.suffix in (".pt", ".safetensors")
     )
-    # bf16 weights twice, and fp32 master, momentum and variance: 16 bytes a weight, beside a few fixed kilobytes.
+    # bf16 weights twice, and fp32 master, momentum and variance: 16 bytes a weight, and a few fixed kilobytes.
     assert saved < 16 * weights + 60_000
     assert saved < (tiny_llama / "model.safetensors").stat().st_size
 
@@ -129,7 +129,7 @@ def test_killed_rank_stops_the_other_and_the_same_command_resumes(
     plain_set, tiny_llama, tiny_clip, features, tmp_path, launcher
 ):
     """Killed in its fifth step, with a checkpoint at the third; under torchrun without DeepSpeed's engine."""
-    whole, cut, script = tmp_path / "whole", tmp_path / "cut", tmp_path / "dying.py"
+    uninterrupted, killed, script = tmp_path / "uninterrupted", tmp_path / "killed", tmp_path / "dying.py"
     script.write_text(DYING, encoding="utf-8")
 
     def start(program, output, expect=0):
@@ -140,13 +140,13 @@ def test_killed_rank_stops_the_other_and_the_same_command_resumes(
         _, *flags = train_plain(plain_set, tiny_llama, tiny_clip, output, save_steps=3, **common)
         return run([*ranks, program, *flags], expect=expect)
 
-    assert start(script, cut, expect=None).returncode != 0
-    assert not (cut / "mm_projector.bin").exists()
-    assert f"resuming from {cut / 'checkpoint-3'}" in start("pipelines/train_projector.py", cut).stderr
-    assert len(outcome(cut).losses) == STEPS
+    assert start(script, killed, expect=None).returncode != 0
+    assert not (killed / "mm_projector.bin").exists()
+    assert f"resuming from {killed / 'checkpoint-3'}" in start("pipelines/train_projector.py", killed).stderr
+    assert len(outcome(killed).losses) == STEPS
     if launcher == "torchrun":  # under DeepSpeed, train/test_run_resume.py compares
-        start("pipelines/train_projector.py", whole)
-        assert_same_outcome(outcome(cut), outcome(whole))
+        start("pipelines/train_projector.py", uninterrupted)
+        assert_same_outcome(outcome(killed), outcome(uninterrupted))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_killed_rank_stops_the_other_and_the_same_command_resumes(
         pytest.param({"report_to": "trackio"}, "pip install trackio", marks=trackio_is_absent),
     ],
 )
-def test_misuse_is_refused_with_one_clear_line(plain_set, tiny_llama, tiny_clip, features, tmp_path, changes, named):
+def test_misuse_is_one_error(plain_set, tiny_llama, tiny_clip, features, tmp_path, changes, named):
     inputs = {"data_path": plain_set.json, "model_name_or_path": tiny_llama, "vision_tower": tiny_clip}
     inputs |= {"feature_cache": features, "output_dir": tmp_path / "out"}
     result = run(["python", *train_command(**inputs | changes)], expect=1)
@@ -173,7 +173,9 @@ def test_misuse_is_refused_with_one_clear_line(plain_set, tiny_llama, tiny_clip,
     assert "Traceback" not in result.stderr
 
 
-def test_records_without_features_are_named_before_the_llm_loads(image_set, tiny_llama, tiny_clip, features, tmp_path):
+def test_records_without_features_are_reported_before_the_llm_loads(
+    image_set, tiny_llama, tiny_clip, features, tmp_path
+):
     command = train_plain(image_set, tiny_llama, tiny_clip, tmp_path / "out", feature_cache=features)
     result = run(["python", *command], expect=1)
     assert "17 of 29 images have no features" in result.stderr
@@ -182,7 +184,7 @@ def test_records_without_features_are_named_before_the_llm_loads(image_set, tiny
 
 @pytest.mark.parametrize("tower", ["tiny_siglip", "tiny_dinov2", "tiny_clip_full"])
 def test_other_towers_reach_a_projector(request, tower, plain_set, tiny_llama_no_bos, tmp_path):
-    """SigLIP, DINOv2 and a whole CLIPModel; the LLM's tokenizer adds no BOS."""
+    """SigLIP, DINOv2 and a complete CLIPModel; the LLM's tokenizer adds no BOS."""
     folder = request.getfixturevalue(tower)
     cache, output = tmp_path / "cache", tmp_path / "out"
     run(["python", *extract_plain(plain_set, folder, cache)])
