@@ -14,7 +14,7 @@ from PIL import Image
 from llava_twophase.cpu import available_cpus
 from llava_twophase.errors import UserError
 from llava_twophase.records import Record
-from llava_twophase.train.data.local_tower import TowerSettings
+from llava_twophase.train.data.tower_check import TowerSettings
 from llava_twophase.vision.images import BadImage, decode
 from llava_twophase.vision.precheck import require_images
 from llava_twophase.vision.preprocess import Preprocessor

@@ -10,18 +10,18 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from llava_twophase.cache.fingerprint import differences
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
-from llava_twophase.train.data.local_tower import TowerSettings, compare_with_tower
 from llava_twophase.train.data.prefetch import Batch, PrefetchDataset
+from llava_twophase.train.data.tower_check import TowerSettings, check_settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -154,7 +154,7 @@ class CachedFeatures:
     ) -> None:
         self._cache, self._drop_quarantined = cache, drop_quarantined
         self._thumbnails = thumbnails
-        _check_settings(cache, settings)
+        check_settings(cache, settings)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -172,11 +172,12 @@ class CachedFeatures:
         return None
 
     def usable(self, records: list[Record]) -> list[Record]:
-        """Return the records without those of quarantined images, if ``drop_quarantined`` is set.
+        """Return the records with keys as the cache has them; ``drop_quarantined`` drops those of quarantined images.
 
         Raises:
             UserError: No record remains.
         """
+        records = self._with_stored_keys(records)
         if not self._drop_quarantined:
             return records
         # An image that was quarantined once may have features by now.
@@ -232,59 +233,17 @@ class CachedFeatures:
         if quarantined:
             found = f"{len(quarantined)} of them are in its quarantine.jsonl"
             return f"{found}: --drop_quarantined True drops their records"
-        for form in ("NFC", "NFD"):
-            others = [unicodedata.normalize(form, key) for key in missing]
-            present = len(others) - len(self._cache.missing(others))
-            if present:
-                return f"{present} of them are there in Unicode form {form}: normalize the image paths of the records"
         return "extract them first"
 
-
-def _check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
-    """Compare the flags with the fields that the fingerprint has, and log the fields that it does not have.
-
-    The fingerprint of a ``CacheWriter`` may be any JSON object.
-    """
-    fingerprint, tower = cache.fingerprint, cache.fingerprint.get("tower")
-    layers = tower.get("num_hidden_layers") if isinstance(tower, dict) else None
-    given = {
-        "select_layer": _from_the_end(settings.select_layer, layers),
-        "select_feature": settings.select_feature,
-        "image_aspect_ratio": settings.image_aspect_ratio,
-    }
-    found = {name: fingerprint[name] for name in given.keys() & fingerprint.keys()}
-    if "select_layer" in found:
-        found["select_layer"] = _from_the_end(found["select_layer"], layers)
-    different = differences(found, {name: given[name] for name in found})
-    compared = None if different else compare_with_tower(fingerprint, settings)
-    different += compared or []
-    if different:
-        raise combined_error(
-            different, f"{cache.path} was made with different settings; use those, or extract another cache"
-        )
-    _report_unchecked(cache, settings.vision_tower, [name for name in given if name not in found], compared is None)
-
-
-def _report_unchecked(cache: FeatureCache, name: str, unchecked: list[str], tower_unchecked: bool) -> None:
-    """Log what was not compared, and another name of the tower: its content decides, not its name."""
-    tower = cache.fingerprint.get("tower")
-    hashed = isinstance(tower, dict) and "weights_sha256" in tower
-    made_by = cache.manifest.provenance.get("vision_tower") or (tower.get("name") if isinstance(tower, dict) else tower)
-    other = "" if made_by in (None, name) else f" The cache was made from {made_by!r}."
-    if not hashed:
-        unchecked = [*unchecked, "tower.weights_sha256"]
-    if unchecked:
-        fields = ", ".join(unchecked)
-        logger.info("%s: not compared, since its fingerprint does not have them: %s.%s", cache.path, fields, other)
-    elif tower_unchecked:
-        logger.info(
-            "%s: only settings were compared, not the tower's weights: --vision_tower %s is not on this machine.%s",
-            *(cache.path, name, other),
-        )
-    elif other:
-        logger.info("%s: --vision_tower %s has the weights of the cache's tower.%s", cache.path, name, other)
-
-
-def _from_the_end(layer: Any, layers: Any) -> Any:
-    # One number for one layer: hidden state 23 of a tower of 24 layers is -2.
-    return layer - layers - 1 if isinstance(layer, int) and isinstance(layers, int) and layer >= 0 else layer
+    def _with_stored_keys(self, records: list[Record]) -> list[Record]:
+        """Return the records with image keys in the Unicode form that the cache has; macOS decomposes accents."""
+        missing = self._cache.missing(list({record.image for record in records if not record.image.isascii()}))
+        stored: dict[str, str] = {}
+        for form in ("NFC", "NFD"):
+            others = {key: unicodedata.normalize(form, key) for key in missing}
+            absent = set(self._cache.missing(list(others.values())))
+            stored |= {key: other for key, other in others.items() if other not in absent}
+        if not stored:
+            return records
+        logger.info("%s has %d of the images in another Unicode form", self._cache.path, len(stored))
+        return [replace(record, image=stored.get(record.image, record.image)) for record in records]

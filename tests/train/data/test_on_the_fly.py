@@ -14,9 +14,9 @@ from llava_twophase.records import load_records
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.conversation import PlainTemplate
 from llava_twophase.train.data.dataset import CaptionDataset
-from llava_twophase.train.data.local_tower import TowerSettings
 from llava_twophase.train.data.on_the_fly import OnTheFlyFeatures, Thumbnails
 from llava_twophase.train.data.tokenizer import load_caption_tokenizer
+from llava_twophase.train.data.tower_check import TowerSettings
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from llava_twophase.cache.quarantine import Quarantined, write_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.records import Record, load_records
-from llava_twophase.train.data.local_tower import TowerSettings
 from llava_twophase.train.data.source import CachedFeatures
+from llava_twophase.train.data.tower_check import TowerSettings
 
 SETTINGS = TowerSettings("my/tower", select_layer=-2, select_feature="patch", image_aspect_ratio="square")
 CPU = torch.device("cpu")
@@ -128,13 +128,14 @@ def test_require_names_the_flag_for_quarantined_images(quarantining):
         source.require(["bad.jpg", "other.jpg"])
 
 
-def test_require_names_the_other_unicode_form(source_of):
+def test_usable_finds_keys_in_the_other_unicode_form(source_of):
     source = source_of(FINGERPRINT)
-    keys = [unicodedata.normalize("NFD", key) for key in list(source._cache.keys())]
-    missing = len(source._cache.missing(keys))
-    assert missing
-    with pytest.raises(UserError, match=f"{missing} of them are there in Unicode form NFC: normalize the image paths"):
-        source.require(keys)
+    keys = list(source._cache.keys())
+    records = [record(unicodedata.normalize("NFD", key)) for key in keys]
+    assert source._cache.missing([record.image for record in records])
+    assert source.usable(records) == [record(key) for key in keys]
+    absent = record("é.jpg")
+    assert source.usable([absent]) == [absent]
 
 
 def test_require_accepts_an_image_of_several_records(source_of):

@@ -12,10 +12,10 @@ from drawn import make_record, write_records
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.records import load_records
 from llava_twophase.train.data.conversation import PlainTemplate
-from llava_twophase.train.data.local_tower import TowerSettings
 from llava_twophase.train.data.on_the_fly import Thumbnails
 from llava_twophase.train.data.source import CachedFeatures
 from llava_twophase.train.data.tokenizer import load_caption_tokenizer
+from llava_twophase.train.data.tower_check import TowerSettings
 from llava_twophase.train.loop.generated_captions import CaptionSamples, generate_captions
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel

@@ -1,4 +1,4 @@
-"""Compare a feature cache with the vision tower that the user names, if that tower is on this machine.
+"""Compare a feature cache with the flags of a run, and with the vision tower that they name if it is on this machine.
 
 Training from a cache needs neither the tower nor the network: nothing is downloaded, and a tower that is missing is not
 an error. The fingerprint of the tower is computed on the CPU, and kept for later runs if that takes long.
@@ -21,7 +21,8 @@ from huggingface_hub.errors import HFValidationError
 
 from llava_twophase import __version__
 from llava_twophase.cache.fingerprint import differences
-from llava_twophase.errors import UserError
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import replace_file
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,59 @@ class TowerSettings:
     select_layer: int
     select_feature: str
     image_aspect_ratio: str
+
+
+def check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
+    """Compare the flags with the fields that the fingerprint has, and log the fields that it does not have.
+
+    The fingerprint of a ``CacheWriter`` may be any JSON object.
+
+    Raises:
+        UserError: A field or the tower differs.
+    """
+    fingerprint, tower = cache.fingerprint, cache.fingerprint.get("tower")
+    layers = tower.get("num_hidden_layers") if isinstance(tower, dict) else None
+    given = {
+        "select_layer": _from_the_end(settings.select_layer, layers),
+        "select_feature": settings.select_feature,
+        "image_aspect_ratio": settings.image_aspect_ratio,
+    }
+    found = {name: fingerprint[name] for name in given.keys() & fingerprint.keys()}
+    if "select_layer" in found:
+        found["select_layer"] = _from_the_end(found["select_layer"], layers)
+    different = differences(found, {name: given[name] for name in found})
+    compared = None if different else compare_with_tower(fingerprint, settings)
+    different += compared or []
+    if different:
+        raise combined_error(
+            different, f"{cache.path} was made with different settings; use those, or extract another cache"
+        )
+    _report_unchecked(cache, settings.vision_tower, [name for name in given if name not in found], compared is None)
+
+
+def _report_unchecked(cache: FeatureCache, name: str, unchecked: list[str], tower_unchecked: bool) -> None:
+    """Log what was not compared, and another name of the tower: its content decides, not its name."""
+    tower = cache.fingerprint.get("tower")
+    hashed = isinstance(tower, dict) and "weights_sha256" in tower
+    made_by = cache.manifest.provenance.get("vision_tower") or (tower.get("name") if isinstance(tower, dict) else tower)
+    other = "" if made_by in (None, name) else f" The cache was made from {made_by!r}."
+    if not hashed:
+        unchecked = [*unchecked, "tower.weights_sha256"]
+    if unchecked:
+        fields = ", ".join(unchecked)
+        logger.info("%s: not compared, since its fingerprint does not have them: %s.%s", cache.path, fields, other)
+    elif tower_unchecked:
+        logger.info(
+            "%s: only settings were compared, not the tower's weights: --vision_tower %s is not on this machine.%s",
+            *(cache.path, name, other),
+        )
+    elif other:
+        logger.info("%s: --vision_tower %s has the weights of the cache's tower.%s", cache.path, name, other)
+
+
+def _from_the_end(layer: Any, layers: Any) -> Any:
+    # One number for one layer: hidden state 23 of a tower of 24 layers is -2.
+    return layer - layers - 1 if isinstance(layer, int) and isinstance(layers, int) and layer >= 0 else layer
 
 
 def find_tower(name: str) -> Path | None:

@@ -13,9 +13,9 @@ from cache.make import make_cache
 from llava_twophase.cache.fingerprint import normalize
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
-from llava_twophase.train.data import local_tower
-from llava_twophase.train.data.local_tower import TowerSettings, compare_with_tower, find_tower
+from llava_twophase.train.data import tower_check
 from llava_twophase.train.data.source import CachedFeatures
+from llava_twophase.train.data.tower_check import TowerSettings, compare_with_tower, find_tower
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
 
@@ -105,9 +105,9 @@ def test_find_tower_in_the_hub_cache_without_network(tower, tmp_path, monkeypatc
     refs = snapshot.parent.parent / "refs"
     refs.mkdir()
     (refs / "main").write_text("3f2a", encoding="utf-8")
-    found = local_tower.try_to_load_from_cache
+    found = tower_check.try_to_load_from_cache
     monkeypatch.setattr(
-        local_tower, "try_to_load_from_cache", lambda name, file: found(name, file, cache_dir=tmp_path / "hub")
+        tower_check, "try_to_load_from_cache", lambda name, file: found(name, file, cache_dir=tmp_path / "hub")
     )
     assert find_tower("my/clip") == snapshot
     assert find_tower("my/other") is None
@@ -115,9 +115,9 @@ def test_find_tower_in_the_hub_cache_without_network(tower, tmp_path, monkeypatc
 
 def test_fingerprint_is_kept_until_a_file_changes(fingerprint, tower, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(local_tower, "_WORTH_KEEPING", 0)
-    computed, compute = [], local_tower._compute_fingerprint
-    monkeypatch.setattr(local_tower, "_compute_fingerprint", lambda *given: computed.append(given) or compute(*given))
+    monkeypatch.setattr(tower_check, "_WORTH_KEEPING", 0)
+    computed, compute = [], tower_check._compute_fingerprint
+    monkeypatch.setattr(tower_check, "_compute_fingerprint", lambda *given: computed.append(given) or compute(*given))
     for _ in range(2):
         assert compare_with_tower(fingerprint, settings_of(tower)) == []
     assert len(computed) == 1
