@@ -149,7 +149,7 @@ def test_explain_os_errors_compares_paths_not_spellings(tmp_path, monkeypatch):
         raise OSError(errno.EACCES, "Permission denied", "./a")
 
 
-def test_explain_os_errors_recognises_a_full_disk_behind_a_library_error(tmp_path, monkeypatch):
+def test_explain_os_errors_recognises_a_full_disk_in_a_library_error(tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: usage(1000))
     with (

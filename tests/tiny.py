@@ -1,6 +1,6 @@
 """Tiny models in real formats: vision towers, LLMs and their tokenizers, built from config and seeded.
 
-Every weight is drawn anew, LayerNorm scales and biases included: with the library's own initialisation (scales 1,
+Every weight is drawn again, LayerNorm scales and biases included: with the library's own initialisation (scales 1,
 biases 0, positions near 0) a missing norm or a forgotten bias would change nothing and no test would see it.
 """
 

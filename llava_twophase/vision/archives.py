@@ -153,7 +153,7 @@ class ImageArchive:
         return data
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the open file."""
+        """Pickle without the open file."""
         return {**self.__dict__, "_descriptor": -1, "_owner": 0}
 
     def _entries(self) -> Iterator[Entry]:

@@ -1,4 +1,4 @@
-"""The frozen vision tower, built only up to ``select_layer``; knows nothing of images, caches or training.
+"""The frozen vision tower, built only up to ``select_layer``: crops to patch features.
 
 Shapes: B images, S the crop's side, L tokens out of the tower (577 for CLIP-L/14-336), D its width (1024).
 """
@@ -19,15 +19,15 @@ from llava_twophase.errors import UserError
 from llava_twophase.vision.preprocess import Preprocessor
 
 SELECT_FEATURES = ("patch", "cls_patch")
-# Per tower: its class, the name of the norm behind its last layer, and its leading tokens that are no patches.
-# LLaVA reads hidden states before that norm, so it goes.
+# Per tower: its class, the name of the norm after its last layer, and the number of leading tokens other than patches.
+# LLaVA reads hidden states before that norm, so it is removed.
 _TOWERS: dict[str, tuple[Any, str, int]] = {
     "clip_vision_model": (CLIPVisionModel, "post_layernorm", 1),
     "siglip_vision_model": (SiglipVisionModel, "post_layernorm", 0),
     "dinov2": (Dinov2Model, "layernorm", 1),
 }
-# A CPU runs no faster on more images at once: two fill its cores, and what they leave behind is still in the caches and
-# in memory that the allocator keeps (CLIP-L/14-336 in bf16 on two cores: 0.71 of the matmul rate, with eight 0.65).
+# Larger batches are not faster on a CPU. Two images use all cores, and their activations stay in the caches and in
+# memory that the allocator keeps (CLIP-L/14-336 in bf16 on two cores: 0.71 of the matmul rate, with eight images 0.65).
 _CPU_IMAGES = 2
 # What of a tower's configuration changes a value; each tower has some of them.
 _CONFIG_FIELDS = (
@@ -39,7 +39,7 @@ _CONFIG_FIELDS = (
 class VisionTower:
     """A frozen CLIP, SigLIP or DINOv2 tower that turns crops into patch features.
 
-    It is no ``nn.Module`` on purpose: nothing that walks over a model's parameters may save, cast or train it.
+    It is deliberately not an ``nn.Module``: code that iterates over parameters must not save, cast or train it.
 
     Args:
         name: Hub id or folder.

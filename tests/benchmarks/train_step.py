@@ -114,7 +114,7 @@ WAYS = {
 
 
 class LlavaStep(nn.Module):
-    """LLaVA's stage-1 forward pass, less what `way` leaves out."""
+    """LLaVA's stage-1 forward pass, without the parts that `way` skips."""
 
     def __init__(self, llm: Any, projector: nn.Module, tower: nn.Module | None, way: Way) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ def reset_peak_memory() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the process' peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: reset the process's peak
 
 
 def peak_memory() -> int:

@@ -87,7 +87,7 @@ def make_shard(path, keys, stored, dtype="bfloat16", fingerprint=None, shape=SHA
 
 
 def make_cache(folder, counts=(5, 3), dtype="bfloat16", complete=True, fingerprint=None, shape=SHAPE):
-    """Write a whole cache; returns its directory, its keys and its rows as stored, both in row order."""
+    """Write a complete cache; return its directory, and its keys and stored rows in row order."""
     cache = Path(folder)
     (cache / SHARDS).mkdir(parents=True)
     entries, keys, stored = [], [], []
@@ -169,7 +169,7 @@ def golden_rows(dtype):
 
 
 def make_golden(folder, dtype):
-    """Write what stands in tests/golden/format_v1, byte for byte under HDF5 GOLDEN_HDF5. Version 1 never changes."""
+    """Write the files of tests/golden/format_v1, byte for byte under HDF5 GOLDEN_HDF5. Version 1 never changes."""
     made = {"image_aspect_ratio": "square", "select_layer": -2, "tower": {"model_type": "clip_vision_model"}}
     if dtype in QUANTISED:
         made["channels"] = {"sha256": channels_of(32).sha256()}

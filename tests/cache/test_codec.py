@@ -79,7 +79,7 @@ def test_int8_is_what_the_specification_says():
     scale = raw[:, 9 * 64 :].copy().view(np.float16).reshape(3, 9, 1).astype(np.float32)
     expected = q * scale * chosen.channels.std + chosen.channels.mean
     np.testing.assert_array_equal(chosen.to_numpy(raw), expected)
-    # Half a step at most, but for the scale's own rounding.
+    # Half a step at most, except for the rounding of the scale.
     step = scale * chosen.channels.std
     assert (np.abs(expected - values.numpy()) <= 0.57 * step).all()
 

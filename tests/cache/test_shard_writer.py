@@ -1,4 +1,4 @@
-"""A shard is sealed whole or absent, and its bytes depend on nothing but its rows."""
+"""ShardWriter: a shard is complete or absent, and its bytes depend only on its rows."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_nothing_looks_like_a_shard_before_it_is_sealed(tmp_path):
     assert (entry.rows, entry.file_bytes) == (5, (tmp_path / entry.file).stat().st_size)
 
 
-def test_a_work_file_is_no_shard_even_when_renamed(tmp_path):
+def test_renamed_work_file_is_not_a_shard(tmp_path):
     writer = open_writer(tmp_path)
     writer.append(rows(5), sources_of(KEYS))
     (aside,) = tmp_path.iterdir()
@@ -115,7 +115,7 @@ def test_checksums_are_those_of_keys_and_stored_rows(dtype, tmp_path):
     assert cache.column("row_xxh3").tolist() == [xxhash.xxh3_64_intdigest(row.tobytes()) for row in stored]
 
 
-def test_sealing_leaves_an_older_shard_until_the_new_one_is_whole(tmp_path):
+def test_seal_replaces_an_older_shard_by_a_complete_one(tmp_path):
     make_shard(tmp_path / "shard-000000.h5", KEYS, rows(5))
     before = (tmp_path / "shard-000000.h5").read_bytes()
     writer = open_writer(tmp_path)

@@ -32,7 +32,7 @@ def batch_of(exported, trained):
     return samples, CachedFeatureCollator(tokenizer, FeatureCache(trained.cache))(samples)
 
 
-def test_collator_masks_all_but_the_caption(exported, trained):
+def test_collator_masks_everything_except_the_caption(exported, trained):
     _, batch = batch_of(exported, trained)
     image_id = AutoTokenizer.from_pretrained(exported).convert_tokens_to_ids("<image>")
     assert (batch["input_ids"] == image_id).sum(1).tolist() == [16, 16, 16]

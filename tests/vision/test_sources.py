@@ -137,7 +137,7 @@ def test_large_junk_is_not_read(tmp_path):
         images.read("zeros.jpg")
 
 
-def test_image_with_gigabytes_behind_it_is_refused(tmp_path, image_set):
+def test_image_followed_by_gigabytes_is_refused(tmp_path, image_set):
     data = (image_set.folder / image_set.keys[0]).read_bytes()
     for size, usable in ((sources._CHECK_HEADER_FROM, True), (3 << 30, False)):
         with open(tmp_path / "image.png", "wb") as file:

@@ -157,7 +157,7 @@ def test_no_weights(tiny_clip, tmp_path):
     ],
 )
 def test_files_that_hold_anything(tiny_clip, tmp_path, name, keep, content, named):
-    """A download that was cut short, and files that somebody edited."""
+    """A truncated download, and files that somebody edited."""
     folder = shutil.copytree(tiny_clip, tmp_path / "tower")
     (folder / name).write_bytes((folder / name).read_bytes()[:keep] + content)
     with pytest.raises(UserError, match=named):
