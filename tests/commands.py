@@ -80,6 +80,12 @@ def train_command(**flags):
     return [SCRIPTS["llava-train-projector"], *flag_list(flags | TRAIN_FLAGS | flags)]
 
 
+def checkpoint_command(records, llm, tower, cache, output, **flags):
+    """Return a training command that saves checkpoints, without its launcher."""
+    inputs = {"data_path": records, "model_name_or_path": llm, "vision_tower": tower, "feature_cache": cache}
+    return train_command(**{**CHECKPOINT_FLAGS, **inputs, "output_dir": output, **flags})
+
+
 def inspect_command(subcommand, *arguments):
     """Return the inspection's command."""
     return [SCRIPTS["llava-inspect-cache"], subcommand, *map(str, arguments)]

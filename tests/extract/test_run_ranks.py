@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import drawn
+from commands import torchrun
 from extract.server import files
 from helpers import SCRIPTS, free_port, process_environment, run
 from llava_twophase.cache.reader import FeatureCache
@@ -31,8 +32,7 @@ def start_ranks(server, command, world, **env):
 
 
 def test_torchrun_with_two_ranks_gives_the_same_shards(command, expected_files, tmp_path):
-    done = run(["torchrun", "--nproc_per_node", "2", "--master_port", free_port(), COMMAND, *command(num_workers=1)],
-               SOURCE_DATE_EPOCH=0)  # fmt: skip
+    done = run([*torchrun(), COMMAND, *command(num_workers=1)], SOURCE_DATE_EPOCH=0)
     found = files(tmp_path / "cache")
     assert {name: found[name] for name in found if name.endswith(".h5")} == {
         name: expected_files[name] for name in expected_files if name.endswith(".h5")

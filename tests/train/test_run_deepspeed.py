@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import drawn
+from commands import checkpoint_command, deepspeed, outcome
 from helpers import ROOT, needs_compiler, run
-from train.commands import command, deepspeed, outcome
 
 SAME = 16
 
@@ -32,7 +32,7 @@ def train(repeated, tiny_llama, tiny_clip, plain_cache, tmp_path_factory):
         accumulated = {"gradient_accumulation_steps": accumulation, "max_steps": 2, "logging_steps": 1}
         constant = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
         flags = {"bf16": True, "save_strategy": "no", **accumulated, **constant, **changes}
-        run([*launcher, *command(repeated, tiny_llama, tiny_clip, plain_cache, output, **flags)])
+        run([*launcher, *checkpoint_command(repeated, tiny_llama, tiny_clip, plain_cache, output, **flags)])
         return output
 
     return start
@@ -40,8 +40,8 @@ def train(repeated, tiny_llama, tiny_clip, plain_cache, tmp_path_factory):
 
 def assert_equal(one, other):
     """The same projector to the bit; losses but for the sum over micro-batches, which rounds."""
-    assert [loss for _, loss, _ in one[0]] == pytest.approx([loss for _, loss, _ in other[0]], rel=1e-6)
-    assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+    assert one.losses == pytest.approx(other.losses, rel=1e-6)
+    assert all(torch.equal(one.projector[name], other.projector[name]) for name in one.projector)
 
 
 def test_bf16_accumulation_would_be_seen():
@@ -66,7 +66,7 @@ def test_zero2_accumulates_in_float32_and_keeps_float32_master_weights(train, tm
     run(["python", checkpoint / "zero_to_fp32.py", checkpoint, master])
     state = torch.load(master / "pytorch_model.bin", weights_only=True)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-    written = outcome(accumulated)[1]
+    written = outcome(accumulated).projector
     for name, tensor in state.items():
         assert torch.equal(tensor.bfloat16(), written[f"model.{name}"])
         assert not torch.equal(tensor.bfloat16().float(), tensor)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from helpers import ROOT, free_port, run
+from commands import extract_command, torchrun, train_command
+from helpers import ROOT, run
 from llava_twophase import CacheWriter, FeatureCache
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.conversation import PlainTemplate
@@ -25,6 +26,7 @@ from llava_twophase.vision.preprocess import Preprocessor
 
 GOLDEN = ROOT / "tests" / "golden" / "llava"
 TOWER = GOLDEN / "clip-tiny-336"
+IMAGES = {"data_path": GOLDEN / "pretrain.json", "image_folder": GOLDEN / "images"}
 TOKENIZER_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
 PATCHES = 576
 
@@ -76,13 +78,7 @@ def init(tmp_path_factory):
 def fp32_cache(tmp_path_factory):
     """The golden pictures through our own float32 tower."""
     cache = tmp_path_factory.mktemp("fp32") / "cache"
-    run(
-        [
-            *("python", "pipelines/extract_features.py", "--data_path", GOLDEN / "pretrain.json"),
-            *("--image_folder", GOLDEN / "images", "--vision_tower", TOWER, "--feature_cache", cache),
-            *("--compute_dtype", "fp32", "--batch_size", "4", "--num_workers", "1"),
-        ]
-    )
+    run(["python", *extract_command(**IMAGES, vision_tower=TOWER, feature_cache=cache, num_workers=1)])
     return cache
 
 
@@ -92,7 +88,8 @@ def llava_cache(fp32_cache, tmp_path_factory):
     cache = tmp_path_factory.mktemp("fp16") / "cache"
     features = np.load(GOLDEN / "features_fp16_square.npz")["patch"].astype(np.float16)
     made = FeatureCache(fp32_cache)
-    fingerprint = {**made.fingerprint, "compute_dtype": "float16", "storage_dtype": "float16"}
+    tower = {name: value for name, value in made.fingerprint["tower"].items() if name != "weights_sha256"}  # of float32
+    fingerprint = {**made.fingerprint, "tower": tower, "compute_dtype": "float16", "storage_dtype": "float16"}
     with CacheWriter(cache, (PATCHES, 64), "float16", fingerprint, provenance=made.manifest.provenance) as writer:
         for record, row in zip(RECORDS, features, strict=True):
             writer.add(record["image"], row)
@@ -103,43 +100,26 @@ def train(llm, init, output, launcher=("python",), **changes):
     """Run command 2 as LLaVA's golden runs were started; returns losses, learning rates, norms and the projector."""
     flags = {
         "model_name_or_path": llm,
-        "version": "plain",
-        "data_path": GOLDEN / "pretrain.json",
-        "image_folder": GOLDEN / "images",
+        **IMAGES,
         "vision_tower": TOWER,
         "mm_projector_type": "mlp2x_gelu",
-        "tune_mm_mlp_adapter": True,
         "mm_vision_select_layer": -2,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
         "output_dir": output,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "gradient_accumulation_steps": 1,
-        "evaluation_strategy": "no",
         "save_strategy": "steps",
         "save_steps": 24000,
         "save_total_limit": 1,
-        "learning_rate": 0.001,
-        "weight_decay": 0.0,
-        "warmup_ratio": 0.03,
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 1,
         "model_max_length": 2048,
         "gradient_checkpointing": False,
         "dataloader_num_workers": 0,
-        "lazy_preprocess": True,
-        "report_to": "none",
         "seed": 42,
-        "use_cpu": True,
         # Sample 15 has a real <unk>, which LLaVA's padding mask cuts out.
         "drop_unk_tokens": True,
         **changes,
     }
     flags["pretrain_mm_mlp_adapter"] = init / f"{flags['mm_projector_type']}.bin"
-    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    run([*launcher, "pipelines/train_projector.py", *arguments])
+    run([*launcher, *train_command(**flags)])
     state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
     steps = [entry for entry in state["log_history"] if "loss" in entry]
     columns = [[entry[name] for entry in steps] for name in ("loss", "learning_rate", "grad_norm")]
@@ -189,13 +169,8 @@ def test_features_of_a_float32_tower_are_bit_equal(fp32_cache):
     [("image_aspect_ratio", "pad", "pad"), ("mm_vision_select_feature", "cls_patch", "cls_patch")],
 )
 def test_features_of_other_settings_are_bit_equal(flag, value, name, tmp_path):
-    run(
-        [
-            *("python", "pipelines/extract_features.py", "--data_path", GOLDEN / "pretrain.json"),
-            *("--image_folder", GOLDEN / "images", "--vision_tower", TOWER, "--feature_cache", tmp_path / "cache"),
-            *("--compute_dtype", "fp32", "--batch_size", "4", "--num_workers", "1", f"--{flag}", value),
-        ]
-    )
+    flags = {"vision_tower": TOWER, "feature_cache": tmp_path / "cache", "num_workers": 1, flag: value}
+    run(["python", *extract_command(**IMAGES, **flags)])
     expected = np.load(GOLDEN / "features_fp32.npz")
     keys = [RECORDS[index]["image"] for index in expected[f"{name}_idx"]]
     assert np.array_equal(FeatureCache(tmp_path / "cache").read_raw(keys), expected[name])
@@ -306,9 +281,8 @@ def test_accumulation_equals_llava_until_its_epochs_overlap(llm, init, llava_cac
 
 
 def test_two_processes_equal_llavas(llm, init, llava_cache, tmp_path):
-    launcher = ("torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()))
     losses, rates, _, _ = train(
-        *(llm, init, tmp_path / "out", launcher), feature_cache=llava_cache, per_device_train_batch_size=2
+        *(llm, init, tmp_path / "out", torchrun()), feature_cache=llava_cache, per_device_train_batch_size=2
     )
     ranks = [golden(f"ddp2_seed42_rank{rank}.json") for rank in (0, 1)]
     np.testing.assert_allclose(losses, np.mean([rank["loss"] for rank in ranks], axis=0), rtol=0, atol=1e-5)

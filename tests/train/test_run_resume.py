@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import ROOT, free_port, needs_compiler, process_environment, run
+from commands import assert_same_outcome, checkpoint_command, deepspeed, outcome, torchrun
+from helpers import ROOT, needs_compiler, process_environment, run
 from llava_twophase.train.loop.checkpoints import complete_checkpoints
-from train.commands import assert_equal, command, deepspeed, outcome
 
 KILLS = int(os.environ.get("LLAVA_TWOPHASE_KILLS", "1"))
 
@@ -60,8 +60,8 @@ def assert_killed_equals_whole(launcher, make, tmp_path, updates):
         kills += kill_at([*launcher(), *make(cut)], losses)
     assert kills, "no run was cut: the test has shown nothing"
     run([*launcher(), *make(cut)])
-    assert_equal(outcome(whole), outcome(cut))
-    assert len(outcome(whole)[0]) >= updates // 2
+    assert_same_outcome(outcome(whole), outcome(cut))
+    assert len(outcome(whole).curve) >= updates // 2
     # Every checkpoint but the newest is gone, the ones that kills left half-written aside.
     assert sum((path / "complete.json").is_file() for path in cut.glob("checkpoint-*")) == 1
 
@@ -69,7 +69,7 @@ def assert_killed_equals_whole(launcher, make, tmp_path, updates):
 def test_one_process_with_accumulation(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
     def make(output):
         flags = {"gradient_accumulation_steps": 2, "num_train_epochs": 4}
-        return command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **flags)
+        return checkpoint_command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **flags)
 
     assert_killed_equals_whole(lambda: [sys.executable], make, tmp_path, updates=24)
 
@@ -79,7 +79,7 @@ def test_one_process_with_accumulation(plain_set, tiny_llama, tiny_clip, plain_c
 def test_deepspeed_on_two_ranks(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, stage):
     def make(output):
         flags = {"deepspeed": f"pipelines/zero{stage}.json", "bf16": True, "num_train_epochs": 4}
-        return command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **flags)
+        return checkpoint_command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **flags)
 
     assert_killed_equals_whole(deepspeed, make, tmp_path, updates=24)
 
@@ -87,16 +87,15 @@ def test_deepspeed_on_two_ranks(plain_set, tiny_llama, tiny_clip, plain_cache, t
 def test_another_run_is_refused_before_the_llm_loads(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
     """Other ranks would get other samples, another order would repeat some, another rate would be read and dropped."""
     inputs = plain_set.json, tiny_llama, tiny_clip, plain_cache, tmp_path / "out"
-    make = command(*inputs, max_steps=3)
+    make = checkpoint_command(*inputs, max_steps=3)
     run(["python", *make])
-    result = run(["python", *command(*inputs, max_steps=3, learning_rate=5e-4, data_seed=7)], expect=1)
+    result = run(["python", *checkpoint_command(*inputs, max_steps=3, learning_rate=5e-4, data_seed=7)], expect=1)
     assert "learning_rate: the checkpoint has 0.001, this run 0.0005" in result.stderr
     assert "data_seed: the checkpoint has 42, this run 7" in result.stderr
-    launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    result = run([*launcher, *make], expect=1)
+    result = run([*torchrun(), *make], expect=1)
     assert "world_size: the checkpoint has 1, this run 2" in result.stderr
     assert all("Loading weights" not in line for line in result.stderr.splitlines())
-    longer = run(["python", *command(*inputs, max_steps=4)])
+    longer = run(["python", *checkpoint_command(*inputs, max_steps=4)])
     assert f"resuming from {inputs[-1] / 'checkpoint-3'}" in longer.stderr and "Loading weights" in longer.stderr
     assert [path.name for path in complete_checkpoints(inputs[-1])] == ["checkpoint-4"]
 
@@ -104,13 +103,13 @@ def test_another_run_is_refused_before_the_llm_loads(plain_set, tiny_llama, tiny
 def test_a_run_that_goes_back_goes_on_from_there(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
     """Checkpoints behind the one that was asked for do not count until they are written again."""
     output = tmp_path / "out"
-    make = command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, save_total_limit=0)
+    make = checkpoint_command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, save_total_limit=0)
     run(["python", *make])
     expected = outcome(output)
     assert kill_at([sys.executable, *make, "--resume_from_checkpoint", output / "checkpoint-6"], 1)
     assert output / "checkpoint-24" not in complete_checkpoints(output)
     run(["python", *make])
-    assert_equal(outcome(output), expected)
+    assert_same_outcome(outcome(output), expected)
     assert len(complete_checkpoints(output)) == 8
 
 
@@ -119,11 +118,13 @@ def test_the_best_checkpoint_is_kept_and_taken(plain_set, tiny_llama, tiny_clip,
     output = tmp_path / "out"
     evaluated = {"eval_fraction": 0.25, "eval_strategy": "steps", "eval_steps": 3, "learning_rate": 1e-2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    run(["python", *command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **evaluated, **best)])
+    run(
+        ["python", *checkpoint_command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **evaluated, **best)]
+    )
     kept, newest = complete_checkpoints(output)
     assert json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))["best_model_checkpoint"] == str(kept)
     weights = load_file(kept / "model.safetensors")
-    assert all(torch.equal(outcome(output)[1][f"model.{name}"], tensor) for name, tensor in weights.items())
+    assert all(torch.equal(outcome(output).projector[f"model.{name}"], tensor) for name, tensor in weights.items())
 
 
 def test_a_disk_that_fills_up(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, small_disk):
@@ -131,19 +132,21 @@ def test_a_disk_that_fills_up(plain_set, tiny_llama, tiny_clip, plain_cache, tmp
     disk = small_disk("size=820k")
     inputs = plain_set.json, tiny_llama, tiny_clip, plain_cache
     keep_all = {"save_steps": 1, "save_total_limit": 0}
-    run(["python", *command(*inputs, tmp_path / "whole", **keep_all)])
-    result = run(["python", *command(*inputs, disk, **keep_all)], expect=1)
+    run(["python", *checkpoint_command(*inputs, tmp_path / "whole", **keep_all)])
+    result = run(["python", *checkpoint_command(*inputs, disk, **keep_all)], expect=1)
     assert f"the disk of --output_dir {disk} is full: free some space" in result.stderr
     assert "it resumes from checkpoint-" in result.stderr and "Traceback" not in result.stderr
     subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
-    assert "resuming from" in run(["python", *command(*inputs, disk, **keep_all)]).stderr
-    assert_equal(outcome(disk), outcome(tmp_path / "whole"))
+    assert "resuming from" in run(["python", *checkpoint_command(*inputs, disk, **keep_all)]).stderr
+    assert_same_outcome(outcome(disk), outcome(tmp_path / "whole"))
 
 
 def test_a_half_written_checkpoint_is_passed_over(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
     """As a crash while saving leaves it: the folder is there, its files are not all."""
     output = tmp_path / "out"
-    make = command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, save_total_limit=5, max_steps=9)
+    make = checkpoint_command(
+        plain_set.json, tiny_llama, tiny_clip, plain_cache, output, save_total_limit=5, max_steps=9
+    )
     run(["python", *make])
     expected = outcome(output)
     newest = output / "checkpoint-9"
@@ -152,4 +155,4 @@ def test_a_half_written_checkpoint_is_passed_over(plain_set, tiny_llama, tiny_cl
     (output / "finished.json").unlink()
     result = run(["python", *make])
     assert f"resuming from {output / 'checkpoint-6'}" in result.stderr
-    assert_equal(outcome(output), expected)
+    assert_same_outcome(outcome(output), expected)

@@ -18,12 +18,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from commands import checkpoint_command
 from llava_twophase.errors import UserError
 from llava_twophase.train.command_line import parse_arguments
 from llava_twophase.train.model.load_llm import load_llm
 from llava_twophase.train.preflight import prepare_inputs
 from tiny import redraw
-from train.commands import command
 
 MISSING = "model.layers.1.mlp.up_proj.weight"
 
@@ -36,7 +36,7 @@ def folder(tiny_llama, tmp_path):
 @pytest.fixture
 def arguments(folder, plain_set, tiny_clip, plain_cache, tmp_path):
     return lambda: parse_arguments(
-        command(plain_set.json, folder, tiny_clip, plain_cache, tmp_path / "out")[1:],
+        checkpoint_command(plain_set.json, folder, tiny_clip, plain_cache, tmp_path / "out")[1:],
     )
 
 
