@@ -36,19 +36,20 @@ def run_verify(path: str, records: str | None, sources: str | None, as_json: boo
     """Check every bit, and records and images if given; return 1 if something is wrong."""
     # Opened first: a wrong path should be reported before hours of reading.
     keys = image_keys(load_records(records, "--records", sources)) if records else None
-    images = _open(sources) if sources else None
+    if sources:
+        _require_images(sources)
     problems = verify(path)
     checked = ["every bit as it was written"]
     # Without a manifest there are no rows to compare.
-    if (keys or images) and all(problem.note or problem.file != MANIFEST for problem in problems):
+    if (keys or sources) and all(problem.note or problem.file != MANIFEST for problem in problems):
         try:
             rows = CheckedRows(path)
             if keys:
                 problems += without_features(rows, keys)
                 checked.append(f"all {len(keys):,} images of {records} there")
-            if images:
-                problems += changed_sources(rows, images)
-                checked.append(_checked_sources(rows, str(sources)))
+            if sources:
+                problems += changed_sources(rows, rows.open_images(sources))
+                checked.append(_checked_sources(rows, sources))
         except UserError as error:
             if not problems:
                 raise
@@ -128,10 +129,10 @@ def changed_sources(rows: CheckedRows, images: ImageSource) -> Iterator[Problem]
             bar.update(len(part))
 
 
-def _open(sources: str) -> ImageSource:
+def _require_images(sources: str) -> None:
     from llava_twophase.vision.sources import open_images
 
-    return open_images(sources)
+    open_images(sources)
 
 
 def _checked_sources(rows: CheckedRows, sources: str) -> str:

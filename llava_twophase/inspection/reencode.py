@@ -38,10 +38,8 @@ _NEEDED = (
 
 def run(path: str, image_folder: str, count: int, seed: int, *, tower: str | None, device: str, as_json: bool) -> int:
     """Print the comparison; return 1 if a difference is not explained."""
-    from llava_twophase.vision.sources import open_images
-
     rows = CheckedRows(path)
-    images = open_images(image_folder)
+    images = rows.open_images(image_folder)
     values = reencode(rows, images, load_tower(rows, tower, device), count, seed)
     output.print_result({"path": path, **values}, as_json, lambda out: _print(values, out))
     return 0 if values["verdict"] in ("equal", "explained") else 1

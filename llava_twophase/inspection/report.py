@@ -25,7 +25,7 @@ from llava_twophase.plots import missing_matplotlib
 from llava_twophase.records import Record, load_records
 from llava_twophase.text import format_bytes
 from llava_twophase.vision.images import BadImage
-from llava_twophase.vision.sources import ImageSource, open_images
+from llava_twophase.vision.sources import ImageSource
 
 _MEASURED = 256
 _THUMBNAIL = 224
@@ -44,8 +44,8 @@ def run(path: str, html: str, count: int, seed: int, *, images: str | None, reco
     """
     output.check_output(html)
     loaded = load_records(records, image_folder=images) if records else []
-    opened = open_images(images) if images else None
     values, rows = summarize(path), CheckedRows(path)
+    opened = rows.open_images(images) if images else None
     page = Page(f"Feature cache {path}", values["made_by"], f"llava-twophase {__version__}")
     if not values["complete"]:
         page.warn(INCOMPLETE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -16,8 +17,12 @@ from tqdm import tqdm
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError, combined_error
 
+if TYPE_CHECKING:
+    from llava_twophase.vision.sources import ImageSource
+
 _BATCH_BYTES = 32 << 20
 _SUGGESTIONS = 3
+_SAMPLE_KEYS = 64
 
 
 class CheckedRows:
@@ -82,6 +87,18 @@ class CheckedRows:
         if problems:
             raise combined_error(problems, f"{len(problems)} image keys are not in {self.cache.path}")
         return rows
+
+    def open_images(self, path: str) -> ImageSource:
+        """Open a folder or archive of image files.
+
+        In an archive, image keys may be relative to a folder inside it; a sample of the cache's keys decides which.
+
+        Raises:
+            UserError: It is neither.
+        """
+        from llava_twophase.vision.sources import open_images
+
+        return open_images(path, self.keys(self.sample(_SAMPLE_KEYS, 0)))
 
     def stored(self, rows: np.ndarray) -> np.ndarray:
         """Read rows as they are stored and compare them with their checksums.

@@ -15,7 +15,7 @@ from llava_twophase.inspection import output, pictures
 from llava_twophase.inspection.rows import CheckedRows
 from llava_twophase.text import printable
 from llava_twophase.vision.images import BadImage, decode
-from llava_twophase.vision.sources import ImageSource, open_images
+from llava_twophase.vision.sources import ImageSource
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
     output.check_output(png)
     pictures.check_sheet(len(keys), size)
     found = rows.find(keys)
-    crops = _crops(rows, open_images(image_folder, keys), found, image_folder, size)
+    crops = _crops(rows, rows.open_images(image_folder), found, image_folder, size)
     maps = pictures.draw_maps(rows.values(found), rows.cache.fingerprint, patch)
     names = rows.keys(found)
     drawn = pictures.sheet(crops, names, maps, patch, size)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from inspection.command import inspect
 from llava_twophase import CacheWriter
+from llava_twophase.inspection.rows import CheckedRows
 
 BAD = {
     "html.jpg": b"<!DOCTYPE html><html>404</html>",
@@ -102,9 +103,9 @@ def test_verify_reports_each_image_that_is_not_as_it_was(hostile):
     assert {problem["file"] for problem in values["problems"]} == set(BAD)
 
 
-def archive_of(folder, path, prefix="", extra=()):
+def archive_of(folder, path, prefix="", extra=(), without=None):
     """Pack the usable images of a folder, with other entries beside them."""
-    files = {f"{prefix}{key}": (folder / key).read_bytes() for key in GOOD}
+    files = {f"{prefix}{key}": (folder / key).read_bytes() for key in GOOD if key != without}
     files |= dict.fromkeys(extra, b"other")
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
@@ -131,11 +132,32 @@ def usable(hostile, tmp_path_factory):
 
 
 @pytest.mark.parametrize("suffix", ["zip", "tar"])
-@pytest.mark.parametrize("extra", [(), ("notes.txt", "broken.jpg")], ids=["plain", "others"])
-def test_verify_reads_sources_from_archives(extra, suffix, usable, tmp_path):
+@pytest.mark.parametrize("extra", [(), (".DS_Store", "__MACOSX/._good.png", "notes.txt")], ids=["plain", "others"])
+@pytest.mark.parametrize("prefix", ["", "images/", "data/set/images/", "./", "/data/"])
+def test_verify_reads_sources_from_archives(prefix, extra, suffix, usable, tmp_path):
     cache, folder = usable
-    archive = archive_of(folder, tmp_path / f"images.{suffix}", extra=extra)
+    archive = archive_of(folder, tmp_path / f"images.{suffix}", prefix, extra)
     assert "unchanged" in inspect("verify", cache, "--sources", archive).stdout
+
+
+@pytest.mark.parametrize("subcommand", ["verify", "show", "report", "reencode"])
+def test_image_that_an_archive_lacks_does_not_hide_the_others(subcommand, usable, tmp_path):
+    """The folder inside the archive is found although the first image that is read is missing."""
+    cache, folder = usable
+    archive = archive_of(folder, tmp_path / "images.zip", "images/", without=GOOD[0])
+    if subcommand == "verify":
+        values = json.loads(inspect("verify", cache, "--sources", archive, "--json", expect=1).stdout)
+        assert [problem["file"] for problem in values["problems"]] == [GOOD[0]]
+    elif subcommand == "show":
+        errors = inspect("show", cache, *GOOD, "-o", tmp_path / "o.png", "--image_folder", archive, expect=1).stderr
+        assert errors.startswith(f"error: {archive / GOOD[0]}: ") and len(errors.splitlines()) == 1
+    elif subcommand == "report":
+        inspect("report", cache, "-o", tmp_path / "r.html", "--image_folder", archive)
+        text = (tmp_path / "r.html").read_text(encoding="utf-8")
+        assert text.count("the image as the tower saw it of") == len(GOOD) - 1
+    else:
+        images = CheckedRows(cache).open_images(str(archive))
+        assert [*images.missing(GOOD)] == [GOOD[0]]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"plain text"], ids=["empty", "zip", "text"])
