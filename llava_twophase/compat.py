@@ -100,3 +100,10 @@ def tracker_callbacks(names: list[str]) -> list[type[Any]]:
 
     callbacks: list[type[Any]] = get_reporting_integration_callbacks(names)
     return callbacks
+
+
+def set_hub_offline() -> None:
+    """Let huggingface_hub and transformers make no request from now on, as HF_HUB_OFFLINE=1 does from the start."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True

@@ -102,3 +102,20 @@ def test_find_file_returns_none_for_an_unreachable_hub():
 def test_image_outputs_keep_the_tensors():
     tensors = [torch.zeros(2, 3), torch.ones(2, 3)]
     assert compat.image_outputs(tensors).pooler_output is tensors
+
+
+def test_tracker_callbacks_raises_for_unknown_and_absent_trackers():
+    (callback,) = compat.tracker_callbacks(["tensorboard"])
+    assert callback.__name__ == "TensorBoardCallback"
+    with pytest.raises(ValueError, match="nowhere is not supported"):
+        compat.tracker_callbacks(["nowhere"])
+
+
+def test_set_hub_offline_stops_requests(monkeypatch):
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    compat.set_hub_offline()
+    with pytest.raises(OfflineModeIsEnabled):
+        get_session().head("http://127.0.0.1:9")

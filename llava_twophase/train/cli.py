@@ -34,8 +34,10 @@ def _parse_and_run(argv: Sequence[str] | None) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # First, since importing the modules below may fail with other releases.
     require_supported("transformers", "deepspeed", "torch")
+    from llava_twophase.cpu import limit_torch_threads
     from llava_twophase.train.command_line import UsageError, parse_command
 
+    limit_torch_threads()
     parsed = parse_command(argv)
     if parsed.error() is not None:
         from llava_twophase.train.preflight import find_input_problems

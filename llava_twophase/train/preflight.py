@@ -13,6 +13,7 @@ import torch
 from transformers import set_seed
 
 from llava_twophase.errors import UserError, combined_error
+from llava_twophase.hub import use_cache_if_unreachable
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.conversation import PlainTemplate
@@ -126,6 +127,10 @@ def _check(arguments: Arguments, skip: Collection[str] = ()) -> tuple[dict[str, 
     ]
     results: dict[str, Any] = {}
     problems: list[str] = []
+    model = arguments.model
+    use_cache_if_unreachable(
+        [model.model_name_or_path, *([] if arguments.data.feature_cache else [model.vision_tower])]
+    )
 
     def attempt(name: str, check: Callable[[], Any]) -> None:
         try:

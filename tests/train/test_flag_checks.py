@@ -88,3 +88,16 @@ def test_parse_arguments_refuses_a_deepspeed_config_that_differs_from_the_flags(
         parse("--deepspeed", str(path))
     with pytest.raises(UserError, match="nowhere"):
         parse("--deepspeed", str(tmp_path / "nowhere.json"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--eval_strategy", "epoch"], "--eval_strategy needs records"),
+        (["--sample_captions", "2"], "--sample_captions writes captions at each evaluation"),
+        (["--eval_fraction", "1.5"], "--eval_fraction 1.5"),
+    ],
+)
+def test_parse_arguments_refuses_incomplete_evaluation_flags(parse, flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(*flags)

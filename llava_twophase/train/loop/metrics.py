@@ -1,6 +1,6 @@
-"""What a run shows beside its loss: samples, tokens and FLOPs a second, memory, waiting for data, time left.
+"""Figures that are logged beside the loss: samples, tokens and FLOPs per second, memory, data wait, time left.
 
-All of it comes from shapes and clocks on the host; nothing here waits for the device.
+All of them come from shapes and clocks on the host; nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -17,17 +17,28 @@ from torch import nn
 
 from llava_twophase.compat import parameter_shape
 
+RATES = (
+    "samples_per_second",
+    "tokens_per_second",
+    "tflops_per_device",
+    "data_wait_percent",
+    "memory_gb",
+    "eta_seconds",
+)
+"""Names of the figures that ``Meter.report`` returns."""
+
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of a step against a frozen LLM: forward, and backward to its inputs alone.
+    """Floating-point operations of a step against a frozen LLM: the forward pass, and the backward pass to its inputs.
 
-    Each matrix weight costs 2 operations a token forward and 2 backward; its own gradient, 2 more, is never formed.
+    Each matrix weight costs 2 operations per token forward and 2 backward; its own gradient, 2 more, is not computed.
 
     Attributes:
         body: Matrix weights of the decoder layers.
         head: Matrix weights of the output embedding.
-        attention: Layers times query width; scores and mixing cost 12 a pair of positions, half of it under causality.
+        attention: Layers times query width; scores and mixing cost 12 per pair of positions,
+            half of it with a causal mask.
     """
 
     body: int
@@ -64,7 +75,7 @@ class StepFlops:
 
 @dataclass
 class Meter:
-    """Adds up what happened since the last log."""
+    """Sums since the last log."""
 
     steps: int = 0
     samples: int = 0
@@ -74,17 +85,17 @@ class Meter:
     since: float = field(default_factory=time.perf_counter)
 
     def report(self, world_size: int, device: torch.device, steps_left: int) -> dict[str, float]:
-        """Return rates over all ranks since the meter was made.
+        """Return rates over all ranks since this meter was created.
 
         Args:
             world_size: Ranks, each as fast as this one.
-            device: This rank's.
+            device: The device of this rank.
             steps_left: Optimizer steps until the end of the run.
 
         Returns:
             ``samples_per_second``, ``tokens_per_second`` (spliced positions), ``tflops_per_device``,
             ``data_wait_percent``, ``memory_gb``: this rank's peak of device memory, or of the process on a CPU, and
-            ``eta_seconds``: until the end at this pace; what evaluation and saving will take is not in it.
+            ``eta_seconds``: time left at this rate, without evaluation and saving.
         """
         seconds = max(time.perf_counter() - self.since, 1e-9)
         return {
@@ -98,7 +109,7 @@ class Meter:
 
 
 class GradientProbe:
-    """Looks at the projector's gradients of one backward pass, in whatever way they are accumulated and reduced after.
+    """Records the projector's gradients of one backward pass, before they are accumulated and reduced.
 
     Args:
         module: The projector.
@@ -113,7 +124,7 @@ class GradientProbe:
         self.expected = len(self._handles)
 
     def close(self) -> None:
-        """Stop looking."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 

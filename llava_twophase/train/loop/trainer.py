@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -12,12 +13,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava_twophase.cpu import CpuMeter
 from llava_twophase.errors import UserError
 from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.data.sampler import EpochSampler
 from llava_twophase.train.loop.interruption import ignore_signals
 from llava_twophase.train.loop.metrics import GradientProbe, Meter, StepFlops
 from llava_twophase.train.model.llava import LlavaProjectorModel
+
+logger = logging.getLogger(__name__)
 
 
 class ProjectorTrainer(Trainer):
@@ -29,6 +33,7 @@ class ProjectorTrainer(Trainer):
         self._flops = StepFlops.of(model.llm)
         self._meter = Meter()
         self._checked = False
+        self._cpu: CpuMeter | None = CpuMeter()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's share of the data loader, in LLaVA's order."""
@@ -122,8 +127,19 @@ class ProjectorTrainer(Trainer):
                 )
             steps_left = self.state.max_steps - self.state.global_step
             logs |= self._meter.report(self.args.world_size, self.args.device, steps_left)
+            self._warn_if_cpu_is_starved()
             self._meter = Meter()
         super().log(logs, start_time)
+
+    def _warn_if_cpu_is_starved(self) -> None:
+        if self._cpu is None:
+            return
+        advice = self._cpu.usage(idle=self._meter.waited, threads=torch.get_num_threads()).advice(
+            "--dataloader_num_workers"
+        )
+        if advice is not None:
+            logger.warning("%s", advice)
+            self._cpu = None  # once in a run
 
     def _count(self, inputs: dict[str, Any]) -> None:
         samples, length = inputs["labels"].shape

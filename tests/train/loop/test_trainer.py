@@ -1,21 +1,15 @@
-"""What a run watches, evaluates and leaves behind, with a tiny LLM in this process."""
+"""A run with evaluation and trackers, and the check of its first step."""
 
 import json
 import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from helpers import run
 from llava_twophase.errors import UserError
-from llava_twophase.train.loop.metrics import GradientProbe, Meter, StepFlops
+from llava_twophase.train.loop.metrics import RATES, GradientProbe
 from llava_twophase.train.loop.trainer import require_learning
-
-RATES = (
-    *("samples_per_second", "tokens_per_second", "tflops_per_device"),
-    *("data_wait_percent", "memory_gb", "eta_seconds"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +37,7 @@ def history(output):
     return json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
 
-def test_held_out_part_is_evaluated(evaluated):
+def test_held_out_records_are_evaluated_at_each_epoch(evaluated):
     output, result = evaluated
     assert "9 records, 3 held out" in result.stderr
     losses = [entry["eval_loss"] for entry in history(output) if "eval_loss" in entry]
@@ -51,7 +45,7 @@ def test_held_out_part_is_evaluated(evaluated):
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_rates_are_logged_beside_the_loss(evaluated):
+def test_rates_are_logged_beside_each_loss(evaluated):
     steps = [entry for entry in history(evaluated[0]) if "loss" in entry]
     assert steps
     for entry in steps:
@@ -87,7 +81,7 @@ def test_wandb_has_losses_and_captions(evaluated):
     assert content.count(b"html-file") >= 2
 
 
-def test_everything_a_run_leaves_is_there(evaluated):
+def test_finished_run_has_all_of_its_files(evaluated):
     output = evaluated[0]
     for name in (
         "mm_projector.bin",
@@ -105,7 +99,7 @@ def test_everything_a_run_leaves_is_there(evaluated):
     assert made["fingerprint"]["select_layer"] == -2
 
 
-def test_the_first_step_must_learn():
+def test_require_learning_refuses_losses_and_gradients_that_teach_nothing():
     layer = torch.nn.Linear(2, 2)
     probe = GradientProbe(layer)
     layer(torch.ones(1, 2)).sum().backward()
@@ -122,36 +116,3 @@ def test_the_first_step_must_learn():
         require_learning(1.0, probe)
     with pytest.raises(UserError, match="no gradient"):
         require_learning(1.0, GradientProbe(layer))
-
-
-def test_flops_count_forward_and_backward_of_frozen_weights(tiny_llama):
-    llm = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    flops = StepFlops.of(llm)
-    body = sum(p.numel() for p in llm.model.layers.parameters() if p.ndim == 2)
-    assert (flops.body, flops.head) == (body, llm.lm_head.weight.numel())
-    assert flops.attention == 2 * 64
-    assert flops.count(3, 10, 4) == 3 * (4 * (body * 10 + flops.head * 4) + 6 * 128 * 100)
-
-
-def test_meter_reports_rates_of_all_ranks():
-    meter = Meter(steps=2, samples=8, tokens=80, flops=2e12)
-    report = meter.report(2, torch.device("cpu"), steps_left=3)
-    assert set(report) == set(RATES)
-    # Three more steps take as long as 1.5 times these two; both figures are rounded.
-    assert report["eta_seconds"] == pytest.approx(1.5 * 16 / report["samples_per_second"], rel=0.01, abs=0.1)
-    assert report["memory_gb"] > 0.01
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--eval_strategy", "epoch"], "--eval_strategy needs records"),
-        (["--sample_captions", "2"], "--sample_captions writes captions at each evaluation"),
-        (["--eval_fraction", "1.5"], "--eval_fraction 1.5"),
-    ],
-)
-def test_evaluation_flags_that_lack_each_other_are_refused(flags, named, tmp_path):
-    base = ["--model_name_or_path", "m", "--vision_tower", "t", "--data_path", "d", "--image_folder", "i"]
-    base += ["--tune_mm_mlp_adapter", "True", "--output_dir", tmp_path, "--use_cpu", "True"]
-    result = run(["python", "pipelines/train_projector.py", *base, *flags], expect=1)
-    assert named in result.stderr

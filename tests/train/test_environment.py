@@ -1,0 +1,37 @@
+"""Packages, launcher and folder, checked before anything is loaded."""
+
+import pytest
+
+from llava_twophase.errors import UserError
+from llava_twophase.train import environment
+from llava_twophase.train.command_line import parse_arguments
+from train.recipe import recipe
+
+
+@pytest.fixture
+def parse(tmp_path):
+    return lambda *flags: parse_arguments(recipe(tmp_path / "out", *flags))
+
+
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [("mlflow", "--report_to mlflow: .*pip install mlflow.*--report_to none"), ("nothing", "nothing is not supported")],
+)
+def test_require_trackers_refuses_absent_and_unknown_ones(parse, tracker, message):
+    pytest.importorskip("transformers")
+    arguments = parse()
+    arguments.training.report_to = [tracker]
+    with pytest.raises(UserError, match=message):
+        environment.require_trackers(arguments)
+
+
+def test_require_output_refuses_a_file(parse, tmp_path):
+    arguments = parse()
+    (tmp_path / "out").write_text("a file", encoding="utf-8")
+    with pytest.raises(UserError, match="--output_dir .* cannot be created"):
+        environment.require_output(arguments)
+
+
+def test_require_space_counts_checkpoints(parse):
+    with pytest.raises(UserError, match="2 checkpoints need"):
+        environment.require_space(parse(), 10**15)

@@ -1,0 +1,28 @@
+"""Names that are not an LLM's folder."""
+
+import pytest
+
+from llava_twophase.errors import UserError
+from llava_twophase.train.llm_files import require_model_folder
+
+
+def test_require_model_folder_accepts_models_and_hub_ids(tmp_path):
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    for name in (str(tmp_path), "owner/name", "gpt2"):
+        require_model_folder("--model_name_or_path", name, "an LLM")
+
+
+def test_require_model_folder_says_what_it_found(tmp_path):
+    with pytest.raises(UserError, match="has no config.json; expected the folder of an LLM, found: no file"):
+        require_model_folder("--model_name_or_path", str(tmp_path), "an LLM")
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"found: weights\.bin"):
+        require_model_folder("--model_name_or_path", str(tmp_path), "an LLM")
+    with pytest.raises(UserError, match="is a file"):
+        require_model_folder("--model_name_or_path", str(tmp_path / "weights.bin"), "an LLM")
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "./llm", "models/vicuna/7b", "llm/"])
+def test_require_model_folder_refuses_paths_that_do_not_exist(name):
+    with pytest.raises(UserError, match="there is no such folder"):
+        require_model_folder("--model_name_or_path", name, "an LLM")
