@@ -87,19 +87,23 @@ def image_outputs(projected: list[torch.Tensor]) -> Any:
     return BaseModelOutputWithPooling(pooler_output=projected)  # type: ignore[arg-type]
 
 
-def tracker_callbacks(names: list[str]) -> list[type[Any]]:
-    """Return the classes of HF Trainer's callbacks for trackers; one that is not installed raises when it is created.
+def is_tracker_installed(name: str) -> bool:
+    """Return whether HF Trainer can use a tracker, without creating its callback.
 
     Args:
-        names: As ``TrainingArguments.report_to`` lists them.
+        name: As ``TrainingArguments.report_to`` lists it.
 
     Raises:
-        ValueError: A name is unknown.
+        ValueError: The name is unknown.
     """
-    from transformers.integrations import get_reporting_integration_callbacks  # type: ignore[attr-defined]
+    from transformers.integrations import (  # type: ignore[attr-defined]
+        get_available_reporting_integrations,
+        get_reporting_integration_callbacks,
+    )
 
-    callbacks: list[type[Any]] = get_reporting_integration_callbacks(names)
-    return callbacks
+    get_reporting_integration_callbacks([name])
+    # Two that the list of installed ones does not have.
+    return name in ("azure_ml", "flyte", *get_available_reporting_integrations())
 
 
 def set_hub_offline() -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
-from llava_twophase.compat import tracker_callbacks
+from llava_twophase.compat import is_tracker_installed
 from llava_twophase.errors import UserError
 from llava_twophase.files import require_free_space
 from llava_twophase.train.arguments import Arguments
@@ -27,10 +27,11 @@ def require_trackers(arguments: Arguments) -> None:
     """
     for name in arguments.training.report_to or []:
         try:
-            for callback in tracker_callbacks([name]):
-                callback()
-        except (RuntimeError, ImportError, ValueError) as error:
-            raise UserError(f"--report_to {name}: {error} Or use --report_to none") from None
+            installed = is_tracker_installed(name)
+        except ValueError as error:
+            raise UserError(f"--report_to {name}: {error}; or use --report_to none") from None
+        if not installed:
+            raise UserError(f"--report_to {name} is not installed: pip install {name}, or use --report_to none")
 
 
 def require_launcher(arguments: Arguments) -> None:

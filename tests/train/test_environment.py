@@ -15,10 +15,12 @@ def parse(tmp_path):
 
 @pytest.mark.parametrize(
     ("tracker", "message"),
-    [("mlflow", "--report_to mlflow: .*pip install mlflow.*--report_to none"), ("nothing", "nothing is not supported")],
+    [
+        ("mlflow", "--report_to mlflow is not installed: pip install mlflow, or use --report_to none"),
+        ("nothing", "nothing is not supported"),
+    ],
 )
 def test_require_trackers_refuses_absent_and_unknown_ones(parse, tracker, message):
-    pytest.importorskip("transformers")
     arguments = parse()
     arguments.training.report_to = [tracker]
     with pytest.raises(UserError, match=message):
