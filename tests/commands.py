@@ -77,7 +77,7 @@ def train_command(**flags):
 
     `model_name_or_path`, `data_path`, `vision_tower`, `output_dir` and `feature_cache` or `image_folder` are needed.
     """
-    return [SCRIPTS["llava-train-projector"], *flag_list(flags | TRAIN_FLAGS | flags)]
+    return [SCRIPTS["llava-train-projector"], *flag_list(TRAIN_FLAGS | flags)]
 
 
 def checkpoint_command(records, llm, tower, cache, output, **flags):
