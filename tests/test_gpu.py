@@ -1,4 +1,4 @@
-"""What only a GPU can show: pinned copies, flash attention, a real out-of-memory, no hidden waiting, and its kernels.
+"""Tests that need a GPU: pinned copies, flash attention, out-of-memory, synchronisation, kernels.
 
 Skipped where there is none, as on the machines that these tests were written on: there they have not been run.
 """
@@ -18,19 +18,18 @@ from helpers import run
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.prefetch import PrefetchDataset
-from llava_twophase.train.model.micro_batches import MicroBatching
 from train.model.llms import build_batch, build_llm, freeze, step
 
 pytestmark = pytest.mark.gpu
 
 
 def on_gpu(batch, dtype=torch.float32):
-    """The batch of `build_batch` as training has it: tensors on the device, lengths on the host."""
+    """The batch of `build_batch` as in training: tensors on the device, lengths on the host."""
     features, ids, labels, lengths = batch
     return features.to("cuda", dtype), ids.cuda(), labels.cuda(), lengths
 
 
-def test_a_step_equals_the_cpus():
+def test_step_on_the_gpu_equals_the_cpu():
     batch = build_batch()
     expected = step(freeze(build_llm(), 1, 4), *batch)
     found = step(freeze(build_llm().cuda(), 1, 4), *on_gpu(batch))
@@ -38,27 +37,27 @@ def test_a_step_equals_the_cpus():
         torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_flash_attention_takes_the_step():
-    """It refuses a mask, so there is none."""
+def test_step_runs_with_flash_attention():
+    """Flash attention refuses a mask."""
     frozen = freeze(build_llm(dtype=torch.bfloat16).cuda(), 1, 4)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         loss, gradient = step(frozen, *on_gpu(build_batch(), torch.bfloat16))
     assert torch.isfinite(loss) and gradient.abs().sum() > 0
 
 
-def test_a_step_never_waits_for_the_device():
+def test_step_does_not_synchronise():
     frozen, batch = freeze(build_llm(dtype=torch.bfloat16).cuda(), 1, 4, 0), on_gpu(build_batch(), torch.bfloat16)
     step(frozen, *batch)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, gradient = step(frozen, *batch)  # raises where it waits
+        loss, gradient = step(frozen, *batch)  # raises at a synchronisation
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(loss) and gradient.abs().sum() > 0
 
 
-def test_a_real_out_of_memory_cuts_smaller():
+def test_out_of_memory_makes_micro_batches_smaller():
     frozen, batch = freeze(build_llm().cuda(), 1, 64, 0), on_gpu(build_batch((200,) * 64))
     step(freeze(frozen.llm, 1, 1, 0), *batch)
     torch.cuda.empty_cache()
@@ -71,14 +70,14 @@ def test_a_real_out_of_memory_cuts_smaller():
         found = step(frozen, *batch)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert frozen.micro_batching is not None and frozen.micro_batching != MicroBatching(64)
+    assert frozen.micro_batching is not None and frozen.micro_batching.next([202] * 64).samples < 64
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "int8", "int4"])
-def test_features_arrive_from_pinned_memory(storage, tmp_path):
-    """More batches than the ring holds, while the device is busy: none is overwritten before it was copied."""
+def test_features_are_copied_from_pinned_memory_before_it_is_reused(storage, tmp_path):
+    """More batches than the ring holds, while the device is busy."""
     shape = (4, 32) if storage == "int4" else (64, 64)
     path, keys, _ = make_cache(tmp_path / "cache", counts=(40, 24), dtype=storage, shape=shape)
     cache, order = FeatureCache(path), np.random.default_rng(0).permutation(64).tolist()
@@ -114,7 +113,7 @@ def trained(plain_set, tiny_llama, tiny_clip, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain_losses(trained):
-    """What the switches below must keep."""
+    """Losses without any switch."""
     return trained("plain")
 
 
@@ -134,7 +133,7 @@ def test_faster_kernels_keep_the_losses(trained, plain_losses, needs, changes):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_llm_learns(trained, bits):
+def test_training_with_a_quantised_llm(trained, bits):
     if not find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is not installed")
     assert len(trained(f"bits-{bits}", bits=bits)) == 6

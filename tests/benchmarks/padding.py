@@ -1,7 +1,7 @@
-"""How many of a step's positions are padding, by the way in which samples of different lengths come together.
+"""Measure how many of a step's positions are padding, for different ways to batch samples of different lengths.
 
     python tests/benchmarks/padding.py                                    # captions drawn like LLaVA-Pretrain's
-    python tests/benchmarks/padding.py --data_path J --tokenizer FOLDER   # your own
+    python tests/benchmarks/padding.py --data_path J --tokenizer FOLDER   # other captions
 
 Padding is what packing several samples into a row could save, and what grouping by length saves in part, at the price
 of another order of samples. The last line is one JSON object.
@@ -17,7 +17,7 @@ from rich.table import Table
 
 
 def caption_lengths(args):
-    """Tokens of each caption: of the user's records, or drawn with 14 at the median and a long tail."""
+    """Tokens of each caption: of given records, or drawn with a median of 14 and a long tail."""
     if args.data_path is None:
         rng = np.random.default_rng(0)
         return np.clip(np.exp(rng.normal(np.log(14), 0.5, args.samples)), 4, 256).astype(int)
@@ -29,12 +29,12 @@ def caption_lengths(args):
     return np.array([len(ids) for ids in AutoTokenizer.from_pretrained(args.tokenizer)(captions)["input_ids"]])
 
 
-def padding(lengths, batch, rows, image):
-    """Share of positions that are padding, in micro-batches of `rows`, longest samples first within a batch."""
-    whole = lengths[: len(lengths) // batch * batch].reshape(-1, batch)
-    pieces = -np.sort(-whole, axis=1).reshape(len(whole), -1, rows)  # [batches, micro-batches, rows]
-    computed = (pieces[:, :, 0] + image).sum() * rows
-    return 1 - (pieces + image).sum() / computed
+def padding(lengths, batch, samples, image):
+    """Share of positions that are padding, in micro-batches of so many samples, longest first within a batch."""
+    batches = lengths[: len(lengths) // batch * batch].reshape(-1, batch)
+    micro_batches = -np.sort(-batches, axis=1).reshape(len(batches), -1, samples)
+    computed = (micro_batches[:, :, 0] + image).sum() * samples
+    return 1 - (micro_batches + image).sum() / computed
 
 
 def main():
@@ -43,20 +43,20 @@ def main():
     parser.add_argument("--tokenizer", help="folder or hub id, with --data_path")
     parser.add_argument("--samples", type=int, default=320_000, help="captions to draw (default: 320000)")
     parser.add_argument("--batch", type=int, default=32, help="samples of a batch (default: 32)")
-    parser.add_argument("--image", type=int, default=578, help="positions beside the caption's (default: 576 + 2)")
+    parser.add_argument("--image", type=int, default=578, help="positions other than the caption's (default: 576 + 2)")
     args = parser.parse_args()
     if args.data_path is not None and args.tokenizer is None:
         parser.error("--data_path needs --tokenizer")
     lengths = caption_lengths(args)
     shuffled = np.random.default_rng(1).permutation(lengths)
     ways = {
-        "batch padded as a whole (LLaVA)": padding(shuffled, args.batch, args.batch, args.image),
-        "batches of like lengths (another order)": padding(np.sort(lengths), args.batch, args.batch, args.image),
+        "batch padded to its longest sample (LLaVA)": padding(shuffled, args.batch, args.batch, args.image),
+        "batches of similar lengths (another order)": padding(np.sort(lengths), args.batch, args.batch, args.image),
         **{
-            f"micro-batches of {rows}, longest first": padding(shuffled, args.batch, rows, args.image)
-            for rows in (16, 8, 4, 2)
+            f"micro-batches of {samples}, longest first": padding(shuffled, args.batch, samples, args.image)
+            for samples in (16, 8, 4, 2)
         },
-        "several samples packed in a row": 0.0,
+        "several samples packed into one row": 0.0,
     }
     table = Table("way", "positions that are padding", box=None)
     for name, share in ways.items():

@@ -1,4 +1,4 @@
-"""Our training step against LLaVA's way, on the same batch and weights: samples/s, memory, share of the matmul rate.
+"""Compare the training step with LLaVA's way on the same batch and weights: samples/s, memory, share of the matmul rate.
 
 LLaVA's way is written here from transformers' parts: tower in the step, logits and their float32 copy at every
 position, an attention mask, recomputation of every layer. Each row of the table takes one of these away; the last is
@@ -39,10 +39,10 @@ sys.path.insert(0, str(ROOT))
 from llava_twophase.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from llava_twophase.train.data.collator import collate  # noqa: E402
 from llava_twophase.train.loop.metrics import StepFlops  # noqa: E402
+from llava_twophase.train.model.activation_memory import analytic_estimate  # noqa: E402
 from llava_twophase.train.model.frozen_llm import FrozenLLM  # noqa: E402
 from llava_twophase.train.model.llava import LlavaProjectorModel  # noqa: E402
 from llava_twophase.train.model.load_llm import LoadedLLM  # noqa: E402
-from llava_twophase.train.model.micro_batches import MicroBatching, analytic_estimate  # noqa: E402
 from llava_twophase.train.model.projector import build_projector  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +60,7 @@ TOWER = {
 
 @dataclass(frozen=True)
 class Shape:
-    """An LLM's shape, and the batch it gets on a CPU; a GPU gets the recipe's 32."""
+    """An LLM's shape, and its batch size on a CPU; on a GPU it is the recipe's 32."""
 
     name: str
     hidden: int
@@ -93,7 +93,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Way:
-    """What a step does that a projector alone would not need."""
+    """The avoidable costs of a step."""
 
     name: str
     tower: bool = False
@@ -108,8 +108,8 @@ WAYS = {
     "kept": Way("nothing recomputed", mask=True, all_logits=True),
     "unmasked": Way("no attention mask", all_logits=True),
     "captions": Way("logits at captions only"),
-    "ours": Way("ours: cut by memory, lean last layer"),
-    "compiled": Way("ours, --torch_compile True"),
+    "ours": Way("this project: micro-batches by memory, shorter last layer"),
+    "compiled": Way("this project, --torch_compile True"),
 }
 
 
@@ -143,7 +143,7 @@ class LlavaStep(nn.Module):
 
 
 class Clock(TrainerCallback):
-    """Times each step, and keeps its loss and gradient norm."""
+    """Measures the time, loss and gradient norm of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -169,7 +169,7 @@ def _now() -> float:
 
 
 def draw_samples(shape: Shape, folder: Path) -> None:
-    """Draw a batch, run the tower over it once, and keep it for every way's process."""
+    """Draw a batch, run the tower over it once, and store it for the processes of all ways."""
     generator = torch.Generator().manual_seed(0)
     batch = shape.batch if DEVICE.type == "cpu" else 32
     # LLaVA-Pretrain's captions have 14 tokens at the median, and a long tail.
@@ -226,7 +226,7 @@ def matmul_rate(shape: Shape) -> float:
 
 
 def flops(shape: Shape, way: Way, ours: bool, samples: list[dict[str, torch.Tensor]], model: Any) -> float:
-    """Count what a way computes in one step, padding not included: what a step cannot do without, plus its extras."""
+    """Count the operations of one step without padding: those that every step needs, and the extra ones of a way."""
     counts = StepFlops.of(model.llm)
     total = 0.0
     for sample in samples:
@@ -236,7 +236,7 @@ def flops(shape: Shape, way: Way, ours: bool, samples: list[dict[str, torch.Tens
             total += 2 * counts.body * positions + 2 * counts.attention * positions**2
         if way.tower:
             total += 2 * 577 * 24 * 12 * WIDTH**2 + 24 * 4 * 577**2 * WIDTH
-        if ours:  # queries, output projection and MLP of the last layer, at positions that nobody reads
+        if ours:  # queries, output projection and MLP of the last layer, at positions whose output is not read
             last = 2 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
             total -= 4 * last * (positions - kept)
     return total
@@ -257,7 +257,7 @@ def peak_memory() -> int:
 
 
 def run_way(shape: Shape, key: str, folder: Path, steps: int) -> dict[str, Any]:
-    """Take HF Trainer's steps one way, in this process."""
+    """Run HF Trainer's steps in one way, in this process."""
     ours, way = key in ("ours", "compiled"), WAYS[key]
     unused = "features" if way.tower else "pixels"
     samples = [{k: v for k, v in sample.items() if k != unused} for sample in torch.load(folder / "samples.pt")]
@@ -283,7 +283,7 @@ def run_way(shape: Shape, key: str, folder: Path, steps: int) -> dict[str, Any]:
         return {}
     peak = peak_memory()
     rate = (before + matmul_rate(shape)) / 2
-    seconds = statistics.median(clock.seconds[1:])  # the first one warms up, and chooses the cut
+    seconds = statistics.median(clock.seconds[1:])  # the first step warms up and chooses the micro-batches
     return {
         "seconds": seconds,
         "samples_per_second": len(samples) / seconds,
@@ -297,7 +297,7 @@ def run_way(shape: Shape, key: str, folder: Path, steps: int) -> dict[str, Any]:
 
 
 def measure(shape_key: str, ways: list[str], repeats: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Run every way in its own process, `repeats` times in turns, and return each one's median run, {} without one."""
+    """Run every way in its own process, `repeats` times in turns; return the median run of each, {} if none fits."""
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
         draw_samples(SHAPES[shape_key], Path(folder))
@@ -335,7 +335,7 @@ def show(shape: Shape, results: dict[str, dict[str, Any]]) -> None:
 
 
 def show_paper() -> None:
-    """Print what each way computes, by counting: the speedups that a device at the same share of its rate would see."""
+    """Print counted operations: the speedups of a device that runs all ways at the same share of its rate."""
     table = Table(title="TFLOP a sample, 14 caption tokens, and times of ours")
     for heading in ("way", *(shape.name for shape in SHAPES.values())):
         table.add_column(heading, justify="left" if heading == "way" else "right", no_wrap=True)
@@ -354,9 +354,10 @@ def show_paper() -> None:
     for key, values in line.items():
         cells = (f"{value:.2f} {value / ours:.2f}" for value, ours in zip(values, line["ours"], strict=True))
         table.add_row(WAYS[key].name, *cells)
-    estimates = [analytic_estimate(shape.config(), PATCHES + 15, 14, 2) for shape in SHAPES.values()]
+    estimates = [analytic_estimate(shape.config(), PATCHES, element_size=2) for shape in SHAPES.values()]
     table.add_row(
-        "activations kept, GB a sample", *(f"{memory.needed(MicroBatching(1)) / 1e9:.2f}" for memory in estimates)
+        "activations kept, GB a sample",
+        *(f"{memory.needed(samples=1, length=16, checkpoint_every=0) / 1e9:.2f}" for memory in estimates),
     )
     Console(width=140).print(table)
     print(json.dumps(line))
@@ -367,8 +368,8 @@ def main() -> int:
     default = list(SHAPES) if DEVICE.type == "cuda" else ["135m", "1b"]
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=default)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first one is the baseline")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each way, in turns; the median counts")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a run, after one that warms up")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each way, in turns; the median is shown")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a run, after one warm-up step")
     parser.add_argument("--paper", action="store_true", help="count FLOPs instead of measuring")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -10,7 +10,13 @@ from torch.profiler import ProfilerActivity, profile
 from llava_twophase.constants import IGNORE_INDEX
 from llava_twophase.errors import UserError
 from llava_twophase.train.model.activation_checkpointing import checkpointable_layers
+from llava_twophase.train.model.activation_memory import ActivationMemory
+from llava_twophase.train.model.frozen_llm import FrozenLLM
+from llava_twophase.train.model.load_llm import LoadedLLM
+from llava_twophase.train.model.micro_batches import choose_micro_batching
 from train.model.llms import FAMILIES, build_batch, build_family, build_llm, freeze, reference, step
+
+MEMORY = ActivationMemory(layers=4, image_tokens=6, layer=1000, attention=0, boundary=100, head=100)
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +238,30 @@ def test_one_long_caption_makes_one_small_micro_batch(llm):
         step(frozen, *build_batch(lengths))
     handle.remove()
     assert sizes == [4, 4, 1, 4, 3, 4, 4]
+
+
+def test_ranks_of_a_partitioned_llm_run_it_equally_often(llm, monkeypatch):
+    """Under ZeRO-3 each pass gathers weights from all ranks; another number of passes would wait forever."""
+    ranks, passes = [(5,) * 8, (5,) * 7 + (198,)], []
+    longest = [200, *[7] * 7]
+
+    def reduce(values, device):
+        return longest if len(values) == 8 else [*values[:2], 200, values[3]]
+
+    monkeypatch.setattr("llava_twophase.train.model.frozen_llm.largest_of_all_ranks", reduce)
+    for lengths in ranks:
+        sizes = []
+        handle = llm.register_forward_pre_hook(
+            lambda module, args, kwargs, sizes=sizes: sizes.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+        )
+        batch = build_batch(lengths)
+        frozen = FrozenLLM(LoadedLLM(llm, zero3_engine="engine"), 1, 4, 0, longest=200)
+        frozen.micro_batching = choose_micro_batching(MEMORY, (7, 200), 8, None, 8, samples=4, checkpoint_every=0)
+        found = step(frozen, *batch)
+        handle.remove()
+        torch.testing.assert_close(found, reference(llm, *batch[:3]), rtol=1e-6, atol=1e-7)
+        passes.append(sizes)
+    assert passes == [[1, 4, 3]] * 2
 
 
 @pytest.mark.parametrize("given", [(None, None), (4, 0)])
