@@ -1,4 +1,4 @@
-"""Compare the training step with LLaVA's way on the same batch and weights: samples/s, memory, share of the matmul rate.
+"""Compare the training step with LLaVA's way on the same batch and weights: samples/s, memory, matmul rate.
 
 LLaVA's way is written here from transformers' parts: tower in the step, logits and their float32 copy at every
 position, an attention mask, recomputation of every layer. Each row of the table takes one of these away; the last is
