@@ -1,0 +1,61 @@
+"""Decisions that all ranks take together."""
+
+import pytest
+
+from commands import torchrun
+from helpers import run
+from llava_twophase.errors import UserError
+from llava_twophase.train.loop.agreement import on_all_ranks, on_main_rank
+
+SCRIPT = """\
+import torch.distributed as dist
+from llava_twophase.errors import UserError
+from llava_twophase.train.loop.agreement import on_all_ranks, on_main_rank
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+def fail(ranks):
+    if rank in ranks:
+        raise UserError("no space")
+    return rank
+
+def outcome(decide, action):
+    try:
+        return decide(action)
+    except UserError as error:
+        return str(error)
+
+lines = [
+    outcome(on_all_ranks, lambda: fail([])),
+    outcome(on_all_ranks, lambda: fail([1])),
+    outcome(on_all_ranks, lambda: fail([0, 1])),
+    outcome(on_main_rank, lambda: rank),
+    outcome(on_main_rank, lambda: fail([0])),
+    outcome(on_main_rank, lambda: fail([1])),
+]
+for turn in range(2):
+    dist.barrier()
+    if turn == rank:
+        print(rank, lines, flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_end_with_the_same_result_or_error(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    lines = run([*torchrun(2), script]).stdout.splitlines()
+    common = "'rank 1: no space', 'no space', 0, 'no space', 0]"
+    assert lines == [f"0 [0, {common}", f"1 [1, {common}"]
+
+
+def test_one_process_decides_alone():
+    assert on_all_ranks(lambda: 3) == on_main_rank(lambda: 3) == 3
+    for decide in (on_all_ranks, on_main_rank):
+        with pytest.raises(UserError, match="^no$"):
+            decide(_fail)
+
+
+def _fail():
+    raise UserError("no")

@@ -1,0 +1,51 @@
+"""What a resume must not change."""
+
+import pytest
+
+from commands import train_command
+from llava_twophase.train.command_line import parse_arguments
+from llava_twophase.train.identity import run_identity
+from llava_twophase.train.preflight import prepare_inputs
+
+
+@pytest.fixture(scope="module")
+def identity(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path_factory):
+    """Return the identity of a command with other flags."""
+
+    def compute(**changes):
+        flags = {
+            "data_path": plain_set.json,
+            "model_name_or_path": tiny_llama,
+            "vision_tower": tiny_clip,
+            "feature_cache": plain_cache,
+            "output_dir": tmp_path_factory.getbasetemp() / "identity",
+            **changes,
+        }
+        arguments = parse_arguments(train_command(**flags)[1:])
+        return run_identity(arguments, prepare_inputs(arguments))
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "field"),
+    [
+        ("learning_rate", 1e-4, "learning_rate"),
+        ("warmup_ratio", 0.5, "warmup_steps"),
+        ("lr_scheduler_type", "linear", "lr_scheduler_type"),
+        ("max_grad_norm", 0.5, "max_grad_norm"),
+        ("adam_beta2", 0.9, "adam"),
+        ("data_seed", 7, "data_seed"),
+        ("model_max_length", 256, "model_max_length"),
+        ("mm_projector_type", "linear", "mm_projector_type"),
+    ],
+)
+def test_run_identity_has_what_decides_the_outcome(identity, flag, value, field):
+    one, other = identity(), identity(**{flag: value})
+    assert {name for name in one if one[name] != other[name]} == {field}
+
+
+def test_run_identity_ignores_length_paths_and_speed(identity, tiny_llama):
+    spelled = tiny_llama / ".." / tiny_llama.name
+    changes = {"max_steps": 7, "num_train_epochs": 5, "logging_steps": 3, "micro_batch_size": 2}
+    assert identity() == identity(model_name_or_path=spelled, **changes)
