@@ -5,7 +5,8 @@ worker processes. To find out whether a run was slowed down by a busy or limited
 
     meter = CpuMeter()
     ...                                  # the work
-    advice = meter.usage().advice()      # None, or one sentence that says what to set
+    if meter.is_due():                   # once, after 20 seconds: a slow run should not have to end first
+        advice = meter.usage().advice()  # None, or one sentence that says what to set
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ class CpuMeter:
     """
 
     def __init__(self) -> None:
+        self._advised = False
         self._wall = time.perf_counter()
         self._received = time.process_time()
         self._waits = _thread_waits()
@@ -147,6 +149,13 @@ class CpuMeter:
             waited = sum(seconds - self._waits.get(thread, 0.0) for thread, seconds in waits.items())
             return CpuUsage(wall, received, max(0.0, waited))
         return CpuUsage(wall, received, max(0.0, (wall - idle) * threads - received), estimated=True)
+
+    def is_due(self, after: float = 20.0) -> bool:
+        """Return True once, at the first call after some seconds: the time to look whether the run is slowed down."""
+        if self._advised or time.perf_counter() - self._wall < after:
+            return False
+        self._advised = True
+        return True
 
 
 def _thread_waits() -> dict[str, float]:

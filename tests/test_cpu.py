@@ -131,6 +131,12 @@ def test_usage_is_starved(usage, starved):
     assert (usage.advice() is not None) is starved
 
 
+def test_meter_is_due_once():
+    meter = CpuMeter()
+    assert not meter.is_due(after=60)
+    assert meter.is_due(after=0) and not meter.is_due(after=0)
+
+
 def test_usage_of_processes_adds_up():
     total = CpuUsage(5, 1, 2) + CpuUsage(4, 3, 4)
     assert total == CpuUsage(5, 4, 6) and total.share == 0.4

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from llava_twophase.cache.quarantine import Quarantined
 from llava_twophase.cache.shard_writer import sha256
-from llava_twophase.vision.images import BadImage, decode_image
+from llava_twophase.cpu import CpuMeter, CpuUsage
+from llava_twophase.vision.images import OUT_OF_MEMORY, BadImage, decode_image
 from llava_twophase.vision.precheck import find_bad_headers
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.sources import ImageSource
@@ -33,6 +34,7 @@ class DecodedBatch:
         high_bit_depth: Number of images with more than 8 bits per channel, whose values were clipped.
         read_seconds: Time spent reading files.
         decode_seconds: Time spent decoding, resizing and cropping.
+        cpu: CPU time of the worker process; empty if there are no worker processes.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -42,6 +44,7 @@ class DecodedBatch:
     high_bit_depth: int = 0
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
+    cpu: CpuUsage = field(default_factory=CpuUsage)
 
     def pin_memory(self) -> DecodedBatch:
         """Move the crops to page-locked memory; called by the data loader."""
@@ -69,10 +72,12 @@ class DecodeDataset(Dataset[DecodedBatch]):
 
     def __getitem__(self, index: int) -> DecodedBatch:
         """Read, decode and crop one batch. A bad image is reported, never replaced by another one."""
-        batch = DecodedBatch()
+        batch, meter = DecodedBatch(), CpuMeter()
         crops = [crop for key in self._batches[index] if (crop := self._decode(key, batch)) is not None]
         if crops:
             batch.crops = torch.from_numpy(np.stack(crops))  # [B, S, S, 3]
+        if get_worker_info() is not None:
+            batch.cpu = meter.usage(idle=batch.read_seconds)
         return batch
 
     def _decode(self, key: str, batch: DecodedBatch) -> np.ndarray | None:
@@ -99,9 +104,14 @@ def find_bad(images: ImageSource, keys: Sequence[str], num_workers: int) -> list
 
 
 def still_bad(images: ImageSource, entries: Sequence[Quarantined]) -> set[str]:
-    """Return the keys of quarantined images whose files have not changed since, or are still missing."""
+    """Return the keys of quarantined images whose files have not changed since, or are still missing.
+
+    Images for which there was not enough memory are not among them: they may fit now.
+    """
     unchanged = set()
     for entry in entries:
+        if OUT_OF_MEMORY in entry.reason:
+            continue
         try:
             data = images.read(entry.key)
         except BadImage:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
 from llava_twophase.cache.shard_writer import ShardSpec
+from llava_twophase.cpu import CpuMeter, CpuUsage
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.extract.decode import DecodeDataset, DecodedBatch
 from llava_twophase.extract.encode import TowerRunner
@@ -18,6 +21,8 @@ from llava_twophase.extract.sealing import Sealed, ShardQueue
 from llava_twophase.extract.timings import Timings
 from llava_twophase.vision.sources import ImageSource
 from llava_twophase.vision.tower import VisionTower
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def extract(
         UserError: An image cannot be used, or its features are not finite; sealed shards stay.
         OSError: A shard cannot be written; sealed shards stay.
     """
-    started = time.perf_counter()
+    started, meter = time.perf_counter(), CpuMeter()
     run_tower = TowerRunner(tower, spec.codec)
     with ShardQueue(cache, spec, options.skip_bad, timings) as queue:
         for shard, keys, batch in _decoded_batches(work, images, tower, options, timings):
@@ -93,9 +98,12 @@ def extract(
             queue.append(shard, batch.keys, batch.sources, rows)
             if keys[-1] == shard.keys[-1]:
                 queue.finish(shard)
+            if meter.is_due():
+                _warn_if_starved(meter, timings)
             yield Step(len(keys), len(batch.bad), batch.high_bit_depth, queue.sealed())
         last = queue.sealed(wait=True)
     timings.total += time.perf_counter() - started
+    timings.cpu += _cpu_usage(meter, timings)
     yield Step(0, 0, 0, last)
 
 
@@ -119,12 +127,29 @@ def _decoded_batches(
         timings.waiting_for_images += time.perf_counter() - started
         timings.read += batch.read_seconds
         timings.decode += batch.decode_seconds
+        timings.cpu += batch.cpu
         yield shard, keys, batch
+
+
+def _cpu_usage(meter: CpuMeter, timings: Timings) -> CpuUsage:
+    idle = timings.waiting_for_images + timings.waiting_for_disk
+    return meter.usage(idle=idle, threads=torch.get_num_threads())
+
+
+def _warn_if_starved(meter: CpuMeter, timings: Timings) -> None:
+    advice = (timings.cpu + _cpu_usage(meter, timings)).advice()
+    if advice is not None:
+        logger.warning("the extraction is slow: %s", advice)
 
 
 def _next(arriving: Iterator[DecodedBatch]) -> DecodedBatch:
     try:
         return next(arriving)
+    except MemoryError:
+        raise UserError(
+            "out of memory while images were decoded: run the same command again with a lower --num_workers "
+            "or --batch_size"
+        ) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
+
+from llava_twophase.cpu import CpuUsage
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Timings:
         waiting_for_images: The tower waiting for decoded images.
         waiting_for_disk: The tower waiting until rows are written.
         total: From the first batch to the last sealed shard.
+        cpu: CPU time of this process and its worker processes.
     """
 
     read: float = 0.0
@@ -30,22 +33,26 @@ class Timings:
     waiting_for_images: float = 0.0
     waiting_for_disk: float = 0.0
     total: float = 0.0
+    cpu: CpuUsage = field(default_factory=CpuUsage)
 
     def bound_by(self) -> str:
-        """Return the step that limits the run: ``read``, ``decode``, ``disk`` or ``tower``."""
+        """Return what limits the run: ``read``, ``decode``, ``disk``, ``tower``, or ``cpu`` if others use the CPU."""
         busy = self.total - self.waiting_for_images - self.waiting_for_disk
         longest = max(busy, self.waiting_for_images, self.waiting_for_disk)
-        if longest == self.waiting_for_images:
-            return "read" if self.read > self.decode else "decode"
-        return "disk" if longest == self.waiting_for_disk else "tower"
+        if longest == self.waiting_for_images and self.read > self.decode:
+            return "read"
+        if longest == self.waiting_for_disk and longest > self.waiting_for_images:
+            return "disk"
+        if self.cpu.is_starved():
+            return "cpu"
+        return "decode" if longest == self.waiting_for_images else "tower"
 
     def describe(self) -> str:
         """Return the timings and the advice that follows from them, in two lines."""
-        seconds = ", ".join(
-            f"{name.replace('_', ' ')} {value:.1f}" for name, value in asdict(self).items() if name != "total"
-        )
+        names = [field.name for field in fields(self) if field.name not in ("total", "cpu")]
+        seconds = ", ".join(f"{name.replace('_', ' ')} {getattr(self, name):.1f}" for name in names)
         bound = self.bound_by()
-        return f"seconds of {self.total:.1f}: {seconds}\nbound by: {bound}; {_ADVICE[bound]}"
+        return f"seconds of {self.total:.1f}: {seconds}\nbound by: {bound}; {_ADVICE.get(bound) or self.cpu.advice()}"
 
 
 _ADVICE = {

@@ -20,6 +20,7 @@ from llava_twophase.cache.fingerprint import differences, normalize
 from llava_twophase.cache.format import layout
 from llava_twophase.cache.manifest import Manifest
 from llava_twophase.cache.shard_writer import ShardSpec
+from llava_twophase.cpu import limit_torch_threads
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.extract.config import ExtractConfig
 from llava_twophase.vision.preprocess import Preprocessor
@@ -43,6 +44,8 @@ def load_tower(config: ExtractConfig, local_rank: int) -> VisionTower:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise UserError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from None
+    if torch.device(device).type == "cpu":
+        limit_torch_threads()
     return VisionTower(
         config.vision_tower,
         Preprocessor(config.vision_tower, config.image_aspect_ratio),

@@ -22,7 +22,7 @@ import xxhash
 
 from llava_twophase.errors import UserError
 from llava_twophase.vision.archive_entry import UNREADABLE, Entry, EntryFile, Kind
-from llava_twophase.vision.images import BadImage
+from llava_twophase.vision.images import OUT_OF_MEMORY, BadImage
 from llava_twophase.vision.sources import MISSING, ImageSource, fold_name, require_size
 
 # The name's hash in two halves, then where the file's bytes are and how they are stored.
@@ -124,7 +124,7 @@ class ImageArchive:
         except (OSError, zlib.error, struct.error) as error:
             raise BadImage(f"cannot be read from the archive: {error}") from None
         except MemoryError:
-            raise BadImage(f"cannot be read: out of memory for {int(entry['size']):,} bytes") from None
+            raise BadImage(f"cannot be read: {OUT_OF_MEMORY} for {int(entry['size']):,} bytes") from None
         return data
 
     def open(self, key: str) -> BinaryIO:

@@ -14,6 +14,9 @@ from PIL import Image, UnidentifiedImageError
 
 from llava_twophase.vision import file_kinds
 
+OUT_OF_MEMORY = "out of memory"
+"""Part of the reason if an image needs more memory than there is: another time it may be usable."""
+
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded; JPEG includes MPO. For some others Pillow starts another program (EPS: Ghostscript)."""
 
@@ -84,7 +87,7 @@ def _bad_image_on_error(head: bytes) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except MemoryError:
-        raise BadImage("cannot be decoded: out of memory") from None
+        raise BadImage(f"cannot be decoded: {OUT_OF_MEMORY}") from None
     except Exception as error:  # Pillow's parsers raise almost any type on damaged files
         raise BadImage(f"cannot be decoded: {_reason(error, head)}") from None
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from llava_twophase.errors import UserError
-from llava_twophase.vision.images import BadImage
+from llava_twophase.vision.images import OUT_OF_MEMORY, BadImage
 from llava_twophase.vision.resize import (
     Canvas,
     Region,
@@ -92,7 +92,7 @@ class Preprocessor:
                 return self._crop_region(image, canvas)
             return self._process(_paste(image, canvas))
         except MemoryError:
-            raise BadImage(f"cannot be resized: out of memory with {width} x {height} pixels") from None
+            raise BadImage(f"cannot be resized: {OUT_OF_MEMORY} with {width} x {height} pixels") from None
         except (ValueError, OSError, RuntimeError) as error:
             raise BadImage(f"cannot be resized: {error} ({width} x {height} pixels)") from None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from llava_twophase.errors import UserError
-from llava_twophase.vision.images import BadImage, check_header
+from llava_twophase.vision.images import OUT_OF_MEMORY, BadImage, check_header
 
 MAX_FILE_BYTES = 1 << 30
 """Larger files are refused: the largest image that Pillow decodes takes half of that, uncompressed."""
@@ -108,7 +108,7 @@ class ImageFolder:
             except OSError as error:
                 raise BadImage(f"cannot be read: {error.strerror or error}") from None
             except MemoryError:
-                raise BadImage(f"cannot be read: out of memory for {size:,} bytes") from None
+                raise BadImage(f"cannot be read: {OUT_OF_MEMORY} for {size:,} bytes") from None
 
     def open(self, key: str) -> BinaryIO:
         """Open an image file.

@@ -51,9 +51,10 @@ def test_tower_runner_halves_the_batch_when_out_of_memory(error, caplog):
     ]
 
 
-def test_tower_runner_out_of_memory_with_one_image_says_what_to_change():
+@pytest.mark.parametrize("error", ERRORS)
+def test_tower_runner_out_of_memory_with_one_image_says_what_to_change(error):
     with pytest.raises(UserError, match="--compute_dtype bf16"):
-        TowerRunner(SmallTower(0, ERRORS[0]), Codec("float32", (2, 4)))(torch.zeros(4, 4, 4, 3, dtype=torch.uint8))
+        TowerRunner(SmallTower(0, error), Codec("float32", (2, 4)))(torch.zeros(4, 4, 4, 3, dtype=torch.uint8))
 
 
 def test_tower_runner_raises_other_errors():
