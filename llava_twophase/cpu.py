@@ -115,10 +115,13 @@ class CpuUsage:
         """
         if not self.is_starved():
             return None
+        threads = "set OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=passive, "
+        if os.environ.get("OMP_NUM_THREADS") == "1":
+            threads = ""
         return (
             f"this process received {self.share:.0%} of the CPU time that it asked for, because other processes or a "
-            f"CPU limit take the rest: set OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=passive, lower {workers_flag}, or use "
-            f"a machine with free CPUs (this process may use {available_cpus()})"
+            f"CPU limit take the rest: {threads}lower {workers_flag}, or use a machine with free CPUs "
+            f"(this process may use {available_cpus()})"
         )
 
 

@@ -67,14 +67,14 @@ def measure_channels(
     logger.info("measuring channels on %d of %d images", len(sample), len(keys))
     batches = [sample[start : start + batch_size] for start in range(0, len(sample), batch_size)]
     loader = DataLoader(DecodeDataset(images, tower.preprocessor, batches), batch_size=None, num_workers=num_workers)
-    used = 0
+    run_tower, used = TowerRunner(tower), 0
 
     def features() -> Iterator[torch.Tensor]:
         nonlocal used
         for batch in loader:
             if batch.keys:
                 used += len(batch.keys)
-                yield tower.encode(batch.crops)
+                yield run_tower.features(batch.crops)
 
     channels = Channels.measure(features())
     if not used:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from llava_twophase.memory import is_out_of_memory
 from llava_twophase.vision.tower import VisionTower
 
 logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 
 class EncodedBatch:
@@ -77,10 +80,10 @@ class TowerRunner:
 
     Args:
         tower: The frozen vision tower.
-        codec: Makes stored rows from features.
+        codec: Makes stored rows from features; not needed for ``features``.
     """
 
-    def __init__(self, tower: VisionTower, codec: Codec) -> None:
+    def __init__(self, tower: VisionTower, codec: Codec | None = None) -> None:
         self._tower = tower
         self._codec = codec
         self._limit = 0  # images of one forward pass; 0 before the first batch
@@ -97,18 +100,35 @@ class TowerRunner:
         Raises:
             UserError: The device's memory does not hold a single image.
         """
+        return self._retry(crops, lambda: EncodedBatch(lambda: self._rows(crops), self._tower.device))
+
+    def features(self, crops: torch.Tensor) -> torch.Tensor:
+        """Return the features ``[B, L, D]`` of one batch.
+
+        Args:
+            crops: ``uint8 [B, S, S, 3]``.
+
+        Raises:
+            UserError: The device's memory does not hold a single image.
+        """
+        return self._retry(crops, lambda: torch.cat([self._tower.encode(part) for part in self._parts(crops)]))
+
+    def _retry(self, crops: torch.Tensor, run: Callable[[], _Result]) -> _Result:
         self._limit = self._limit or len(crops)
         while True:
             try:
-                return EncodedBatch(lambda: self._encode(crops), self._tower.device)
+                return run()
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._halve(min(self._limit, len(crops)))
 
-    def _encode(self, crops: torch.Tensor) -> torch.Tensor:
-        parts = torch.split(crops, self._limit)
-        rows = [self._codec.to_rows(self._tower.encode(part)) for part in parts]
+    def _parts(self, crops: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(crops, self._limit)
+
+    def _rows(self, crops: torch.Tensor) -> torch.Tensor:
+        assert self._codec is not None
+        rows = [self._codec.to_rows(self._tower.encode(part)) for part in self._parts(crops)]
         return rows[0] if len(rows) == 1 else torch.cat(rows)  # [B, row_bytes]
 
     def _halve(self, tried: int) -> None:

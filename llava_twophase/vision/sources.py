@@ -104,7 +104,7 @@ class ImageFolder:
             require_size(size)
             try:
                 file.seek(0)
-                return file.read(MAX_FILE_BYTES)
+                return file.read(size)  # a larger number would allocate as much
             except OSError as error:
                 raise BadImage(f"cannot be read: {error.strerror or error}") from None
             except MemoryError:

@@ -51,6 +51,13 @@ def test_tower_runner_halves_the_batch_when_out_of_memory(error, caplog):
     ]
 
 
+def test_features_halves_the_batch_when_out_of_memory():
+    tower = SmallTower(3, ERRORS[0])
+    crops = torch.randint(0, 256, (10, 4, 4, 3), dtype=torch.uint8)
+    assert torch.equal(TowerRunner(tower).features(crops), crops[:, :2, :4, 0].float())
+    assert tower.batches == [2] * 5
+
+
 @pytest.mark.parametrize("error", ERRORS)
 def test_tower_runner_out_of_memory_with_one_image_says_what_to_change(error):
     with pytest.raises(UserError, match="--compute_dtype bf16"):

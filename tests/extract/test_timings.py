@@ -26,7 +26,8 @@ def test_timings_bound_by(timings, bound):
     assert f"bound by: {bound}; " in timings.describe()
 
 
-def test_timings_describe_says_what_to_set_if_the_cpu_is_shared():
+def test_timings_describe_says_what_to_set_if_the_cpu_is_shared(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     text = Timings(total=10, cpu=STARVED).describe()
     assert "bound by: cpu; this process received 20% of the CPU time" in text and "OMP_NUM_THREADS=1" in text
     assert "--device" not in text

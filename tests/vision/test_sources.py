@@ -3,6 +3,7 @@
 import io
 import os
 import socket
+import tracemalloc
 import unicodedata
 
 import pytest
@@ -148,6 +149,16 @@ def test_image_followed_by_gigabytes_is_refused(tmp_path, image_set):
         else:
             with pytest.raises(BadImage, match="the file has 3,221,225,472 bytes, more than"):
                 ImageFolder(tmp_path).read("image.png")
+
+
+def test_read_takes_the_memory_of_the_file(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(bytes(1000))
+    images = ImageFolder(tmp_path)
+    tracemalloc.start()
+    images.read("a.jpg")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_open_images_refuses_other_paths(tmp_path):
