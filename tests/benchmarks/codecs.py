@@ -29,8 +29,8 @@ from llava_twophase.cache.format import QUANTISED
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipelines.demo.evaluate import evaluate
 from pipelines.demo.commands import PROJECTOR, ROOT
+from pipelines.demo.evaluate import evaluate
 from pipelines.demo.run import RECIPES
 
 SAMPLE = 128  # as phase one samples for its channel statistics
