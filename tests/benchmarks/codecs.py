@@ -29,7 +29,7 @@ from llava_twophase.cache.format import QUANTISED
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipelines.demo.commands import PROJECTOR, ROOT
+from pipelines.demo.commands import PROJECTOR, ROOT, Models
 from pipelines.demo.evaluate import evaluate
 from pipelines.demo.run import RECIPES
 
@@ -107,8 +107,14 @@ def held_out_loss(demo, cache, folder):
     kept = folder / f"held_out_{cache.dtype}.json"
     if not kept.exists():
         llm = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]
-        dtype = torch.bfloat16 if cache.fingerprint["compute_dtype"] == "bfloat16" else torch.float32
-        found = evaluate(cache.path, demo / "held_out.json", llm, folder, PROJECTOR, dtype)
+        models = Models(
+            tower=Path(cache.manifest.provenance["vision_tower"]),
+            llm=Path(llm),
+            select_layer=cache.fingerprint["select_layer"],
+            dtype="bf16" if cache.fingerprint["compute_dtype"] == "bfloat16" else "fp32",
+            on_cpu=not torch.cuda.is_available(),
+        )
+        found = evaluate(cache.path, demo / "held_out.json", models, folder)
         kept.write_text(json.dumps(found.right_image_loss), encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))
 
