@@ -1,4 +1,4 @@
-"""A drawn image set with LLaVA-style records: plain scenes, and every kind of file that breaks a careless reader."""
+"""A drawn image set with LLaVA-style records: plain scenes, and image files that are easily read wrongly."""
 
 import json
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class ImageSet:
 
 
 def draw(size, colour, shape="circle", mode="RGB", background=(235, 235, 230)):
-    """One shape on a shaded background, so that no two rows or columns are alike."""
+    """One shape on a shaded background, so that rows and columns differ."""
     width, height = size
     picture = Image.new("RGB", size, background)
     pen = ImageDraw.Draw(picture)
@@ -50,7 +50,7 @@ def draw(size, colour, shape="circle", mode="RGB", background=(235, 235, 230)):
 
 
 def transparent():
-    """Full colours under a ramp of alpha: a reader that composites instead of dropping alpha shows itself."""
+    """Full colours under a ramp of alpha: compositing gives other pixels than dropping alpha."""
     picture = draw((70, 64), COLOURS["red"], mode="RGBA")
     picture.putalpha(Image.linear_gradient("L").resize(picture.size))
     return picture
@@ -59,9 +59,9 @@ def transparent():
 def odd_pictures(folder):
     """Write the odd files; returns {key: caption}."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees when shown
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees for display
     sixteen_bit = Image.new("I;16", (60, 60))
-    sixteen_bit.putdata([x * 4 + y * 4 for y in range(60) for x in range(60)])  # from 255 on, white
+    sixteen_bit.putdata([x * 4 + y * 4 for y in range(60) for x in range(60)])  # 255 and more becomes white
     frames = [draw((64, 60), COLOURS["blue"]), draw((64, 60), COLOURS["red"], "square")]
 
     def save(key, picture, **options):
@@ -109,7 +109,7 @@ def odd_pictures(folder):
 
 
 def plain_pictures(folder):
-    """Write one scene for each colour and shape, JPEG and PNG in turn, in two folders; returns {key: caption}."""
+    """Write one scene for each colour and shape, as JPEG or PNG, in two folders; returns {key: caption}."""
     captions = {}
     for index, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
         key = f"{index % 2:05d}/{index:09d}.{'jpg' if index % 3 else 'png'}"

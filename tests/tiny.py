@@ -63,7 +63,7 @@ DINOV2_PREPROCESSOR = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_processor_type": "BitImageProcessor",
     "image_std": [0.229, 0.224, 0.225],
-    "size": {"shortest_edge": 64},  # as the real one: the resize leaves a border for the crop to cut
+    "size": {"shortest_edge": 64},  # as the real one: the resized image has a border that the crop removes
 }
 
 
@@ -98,7 +98,7 @@ def write_clip(folder, seed=1, **shape):
 
 
 def write_clip_full(folder, clip_folder):
-    """A whole CLIPModel, text tower included, as openai/clip-vit-* are published; vision weights from `clip_folder`."""
+    """A complete CLIPModel with its text tower, as openai/clip-vit-* are published; vision weights of `clip_folder`."""
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text.update(vocab_size=64, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1)
     model = redraw(CLIPModel(CLIPConfig(text_config=text, vision_config=VISION_SHAPE, projection_dim=16)), seed=2)
@@ -142,7 +142,7 @@ def train_tokenizer(captions, add_bos=True):
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        pad_token="<unk>",  # as Vicuna has it: a mask made from the padding id would cut real <unk>s out
+        pad_token="<unk>",  # as Vicuna has it: a mask made from the padding id would remove real <unk>s
         padding_side="right",
         model_max_length=512,
         clean_up_tokenization_spaces=False,

@@ -1,1 +1,1 @@
-"""Pixels to patch features: pictures, the image processor, the frozen tower."""
+"""Pixels to patch features: image files, the image processor, the frozen tower."""

@@ -1,4 +1,4 @@
-"""What attention costs beside plain products on this machine: the part of both phases that runs below the matmul rate.
+"""Speed of attention compared with matrix products on this machine: the part of both phases below the matmul rate.
 
     python tests/benchmarks/attention.py
 

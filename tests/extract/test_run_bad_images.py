@@ -1,6 +1,7 @@
 """Images that cannot be used: reported before the tower loads, or skipped and quarantined; never replaced."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -160,3 +161,33 @@ def test_extract_makes_one_row_for_an_image_of_several_records(server, command, 
     records = [drawn.make_record(str(i), image_set.keys[i % 3], f"caption {i}") for i in range(9)]
     log = server.run(command(data_path=drawn.write_records(records, tmp_path / "r.json")))
     assert "complete, 3 images in 1 shards" in log
+
+
+def test_hostile_entries_spoil_only_themselves(server, command, image_set, tmp_path):
+    """Under both policies the true reason is reported; a thin image is encoded like any other."""
+    folder = shutil.copytree(image_set.folder, tmp_path / "images")
+    keys = image_set.keys
+    reasons = {
+        keys[0]: "Too many levels of symbolic links",
+        keys[1]: "it is a named pipe, not a regular file",
+        keys[2]: "it is a device, not a regular file",
+        keys[3]: "it is a Git LFS pointer",
+        keys[4]: "it is nothing but zero bytes",
+    }
+    for key in keys[:6]:
+        (folder / key).unlink()
+    (folder / keys[0]).symlink_to((folder / keys[0]).name)
+    os.mkfifo(folder / keys[1])
+    (folder / keys[2]).symlink_to("/dev/zero")
+    (folder / keys[3]).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n", encoding="utf-8")
+    with open(folder / keys[4], "wb") as file:
+        file.truncate(3 << 30)
+    Image.new("RGB", (20000, 1), (200, 10, 10)).save(folder / keys[5], "PNG")
+    log = server.run(command(image_folder=folder), expect=1)
+    assert "5 of 29 images" in log and "(0 are missing)" in log
+    for key, reason in reasons.items():
+        assert any(line.strip().startswith(f"{key}: ") and reason in line for line in log.splitlines()), key
+    server.run(command(image_folder=folder, on_bad_image="skip"))
+    found = read_quarantine(tmp_path / "cache")
+    assert found.keys() == reasons.keys()
+    assert all(reason in found[key].reason for key, reason in reasons.items())

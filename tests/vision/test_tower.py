@@ -1,4 +1,4 @@
-"""The truncated tower against the whole one: the same bits, for every kind of tower and every layer."""
+"""The tower built up to one layer gives the bits of the complete one, for every kind of tower and every layer."""
 
 import json
 import shutil
@@ -40,8 +40,8 @@ def crops(image_set, tiny_clip):
     return torch.from_numpy(np.stack([preprocessor.crop(picture) for picture in pictures]))
 
 
-def whole(kind, folder, crops, layer, dtype):
-    """LLaVA's way: the whole tower, all hidden states, one of them taken."""
+def complete_tower(kind, folder, crops, layer, dtype):
+    """LLaVA's way: run the complete tower and select one of its hidden states."""
     # In float32 and float16 LLaVA's attention is the eager one; in bfloat16 the fast kernel rounds alike.
     attention = "sdpa" if dtype == torch.bfloat16 else "eager"
     model = CLASSES[kind].from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
@@ -54,8 +54,8 @@ def whole(kind, folder, crops, layer, dtype):
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_truncated_tower_is_bit_equal_to_the_whole(kind, folder, crops, layer, dtype):
-    wanted = whole(kind, folder, crops, layer, dtype)
+def test_encode_is_bit_equal_to_the_complete_tower(kind, folder, crops, layer, dtype):
+    wanted = complete_tower(kind, folder, crops, layer, dtype)
     skip = 0 if kind == "tiny_siglip" else 1
     for feature, expected in (("patch", wanted[:, skip:]), ("cls_patch", wanted)):
         tower = tower_of(folder, select_layer=layer, select_feature=feature, dtype=dtype)
@@ -64,19 +64,19 @@ def test_the_truncated_tower_is_bit_equal_to_the_whole(kind, folder, crops, laye
         assert torch.equal(found, expected)
 
 
-def test_a_layer_has_one_name_in_the_fingerprint(folder):
+def test_fingerprint_spells_a_layer_one_way(folder):
     counted, negative = tower_of(folder, select_layer=3), tower_of(folder, select_layer=-2)
     assert counted.fingerprint() == negative.fingerprint()
     assert counted.fingerprint()["select_layer"] == -2
 
 
-def test_a_published_clip_with_its_text_tower_gives_the_same(tiny_clip, tiny_clip_full, crops):
+def test_encode_ignores_the_text_tower_of_a_clip_model(tiny_clip, tiny_clip_full, crops):
     one, other = tower_of(tiny_clip), tower_of(tiny_clip_full)
     assert torch.equal(one.encode(crops), other.encode(crops))
     assert one.fingerprint() == other.fingerprint()
 
 
-def test_the_fingerprint_is_json_and_tells_weights_apart(tiny_clip, tmp_path):
+def test_fingerprint_is_json_and_depends_on_the_weights(tiny_clip, tmp_path):
     before = tower_of(tiny_clip).fingerprint()
     assert json.dumps(before)
     other = tiny.write_clip(tmp_path, seed=99)
@@ -85,35 +85,35 @@ def test_the_fingerprint_is_json_and_tells_weights_apart(tiny_clip, tmp_path):
     assert before == after
 
 
-def test_features_depend_on_the_batch_no_more_than_rounding(folder, crops):
+def test_encode_depends_on_the_batch_only_by_rounding(folder, crops):
     tower = tower_of(folder)
     together, alone = tower.encode(crops), torch.cat([tower.encode(crop[None]) for crop in crops])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_trained(folder):
+def test_tower_has_no_trainable_parameters(folder):
     tower = tower_of(folder)
     assert not isinstance(tower, torch.nn.Module)
     assert not tower.encode(torch.zeros(1, 56, 56, 3, dtype=torch.uint8)).requires_grad
 
 
 @pytest.mark.parametrize("layer", [5, -6, 99])
-def test_a_layer_that_is_not_there(folder, layer):
+def test_tower_refuses_a_missing_layer(folder, layer):
     with pytest.raises(UserError, match="hidden states 0 to 4"):
         tower_of(folder, select_layer=layer)
 
 
-def test_an_unknown_feature(tiny_clip):
+def test_tower_refuses_an_unknown_feature(tiny_clip):
     with pytest.raises(UserError, match="patch or cls_patch"):
         tower_of(tiny_clip, select_feature="cls")
 
 
-def test_a_tower_of_another_kind(tiny_clip, tiny_llama):
+def test_tower_refuses_other_model_types(tiny_clip, tiny_llama):
     with pytest.raises(UserError, match="is a llama; supported towers: clip_vision_model"):
         VisionTower(str(tiny_llama), Preprocessor(tiny_clip))
 
 
-def test_a_crop_that_does_not_fit_the_tower(tiny_clip, tmp_path):
+def test_tower_refuses_a_crop_of_another_size(tiny_clip, tmp_path):
     folder = shutil.copytree(tiny_clip, tmp_path / "tower")
     side = {"height": 70, "width": 70}
     tiny.write_preprocessor(folder, {**tiny.CLIP_PREPROCESSOR, "crop_size": side, "size": {"shortest_edge": 70}})
@@ -121,7 +121,7 @@ def test_a_crop_that_does_not_fit_the_tower(tiny_clip, tmp_path):
         tower_of(folder)
 
 
-def test_a_checkpoint_that_lacks_a_weight(tiny_clip, tmp_path):
+def test_tower_refuses_missing_weights(tiny_clip, tmp_path):
     folder = shutil.copytree(tiny_clip, tmp_path / "tower")
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if "layers.0.mlp.fc1.weight" in name)
@@ -131,14 +131,14 @@ def test_a_checkpoint_that_lacks_a_weight(tiny_clip, tmp_path):
         tower_of(folder)
 
 
-def test_no_weights(tiny_clip, tmp_path):
+def test_tower_refuses_a_folder_without_weights(tiny_clip, tmp_path):
     folder = shutil.copytree(tiny_clip, tmp_path / "tower", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(UserError, match="weights could not be loaded"):
         tower_of(folder)
 
 
 @pytest.mark.parametrize(
-    ("name", "keep", "content", "named"),
+    ("name", "keep", "content", "message"),
     [
         ("model.safetensors", 5000, b"", "its weights could not be loaded: SafetensorError"),
         (
@@ -156,14 +156,14 @@ def test_no_weights(tiny_clip, tmp_path):
         ),
     ],
 )
-def test_files_that_hold_anything(tiny_clip, tmp_path, name, keep, content, named):
+def test_tower_reports_damaged_files(tiny_clip, tmp_path, name, keep, content, message):
     """A truncated download, and files that somebody edited."""
     folder = shutil.copytree(tiny_clip, tmp_path / "tower")
     (folder / name).write_bytes((folder / name).read_bytes()[:keep] + content)
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=message):
         tower_of(folder)
 
 
-def test_no_tower(tmp_path, tiny_clip):
+def test_tower_refuses_a_missing_folder(tmp_path, tiny_clip):
     with pytest.raises(UserError, match="could not be loaded"):
         VisionTower(str(tmp_path / "nowhere"), Preprocessor(tiny_clip))
