@@ -63,7 +63,17 @@ class Manifest:
     @property
     def software(self) -> dict[str, Any]:
         """What the shards of the last plan record as their software."""
-        return dict(self.plan.get("software") or self.provenance.get("software") or {})
+        return _software(self.plan) or self.recorded_software
+
+    @property
+    def recorded_software(self) -> dict[str, Any]:
+        """What the cache's first shards record as their software; empty if the manifest has no such object."""
+        return _software(self.provenance)
+
+
+def _software(values: dict[str, Any]) -> dict[str, Any]:
+    found = values.get("software")
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def read_manifest(cache: Path) -> Manifest:

@@ -165,7 +165,7 @@ def sealed_shards(cache: Path, manifest: Manifest, known: Iterable[ShardEntry] =
 
 def software_plan(manifest: Manifest, software: dict[str, Any]) -> dict[str, Any]:
     """Return what ``Manifest.plan`` records about the software of new shards: only what differs from the cache's."""
-    return {} if software == manifest.provenance.get("software", {}) else {"software": software}
+    return {} if software == manifest.recorded_software else {"software": software}
 
 
 def report_software(manifest: Manifest, current: dict[str, Any], resumed: bool) -> None:
@@ -177,7 +177,7 @@ def report_software(manifest: Manifest, current: dict[str, Any], resumed: bool) 
         resumed: Whether the run resumes the manifest's plan. All shards of a plan record the same software, so that
             their bytes do not depend on where it was interrupted.
     """
-    recorded = manifest.software if resumed else manifest.provenance.get("software", {})
+    recorded = manifest.software if resumed else manifest.recorded_software
     changes = [
         f"{name} {recorded.get(name)} -> {current.get(name)}"
         for name in sorted(recorded.keys() | current.keys())

@@ -136,3 +136,21 @@ def test_json_is_valid_for_values_of_any_size(scale, images, tmp_path):
     strict_json(inspect("head", cache, KEYS[0], "--json").stdout)
     inspect("show", cache, KEYS[0], "-o", tmp_path / "shown.png", "--image_folder", images)
     inspect("report", cache, "-o", tmp_path / "report.html", "--image_folder", images)
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"software": "mine", "created": 5, "vision_tower": ["x"]},
+        {"software": {"torch": None, "a": {"b": 1}}, "created": "2020-01-01", "vision_tower": {"a": 1}},
+        {"software": [1], "vision_tower": ""},
+    ],
+    ids=["text", "nested", "list"],
+)
+def test_provenance_may_hold_any_values(provenance, tmp_path):
+    with CacheWriter(tmp_path / "cache", (9, 32), "float32", {}, provenance=provenance) as cache:
+        cache.add(KEYS[0], np.ones((9, 32), np.float32))
+    for command in (["summary"], ["stats"], ["verify"], ["repair"], ["report", "-o", tmp_path / "r.html"]):
+        inspect(command[0], tmp_path / "cache", *command[1:])
+    inspect("compare", tmp_path / "cache", tmp_path / "cache")
+    assert json.loads(inspect("summary", tmp_path / "cache", "--json").stdout)["provenance"] == provenance
