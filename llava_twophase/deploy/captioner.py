@@ -161,7 +161,10 @@ class Captioner:
         if self.cache is not None and isinstance(image, str) and image in self.cache:
             return self.cache.read_tensor([image])[0].to(self.device).float()
         tower = self._load_tower()
-        crop = torch.from_numpy(tower.preprocessor.crop(open_image(image)))
+        try:
+            crop = torch.from_numpy(tower.preprocessor.crop(open_image(image)))
+        except BadImage as error:
+            raise UserError(f"{image if isinstance(image, (str, Path)) else 'the image'}: {error}") from None
         return tower.encode(crop[None])[0].float()
 
     def _load_tower(self) -> VisionTower:

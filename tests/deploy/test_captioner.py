@@ -58,6 +58,11 @@ def test_captioner_refuses_an_image_that_cannot_be_read(captioner, tmp_path):
         captioner(tmp_path / "page.jpg")
 
 
+def test_captioner_refuses_an_image_that_cannot_be_resized(captioner):
+    with pytest.raises(UserError, match="the image: cannot be resized: it is too long and thin"):
+        captioner(Image.new("RGB", (2_000_000, 1)))
+
+
 def test_captioner_refuses_an_llm_of_another_width(trained, tmp_path):
     state = {"weight": torch.zeros(48, 32), "bias": torch.zeros(48)}
     torch.save({f"model.mm_projector.{name}": tensor for name, tensor in state.items()}, tmp_path / "p.bin")
