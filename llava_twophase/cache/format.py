@@ -57,7 +57,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_twophase.errors import UserError
+from llava_twophase.errors import UserError, short_repr
 
 FORMAT = "llava-twophase-feature-cache"
 SCHEMA = 1
@@ -105,11 +105,11 @@ def check_schema(content: dict[str, Any], file: str) -> None:
         UserError: ``content`` is of another format or version, which the message gives.
     """
     if content.get("format") != FORMAT:
-        raise UserError(f"{file} has the format {content.get('format')!r}; expected {FORMAT!r}")
+        raise UserError(f"{file} has the format {short_repr(content.get('format'))}; expected {FORMAT!r}")
     if content.get("schema") != SCHEMA or isinstance(content.get("schema"), bool):
         raise UserError(
-            f"{file} has schema version {content.get('schema')!r}; this llava-twophase reads version {SCHEMA}: "
-            "install the version that wrote it, or extract the features again"
+            f"{file} has schema version {short_repr(content.get('schema'))}; this llava-twophase reads version "
+            f"{SCHEMA}: install the version that wrote it, or extract the features again"
         )
 
 

@@ -22,7 +22,7 @@ from llava_twophase.cache.format import (
     check_schema,
     layout,
 )
-from llava_twophase.errors import UserError
+from llava_twophase.errors import UserError, short_repr
 
 _CHECKSUM = b'"xxh3_128":"'
 
@@ -163,7 +163,7 @@ def _parse(block: bytes, file: str) -> Header:
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} has a damaged header: {error!r}; extract the shard again") from None
+        raise UserError(f"{file} has a damaged header: {short_repr(error)}; extract the shard again") from None
     return header
 
 
@@ -175,7 +175,9 @@ def _count(value: Any) -> int:
 
 def _storage(value: Any, file: str) -> str:
     if value not in STORAGE_DTYPES:
-        raise UserError(f"{file} stores features as {value!r}; this llava-twophase reads {', '.join(STORAGE_DTYPES)}")
+        raise UserError(
+            f"{file} stores features as {short_repr(value)}; this llava-twophase reads {', '.join(STORAGE_DTYPES)}"
+        )
     return str(value)
 
 

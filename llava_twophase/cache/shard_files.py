@@ -25,6 +25,7 @@ from llava_twophase.cache.manifest import ShardEntry
 from llava_twophase.errors import UserError
 
 _KEPT_FILES = 64
+_LFS_POINTER = b"version https://git-lfs"
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
@@ -62,11 +63,18 @@ class ShardFile:
             os.close(self._descriptor)
 
     def header_block(self) -> bytes:
-        """Read the user block; it is shorter than ``USER_BLOCK`` bytes if the file is."""
+        """Read the user block; it is shorter than ``USER_BLOCK`` bytes if the file is.
+
+        Raises:
+            UserError: It cannot be read, or the file is a Git LFS pointer.
+        """
         try:
-            return os.pread(self._descriptor, USER_BLOCK, 0)
+            block = os.pread(self._descriptor, USER_BLOCK, 0)
         except OSError as error:
             raise _unreadable(self.path, error) from error
+        if block.startswith(_LFS_POINTER):
+            raise UserError(f"{self.path} is a Git LFS pointer; git lfs pull downloads the shard")
+        return block
 
     def header(self) -> Header:
         """Read the header and check that the file has the length that it states.

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import threading
 
@@ -11,7 +12,8 @@ import pytest
 from cache.make import SHAPE, STORAGES, make_cache
 from helpers import run
 from llava_twophase.cache import shard_files
-from llava_twophase.cache.format import SHARDS
+from llava_twophase.cache.check.verify import verify
+from llava_twophase.cache.format import SHARDS, USER_BLOCK
 from llava_twophase.cache.manifest import read_manifest
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_files import ShardFile, ShardFiles, check_shard, read_header
@@ -165,6 +167,26 @@ def test_a_shard_that_is_not_a_file_of_the_cache_is_refused(kind, tmp_path):
         }[kind]
     with pytest.raises(UserError, match=rf"shard-000000\.h5 .*{expected}"):
         FeatureCache(path)
+
+
+def test_a_git_lfs_pointer_is_reported_by_reader_and_verify(tmp_path):
+    path, _, _ = make_cache(tmp_path / "cache")
+    (path / SHARD).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"shard-000000\.h5 is a Git LFS pointer; git lfs pull"):
+        FeatureCache(path)
+    assert [problem.what for problem in verify(path)] == ["it is a Git LFS pointer; git lfs pull downloads the shard"]
+
+
+def test_a_damaged_header_is_one_short_line(tmp_path):
+    path, _, _ = make_cache(tmp_path / "cache")
+    data = (path / SHARD).read_bytes()
+    content = {**json.loads(data[:USER_BLOCK]), "fingerprint": ["x\n" * 500]}
+    for name, value in (("storage", "x" * 1000), ("format", "x" * 1000), ("schema", "1" * 1000), ("datasets", {})):
+        line = json.dumps({**content, name: value}, sort_keys=True).encode()
+        (path / SHARD).write_bytes(line.ljust(USER_BLOCK - 1) + b"\n" + data[USER_BLOCK:])
+        with pytest.raises(UserError, match=r"shard-000000\.h5 ") as caught:
+            FeatureCache(path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_a_link_inside_the_cache_is_read(tmp_path):

@@ -161,10 +161,10 @@ class _Verifier:
             yield Problem(f"{SHARDS}/{file}", what, f"delete it and {_AGAIN}")
 
     def _shard(self, entry: ShardEntry, file: ShardFile, bar: tqdm[Any]) -> Iterator[str]:
+        block = file.header_block()
         if file.size < entry.file_bytes:
             yield f"it is truncated: {file.size} bytes, the manifest states {entry.file_bytes}"
             return
-        block = file.header_block()
         header = decode_header(block, "it")
         yield from self._header_problems(entry, header, block)
         unreadable = _unreadable(file, header)
