@@ -48,6 +48,18 @@ def deepspeed_config(training: Any) -> dict[str, Any] | None:
     return None if plugin is None else plugin.deepspeed_config
 
 
+def zero_stage(training: Any) -> int | None:
+    """Return the ZeRO stage of ``TrainingArguments``; None without DeepSpeed."""
+    plugin = getattr(training, "deepspeed_plugin", None)
+    return None if plugin is None else int(plugin.zero_stage)
+
+
+def deepspeed_mismatches(training: Any) -> list[str]:
+    """Return a description of each value of the DeepSpeed configuration that differs from the flags."""
+    plugin = getattr(training, "deepspeed_plugin", None)
+    return [] if plugin is None else list(plugin.hf_ds_config.mismatches)
+
+
 def tokenizer_settings(name: str, cache_dir: str | None = None) -> dict[str, Any]:
     """Return the content of ``tokenizer_config.json``; an empty dictionary if there is no such file."""
     from transformers.models.auto.tokenization_auto import get_tokenizer_config

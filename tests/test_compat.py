@@ -58,8 +58,18 @@ def test_deepspeed_config_is_accelerates_own_dictionary(zero3):
     assert "offload_param" not in zero3.deepspeed_plugin.deepspeed_config["zero_optimization"]
 
 
-def test_deepspeed_config_without_deepspeed(tmp_path):
-    assert compat.deepspeed_config(parse(tmp_path).training) is None
+def test_zero_stage_and_mismatches_of_a_configuration(zero3):
+    assert compat.zero_stage(zero3) == 3
+    assert compat.deepspeed_mismatches(zero3) == []
+    zero3.deepspeed_plugin.hf_ds_config.mismatches.append("- ds optimizer.params.lr=1 vs hf learning_rate=2")
+    assert compat.deepspeed_mismatches(zero3) == ["- ds optimizer.params.lr=1 vs hf learning_rate=2"]
+
+
+def test_deepspeed_functions_without_deepspeed(tmp_path):
+    training = parse(tmp_path).training
+    assert compat.deepspeed_config(training) is None
+    assert compat.zero_stage(training) is None
+    assert compat.deepspeed_mismatches(training) == []
 
 
 def test_apply_liger_patches_the_given_instance(monkeypatch):

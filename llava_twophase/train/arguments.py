@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from llava_twophase.compat import deepspeed_config
+
 logger = logging.getLogger(__name__)
 
 
@@ -126,9 +128,10 @@ class ProjectorTrainingArguments(TrainingArguments):
             logger.warning("--tf32 True is ignored: there is no CUDA device")
             self.tf32 = None
         super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.deepspeed_plugin is not None:
+        config = deepspeed_config(self)
+        if config is not None:
             # LLaVA's own zero2.json does not set it, and DeepSpeed would then accumulate gradients in bf16.
-            self.deepspeed_plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+            config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from llava_twophase.compat import deepspeed_mismatches, zero_stage
 from llava_twophase.train.arguments import Arguments, DataArguments, ModelArguments, ProjectorTrainingArguments
 from llava_twophase.train.data.conversation import TEMPLATES
 
@@ -171,14 +172,14 @@ def _numbers(training: ProjectorTrainingArguments) -> list[Check]:
 
 
 def _deepspeed(training: ProjectorTrainingArguments) -> list[Check]:
-    plugin = training.deepspeed_plugin
-    if plugin is None:
+    stage = zero_stage(training)
+    if stage is None:
         return []
-    config, mismatches = f"--deepspeed {training.deepspeed}", plugin.hf_ds_config.mismatches
+    config, mismatches = f"--deepspeed {training.deepspeed}", deepspeed_mismatches(training)
     return [
         (
             "deepspeed",
-            plugin.zero_stage not in (1, 2, 3),
+            stage not in (1, 2, 3),
             f"{config}: only ZeRO stages 1 to 3 accumulate gradients in float32; use pipelines/zero2.json, or "
             "torchrun without --deepspeed",
         ),

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.training_args import OptimizerNames
 
+from llava_twophase.compat import zero_stage
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.preflight import TrainingInputs
@@ -54,9 +55,8 @@ def _model(arguments: Arguments) -> dict[str, Any]:
 def _optimization(arguments: Arguments) -> dict[str, Any]:
     # A checkpoint's optimizer and scheduler would silently override other values of these.
     training = arguments.training
-    plugin = training.deepspeed_plugin
     return {
-        "zero_stage": plugin.zero_stage if plugin is not None else None,
+        "zero_stage": zero_stage(training),
         "learning_rate": training.learning_rate,
         "weight_decay": training.weight_decay,
         "optim": OptimizerNames(training.optim).value,

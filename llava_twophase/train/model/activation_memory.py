@@ -59,10 +59,10 @@ def analytic_estimate(config: Any, image_tokens: int, element_size: int) -> Acti
         image_tokens: L, positions that replace the image token.
         element_size: Bytes of a value in the LLM's dtype.
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden  # GPT-2 and MPT do not list it
+    hidden, heads = config.hidden_size, _largest(config.num_attention_heads)
+    head_dim = _largest(getattr(config, "head_dim", None)) or hidden // heads
+    kv_heads = _largest(getattr(config, "num_key_value_heads", None)) or heads
+    inner = _largest(getattr(config, "intermediate_size", None)) or 4 * hidden  # GPT-2 and MPT do not list it
     values = 2 * (heads + kv_heads) * head_dim + 3 * inner
     return ActivationMemory(
         layers=config.num_hidden_layers,
@@ -73,6 +73,11 @@ def analytic_estimate(config: Any, image_tokens: int, element_size: int) -> Acti
         # Logits in the LLM's dtype and in float32, log-probabilities, and the gradients of the first two.
         head=config.vocab_size * (2 * element_size + 12),
     )
+
+
+def _largest(value: Any) -> Any:
+    """Return the largest of a value for each layer, or the one value for all."""
+    return max(value) if isinstance(value, (list, tuple)) else value
 
 
 def measure_activations(llm: Any, embeds: torch.Tensor, estimate: ActivationMemory) -> ActivationMemory:

@@ -1,5 +1,7 @@
 """Estimates and measurements of the memory for activations."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -26,6 +28,13 @@ def test_analytic_estimate_agrees_with_a_measurement():
     llm = build_llm(dtype=torch.bfloat16).requires_grad_(False)
     estimate = analytic_estimate(llm.config, image_tokens=1, element_size=2)
     assert kept(llm, 50) / estimate.layers / 50 == pytest.approx(estimate.layer, rel=0.15)
+
+
+def test_analytic_estimate_takes_the_largest_of_values_for_each_layer():
+    config = build_llm().config
+    expected = analytic_estimate(config, image_tokens=1, element_size=4)
+    values = {**config.to_dict(), "intermediate_size": [32, config.intermediate_size]}
+    assert analytic_estimate(SimpleNamespace(**values), image_tokens=1, element_size=4) == expected
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
