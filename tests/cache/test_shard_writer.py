@@ -30,14 +30,14 @@ def open_writer(folder, dtype="bfloat16"):
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
-def test_the_same_rows_make_the_same_bytes(dtype, tmp_path):
+def test_equal_rows_give_equal_bytes(dtype, tmp_path):
     entries = [make_shard(tmp_path / name, KEYS, rows(5, dtype), dtype) for name in ("a.h5", "b.h5")]
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
     assert entries[0].xxh3_128 == entries[1].xxh3_128
 
 
-def test_how_rows_are_batched_changes_nothing(tmp_path):
-    for name, step in (("single.h5", 1), ("pairs.h5", 2), ("whole.h5", 5)):
+def test_append_gives_the_same_bytes_for_any_batches(tmp_path):
+    for name, step in (("single.h5", 1), ("pairs.h5", 2), ("all.h5", 5)):
         writer = ShardWriter(tmp_path / name, KEYS, ShardSpec(SHAPE, "bfloat16", {}, {}))
         for start in range(0, 5, step):
             writer.append(rows(5)[start : start + step], sources_of(KEYS[start : start + step]))
@@ -45,7 +45,7 @@ def test_how_rows_are_batched_changes_nothing(tmp_path):
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
-def test_nothing_looks_like_a_shard_before_it_is_sealed(tmp_path):
+def test_seal_renames_the_work_file(tmp_path):
     writer = open_writer(tmp_path)
     writer.append(rows(5), sources_of(KEYS))
     (aside,) = tmp_path.iterdir()
@@ -65,7 +65,7 @@ def test_renamed_work_file_is_not_a_shard(tmp_path):
     writer.discard()
 
 
-def test_a_shard_with_rows_left_to_write_is_not_sealed(tmp_path):
+def test_seal_refuses_a_shard_with_missing_rows(tmp_path):
     writer = open_writer(tmp_path)
     writer.append(rows(3), sources_of(KEYS[:3]))
     with pytest.raises(ValueError, match="has 3 of 5 rows"):
@@ -76,7 +76,7 @@ def test_a_shard_with_rows_left_to_write_is_not_sealed(tmp_path):
 
 @pytest.mark.parametrize("dtype", STORAGES)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-def test_values_that_are_not_finite_are_refused_by_image(dtype, bad, tmp_path):
+def test_append_refuses_values_that_are_not_finite_by_key(dtype, bad, tmp_path):
     writer = open_writer(tmp_path, dtype)
     stored = rows(5, dtype)
     if dtype in ("int8", "int4"):
@@ -93,14 +93,14 @@ def test_values_that_are_not_finite_are_refused_by_image(dtype, bad, tmp_path):
 
 
 @pytest.mark.parametrize("largest", [True, False])
-def test_the_largest_and_smallest_finite_values_are_kept(largest, tmp_path):
+def test_append_accepts_the_largest_and_smallest_values(largest, tmp_path):
     writer = open_writer(tmp_path)
     writer.append(np.full((5, *SHAPE), 0x7F7F if largest else 0x0001, np.uint16), sources_of(KEYS))
     assert writer.seal().rows == 5
 
 
 @pytest.mark.parametrize("wrong", [rows(5, "float32"), rows(5)[:, :4], rows(5)[:, :, :16]], ids=["dtype", "L", "D"])
-def test_rows_of_another_size_are_a_bug(wrong, tmp_path):
+def test_append_asserts_the_size_of_rows(wrong, tmp_path):
     writer = open_writer(tmp_path)
     with pytest.raises(AssertionError):
         writer.append(wrong, sources_of(KEYS))
@@ -108,7 +108,7 @@ def test_rows_of_another_size_are_a_bug(wrong, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", STORAGES)
-def test_checksums_are_those_of_keys_and_stored_rows(dtype, tmp_path):
+def test_columns_hold_the_checksums_of_keys_and_rows(dtype, tmp_path):
     path, keys, stored = make_cache(tmp_path / "cache", dtype=dtype)
     cache = FeatureCache(path)
     assert cache.column("key_xxh3").tolist() == [xxhash.xxh3_64_intdigest(key.encode()) for key in keys]
