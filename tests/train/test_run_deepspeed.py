@@ -39,7 +39,7 @@ def train(repeated, tiny_llama, tiny_clip, plain_cache, tmp_path_factory):
 
 
 def assert_equal(one, other):
-    """The same projector to the bit; losses but for the sum over micro-batches, which rounds."""
+    """Assert equal projectors bit for bit, and equal losses within the rounding of the sum over micro-batches."""
     assert one.losses == pytest.approx(other.losses, rel=1e-6)
     assert all(torch.equal(one.projector[name], other.projector[name]) for name in one.projector)
 

@@ -229,7 +229,7 @@ def test_batches_splice_and_learn_as_llavas(llm, init, name):
     model = LlavaProjectorModel(FrozenLLM(loaded), projector)
     collated = collate(samples)
     if f"{name}/inputs_embeds" in arrays:
-        # LLaVA pads spliced embeddings with zeros; what stands there is never read.
+        # LLaVA pads spliced embeddings with zeros; the padding is never read.
         embeds, lengths = model.splice(collated["input_ids"], collated["features"].float()), batch["merged_lengths"]
         for row, length in enumerate(lengths):
             expected = arrays[f"{name}/inputs_embeds"][row, :length]
@@ -271,7 +271,7 @@ def test_bf16_run_keeps_a_float32_projector(llm, init, tmp_path):
 
 
 def test_accumulation_equals_llava_until_its_epochs_overlap(llm, init, llava_cache, tmp_path):
-    """Two updates of two micro-batches; behind them LLaVA carries a left-over micro-batch into the next epoch."""
+    """Two updates of two micro-batches; after them LLaVA carries a leftover micro-batch into the next epoch."""
     losses, _, _, projector = train(
         *(llm, init, tmp_path / "out"), feature_cache=llava_cache, gradient_accumulation_steps=2, num_train_epochs=1
     )

@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("LLAVA_TWOPHASE_KILLS", "1"))
 
 
 def kill_at(full_command, loss_lines):
-    """Start a command, kill its whole process group behind so many logged losses; tells whether it was cut."""
+    """Start a command and kill its process group after a number of logged losses; return whether it was killed."""
     process = subprocess.Popen(
         [str(part) for part in full_command],
         cwd=ROOT,
@@ -55,10 +55,10 @@ def assert_killed_equals_whole(launcher, make, tmp_path, updates):
     run([*launcher(), *make(whole)])
     draws = random.Random(len(str(make)))
     kills = 0
-    # First behind the loss of step 10: the run goes on from checkpoint-9, in the middle of the second epoch.
+    # First after the loss of step 10: the run resumes from checkpoint-9, in the middle of the second epoch.
     for losses in [7, *(draws.randint(1, updates // 2) for _ in range(KILLS - 1))]:
         kills += kill_at([*launcher(), *make(cut)], losses)
-    assert kills, "no run was cut: the test has shown nothing"
+    assert kills, "no run was killed: the test has shown nothing"
     run([*launcher(), *make(cut)])
     assert_same_outcome(outcome(whole), outcome(cut))
     assert len(outcome(whole).curve) >= updates // 2
@@ -100,8 +100,8 @@ def test_another_run_is_refused_before_the_llm_loads(plain_set, tiny_llama, tiny
     assert [path.name for path in complete_checkpoints(inputs[-1])] == ["checkpoint-4"]
 
 
-def test_a_run_that_goes_back_goes_on_from_there(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
-    """Checkpoints behind the one that was asked for do not count until they are written again."""
+def test_run_resumes_from_an_older_checkpoint(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
+    """Checkpoints newer than the requested one do not count until they are written again."""
     output = tmp_path / "out"
     make = checkpoint_command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, save_total_limit=0)
     run(["python", *make])

@@ -72,7 +72,7 @@ def test_tensorboard_has_losses_and_captions(evaluated):
 
 
 def test_wandb_has_losses_and_captions(evaluated):
-    """Offline: its file is a protocol of records; what is logged stands in it by name."""
+    """Offline: its file is a sequence of records, which has the name of each logged value."""
     pytest.importorskip("wandb")
     output, _ = evaluated
     (logged,) = (output.parent / "wandb").glob("offline-run-*/run-*.wandb")
