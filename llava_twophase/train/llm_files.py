@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
 from llava_twophase.errors import UserError
+from llava_twophase.model_names import require_model_folder
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.model.llm_config import require_llm
 
@@ -33,28 +33,3 @@ def _load(kind: Any, name: str, cache_dir: str | None) -> Any:
         raise UserError(
             f"{_FLAG} {name}: its config or tokenizer cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-
-
-def require_model_folder(flag: str, name: str, expected: str) -> None:
-    """Check that a name is a model's folder, or can be a hub id.
-
-    Args:
-        flag: The command-line flag that gave it.
-        name: Hub id or local folder.
-        expected: What the folder should hold, for the message.
-
-    Raises:
-        UserError: The folder does not exist, or has no ``config.json``.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            found = sorted(path.name for path in folder.iterdir())
-            listed = ", ".join(found[:5]) + (" ..." if len(found) > 5 else "")
-            raise UserError(
-                f"{flag} {name} has no config.json; expected the folder of {expected}, found: {listed or 'no file'}"
-            )
-    elif folder.exists():
-        raise UserError(f"{flag} {name} is a file; expected the folder of {expected}, or a hub id such as owner/name")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UserError(f"{flag} {name}: there is no such folder; expected the folder of {expected}, or a hub id")

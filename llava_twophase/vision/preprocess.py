@@ -13,6 +13,8 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from llava_twophase.errors import UserError
+from llava_twophase.hub import use_cache_if_unreachable
+from llava_twophase.model_names import require_tower_folder
 from llava_twophase.vision.images import OUT_OF_MEMORY, BadImage
 from llava_twophase.vision.resize import (
     Canvas,
@@ -163,6 +165,8 @@ class Preprocessor:
 
 
 def _load_processor(vision_tower: str) -> Any:
+    require_tower_folder(str(vision_tower))
+    use_cache_if_unreachable([str(vision_tower)])
     from_pretrained: Any = AutoImageProcessor.from_pretrained
     try:
         processor = from_pretrained(vision_tower, backend="pil")

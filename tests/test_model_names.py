@@ -1,9 +1,9 @@
-"""Names that are not an LLM's folder."""
+"""Names that are not a model's folder."""
 
 import pytest
 
 from llava_twophase.errors import UserError
-from llava_twophase.train.llm_files import require_model_folder
+from llava_twophase.model_names import require_model_folder, require_tower_folder
 
 
 def test_require_model_folder_accepts_models_and_hub_ids(tmp_path):
@@ -26,3 +26,17 @@ def test_require_model_folder_says_what_it_found(tmp_path):
 def test_require_model_folder_refuses_paths_that_do_not_exist(name):
     with pytest.raises(UserError, match="there is no such folder"):
         require_model_folder("--model_name_or_path", name, "an LLM")
+
+
+def test_require_tower_folder_accepts_towers_and_hub_ids(tiny_clip, tiny_clip_full, tiny_siglip, tiny_dinov2):
+    for name in (tiny_clip, tiny_clip_full, tiny_siglip, tiny_dinov2, "openai/clip-vit-large-patch14-336"):
+        require_tower_folder(str(name))
+
+
+def test_require_tower_folder_refuses_other_folders(tiny_llama, tmp_path):
+    with pytest.raises(UserError, match="holds a model of type llama, expected a vision tower"):
+        require_tower_folder(str(tiny_llama))
+    with pytest.raises(UserError, match="has no image processor .preprocessor_config.json.; expected the folder of a"):
+        require_tower_folder(str(tmp_path))
+    with pytest.raises(UserError, match="there is no such folder"):
+        require_tower_folder("/nowhere/clip")
