@@ -72,7 +72,7 @@ def evaluate_runs(runs: Mapping[str, TrainedProjector], placement: Placement, op
     if options.image_folder is None and options.feature_cache is None:
         raise UserError("evaluate needs the held-out images: give --image_folder or --feature_cache")
     images = None if options.image_folder is None else open_images(options.image_folder)
-    records = _sample(load_records(options.data_path), options)
+    records = _sample(load_records(options.data_path, image_folder=options.image_folder), options)
     results = {}
     for name, projector in runs.items():
         captioner = Captioner.load(projector, placement, feature_cache=options.feature_cache)

@@ -52,7 +52,7 @@ def _expand(path: str, image_folder: str | None) -> Iterator[NamedImage]:
     suffix = given.suffix.lower()
     if suffix in _RECORDS:
         images = open_images(image_folder) if image_folder else None
-        for key in image_keys(load_records(given)):
+        for key in image_keys(load_records(given, image_folder=image_folder)):
             yield NamedImage(key, _reader(images, key))
     elif given.is_dir() or suffix in _ARCHIVES:
         images = open_images(given)
