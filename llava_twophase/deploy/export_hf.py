@@ -187,18 +187,16 @@ def _write_processor(parts: _Parts, folder: Path) -> None:
 
 def _tensors(parts: _Parts, weights: dict[str, torch.Tensor], rows: int) -> Iterator[tuple[str, torch.Tensor]]:
     tied = bool(parts.text_config.tie_word_embeddings)
-    dtype = None
+    # Each tensor keeps its own dtype, so a float32 projector loses nothing beside an LLM in bfloat16.
     for name, tensor in _llm_tensors(parts):
         if name.startswith("lm_head.") and tied:
             continue
-        dtype = tensor.dtype
         resized = name.endswith("embed_tokens.weight") or name == "lm_head.weight"
         yield f"language_model.{name}", _extended(tensor, rows) if resized else tensor
     for place, layer in (("0", "linear_1"), ("2", "linear_2")):
         for part in ("weight", "bias"):
-            yield f"multi_modal_projector.{layer}.{part}", weights[f"{place}.{part}"].to(dtype)
-    for name, tensor in _tower_tensors(parts):
-        yield name, tensor.to(dtype)
+            yield f"multi_modal_projector.{layer}.{part}", weights[f"{place}.{part}"]
+    yield from _tower_tensors(parts)
 
 
 def _llm_tensors(parts: _Parts) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,12 +25,20 @@ class Commands:
 
     lines: list[str] = field(default_factory=list)
 
-    def run(self, script: str, *arguments: object) -> None:
-        """Print a command, run it, and stop the demo if it fails."""
+    def run(self, script: str, *arguments: object, output: Path | None = None) -> None:
+        """Print a command, run it, and stop the demo if it fails.
+
+        Args:
+            script: Name below ``pipelines/``.
+            arguments: Its arguments.
+            output: File for its standard output; None leaves it on the terminal.
+        """
         words = _words(script, *arguments)
-        self.lines.append(f"python {shlex.join(words)}")
+        redirection = "" if output is None else f" > {shlex.quote(str(output))}"
+        self.lines.append(f"python {shlex.join(words)}{redirection}")
         print(f"\n$ {self.lines[-1]}", flush=True)
-        code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
+        with nullcontext() if output is None else (ROOT / output).open("wb") as stdout:
+            code = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=stdout).returncode
         if code:
             raise UserError(f"pipelines/{script} ended with exit code {code}; its message is above")
 
@@ -72,13 +81,14 @@ class Models:
 
 
 def own_commands(models: Models) -> list[str]:
-    """Return the two commands for a user's own pictures, with the demo's models."""
+    """Return the commands for a user's own pictures, with the demo's models."""
     inputs = ("--data_path", "mine.json", "--image_folder", "my-pictures", "--feature_cache", "caches/mine")
     trained = ("--data_path", "mine.json", "--feature_cache", "caches/mine", "--output_dir", "runs/mine")
     recipe = ("--per_device_train_batch_size", 4, "--num_train_epochs", 1, "--learning_rate", "1e-3")
     commands = (
         _words("extract_features.py", *inputs, *models.extract_flags),
         _words("train_projector.py", *trained, *models.train_flags, *recipe),
+        _words("use_projector.py", "caption", "runs/mine", "my-pictures"),
     )
     return [f"python {shlex.join(words)}" for words in commands]
 

@@ -16,8 +16,7 @@ from llava_twophase.files import replace_file
 from llava_twophase.html import Card, Page, mark_differences
 from llava_twophase.inspection import pictures
 from llava_twophase.plots import INLINE, inline_svg, loss_figure, missing_matplotlib
-from llava_twophase.records import Record
-from pipelines.demo.evaluate import Evaluation
+from pipelines.demo.evaluation import Evaluation
 
 THUMBNAIL = 224  # pixels
 _RECORD = {
@@ -68,13 +67,14 @@ def write_page(folder: Path, shown: Shown) -> Path:
         "loss with a wrong image": f"{result.wrong_image_loss:.3f}",
         "generated captions that equal the true one": f"{result.exact_captions:.0%}",
     }
-    page.table(figures, f"{len(result.records)} held-out pictures")
+    page.table(figures, f"{len(result.captions)} held-out pictures")
     _add_loss(page, folder / "projector" / "trainer_state.json")
-    _add_features(page, folder, result.records[0])
+    _add_features(page, folder, result.images[0])
     page.section("Held-out pictures")
     page.text("Captions that the model generated. Words that the true caption does not have are marked.")
-    pairs = zip(result.records, result.generated, strict=True)
-    page.cards([_card(folder / "images", record, text) for record, text in pairs])
+    rows = zip(result.images, result.captions, result.generated, strict=True)
+    page.cards([_card(folder / "images", *row) for row in rows])
+    page.links({"full report: every record, intervals, by caption length": "evaluation.html"})
     page.section("The commands")
     page.code(shown.commands)
     page.section("Now with your own pictures")
@@ -98,10 +98,10 @@ def _add_loss(page: Page, state: Path) -> None:
     page.plots({"training loss": inline_svg(loss_figure({"loss": history}, INLINE), "loss")})
 
 
-def _add_features(page: Page, folder: Path, record: Record) -> None:
+def _add_features(page: Page, folder: Path, image: str) -> None:
     cache = FeatureCache(folder / "cache")
-    maps = pictures.draw_maps(cache.read([record.image]), cache.fingerprint)
-    with Image.open(folder / "images" / record.image) as opened:
+    maps = pictures.draw_maps(cache.read([image]), cache.fingerprint)
+    with Image.open(folder / "images" / image) as opened:
         crop = pictures.crop(opened.convert("RGB"), cache.fingerprint, THUMBNAIL)
     page.section("A picture and its patch features")
     page.figures(
@@ -115,12 +115,12 @@ def _add_features(page: Page, folder: Path, record: Record) -> None:
     page.text("llava-inspect-cache show draws this for any picture of a cache; report also shows statistics.")
 
 
-def _card(images: Path, record: Record, generated: str) -> Card:
-    with Image.open(images / record.image) as opened:
+def _card(images: Path, image: str, caption: str, generated: str) -> Card:
+    with Image.open(images / image) as opened:
         picture = opened.convert("RGB")
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    if record.caption == generated:
+    if caption == generated:
         lines: list[str] = [f"✓ {generated}"]
     else:
-        lines = [mark_differences(generated, record.caption), f"true: {record.caption}"]
-    return Card(record.image, lines, panels=[("the picture", picture)])
+        lines = [mark_differences(generated, caption), f"true: {caption}"]
+    return Card(image, lines, panels=[("the picture", picture)])

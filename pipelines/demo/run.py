@@ -25,9 +25,10 @@ from pipelines.demo.scenes import write_scenes
 from pipelines.demo.stamps import fetch_stamps, write_stamps
 
 if TYPE_CHECKING:
-    from pipelines.demo.evaluate import Evaluation
+    from pipelines.demo.evaluation import Evaluation
 
 MARKER = ".demo"
+EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _run_in(folder: Path, data: str, short: bool) -> int:
     # torch and transformers are imported when the downloads have succeeded.
     import torch
 
-    from pipelines.demo.evaluate import evaluate
+    from pipelines.demo.evaluation import read_evaluation
     from pipelines.demo.page import Shown, write_page
     from pipelines.demo.weights import dinov2_folder, smollm2_folder
 
@@ -118,7 +119,8 @@ def _run_in(folder: Path, data: str, short: bool) -> int:
     _extract(commands, folder, [train, held_out], models)
     _train(commands, folder, train, models, recipe)
     _inspect(commands, folder, held_out)
-    result = evaluate(folder / "cache", held_out, models, folder / "projector")
+    _evaluate(commands, folder, held_out)
+    result = read_evaluation(folder / EVALUATION)
     notes = _notes(data, recipe, short, dtype)
     title = f"LLaVA stage 1 in two phases: {data}"
     page = write_page(folder, Shown(title, notes, commands.lines, own_commands(models), result))
@@ -217,6 +219,19 @@ def _inspect(commands: Commands, folder: Path, held_out: Path) -> None:
     commands.run("inspect_cache.py", "show", cache, key, "-o", folder / "show.png", "--image_folder", images)
 
 
+def _evaluate(commands: Commands, folder: Path, held_out: Path) -> None:
+    """Caption one held-out picture, and measure the projector on all of them."""
+    image = json.loads(held_out.read_text(encoding="utf-8"))[0]["image"]
+    commands.run("use_projector.py", "caption", folder / "projector", folder / "images" / image)
+    commands.run(
+        "use_projector.py",
+        *("evaluate", folder / "projector", "--data_path", held_out, "--feature_cache", folder / "cache"),
+        *("--image_folder", folder / "images", "--batch_size", 32, "--candidates", 4),
+        *("--html", folder / "evaluation.html", "--json"),
+        output=folder / EVALUATION,
+    )
+
+
 def _notes(data: str, recipe: Recipe, short: bool, dtype: str) -> list[str]:
     pictures = {
         "scenes": "Drawn scenes of two shapes. The caption begins with the larger one, in the middle.",
@@ -237,12 +252,12 @@ def _notes(data: str, recipe: Recipe, short: bool, dtype: str) -> list[str]:
 
 def _print_summary(page: Path, notes: list[str], result: Evaluation) -> None:
     print()
-    for record, text in list(zip(result.records, result.generated, strict=True))[:8]:
-        print(f"  {'=' if text == record.caption else '!'} true:      {record.caption}\n    generated: {text}")
+    for true, text in list(zip(result.captions, result.generated, strict=True))[:8]:
+        print(f"  {'=' if text == true else '!'} true:      {true}\n    generated: {text}")
     print()
     print("\n".join(notes))
     print(
-        f"On {len(result.records)} held-out pictures: loss {result.right_image_loss:.3f} with the right image, "
+        f"On {len(result.captions)} held-out pictures: loss {result.right_image_loss:.3f} with the right image, "
         f"{result.wrong_image_loss:.3f} with a wrong one; {result.exact_captions:.0%} of the captions exact."
     )
     print(f"Open {page}", flush=True)

@@ -29,8 +29,10 @@ from llava_twophase.cache.format import QUANTISED
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipelines.demo.commands import PROJECTOR, ROOT, Models
-from pipelines.demo.evaluate import evaluate
+from llava_twophase.deploy.captioner import Captioner
+from llava_twophase.deploy.evaluate import caption_losses
+from llava_twophase.records import load_records
+from pipelines.demo.commands import PROJECTOR, ROOT
 from pipelines.demo.run import RECIPES
 
 SAMPLE = 128  # as phase one samples for its channel statistics
@@ -106,16 +108,13 @@ def held_out_loss(demo, cache, folder):
     """Return the loss of a trained projector on held-out records with a cache's features; it is kept in a file."""
     kept = folder / f"held_out_{cache.dtype}.json"
     if not kept.exists():
-        llm = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]
-        models = Models(
-            tower=Path(cache.manifest.provenance["vision_tower"]),
-            llm=Path(llm),
-            select_layer=cache.fingerprint["select_layer"],
-            dtype="bf16" if cache.fingerprint["compute_dtype"] == "bfloat16" else "fp32",
-            on_cpu=not torch.cuda.is_available(),
-        )
-        found = evaluate(cache.path, demo / "held_out.json", models, folder)
-        kept.write_text(json.dumps(found.right_image_loss), encoding="utf-8")
+        captioner = Captioner.load(folder, feature_cache=cache.path)
+        losses = []
+        for record in load_records(demo / "held_out.json"):
+            features = captioner.features([record.image])
+            with torch.inference_mode():
+                losses += caption_losses(captioner, [record.caption], features)[0]
+        kept.write_text(json.dumps(sum(losses) / len(losses)), encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))
 
 

@@ -13,10 +13,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from commands import use_command
 from helpers import run
 from llava_twophase import Captioner, FeatureCache
+from llava_twophase.deploy.captioner import Placement
 from llava_twophase.deploy.export_hf import export_hf
 from llava_twophase.deploy.hf import encoder_outputs
 from llava_twophase.deploy.trained_projector import find_projector
 from llava_twophase.errors import UserError
+from llava_twophase.train.model.projector import build_projector, save_projector
+from pipelines.demo.fetch import cache_folder
 
 OLD_TRANSFORMERS = Path(sys.prefix) / "peers" / "transformers-4.57"
 KEYS = 4
@@ -111,6 +114,34 @@ def test_export_hf_of_other_towers_gives_the_same_logits(tower, trained, request
     logits = model.eval()(**inputs).logits[:, -1]
     ours = our_logits(captioner, captioner.features([path]))
     assert torch.equal(logits[:, : ours.shape[1]], ours)
+
+
+@torch.no_grad()
+def test_export_hf_of_real_weights_gives_the_same_logits_and_captions(plain_set, tmp_path):
+    """DINOv2-small and SmolLM2-135M, where `make demo` has fetched them, with a random projector."""
+    models = cache_folder() / "models"
+    towers, llms = sorted(models.glob("dinov2-small-56px-*")), sorted(models.glob("smollm2-135m-*"))
+    if not (towers and llms):
+        pytest.skip("make demo fetches the weights")
+    torch.manual_seed(0)
+    save_projector(build_projector("mlp2x_gelu", 384, 576), tmp_path)
+    projector = find_projector(
+        tmp_path / "mm_projector.bin", llm=str(llms[0]), vision_tower=str(towers[0]), select_layer=-7
+    )
+    exported = export_hf(projector, tmp_path / "model")
+    model = LlavaForConditionalGeneration.from_pretrained(exported, dtype=torch.float32, attn_implementation="eager")
+    processor = AutoProcessor.from_pretrained(exported, backend="pil")
+    captioner = Captioner.load(projector, Placement(dtype="fp32"))
+    captioner.model.llm.set_attn_implementation("eager")
+    path = plain_set.folder / plain_set.keys[0]
+    features = captioner.features([path])
+    inputs = processor(images=Image.open(path).convert("RGB"), text="<image>", return_tensors="pt")
+    logits, ours = model.eval()(**inputs).logits[:, -1], our_logits(captioner, features)
+    assert torch.equal(logits[:, : ours.shape[1]], ours)
+    newline = processor.tokenizer("\n", add_special_tokens=False).input_ids[-1]
+    written = model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=newline, pad_token_id=newline)
+    text = processor.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [text.split("\n")[0]] == captioner.caption_features(features)
 
 
 def test_export_hf_refuses_other_projectors(trained, tmp_path):
