@@ -187,6 +187,17 @@ def test_functions_are_short():
     assert sorted(found) == []
 
 
+def test_no_assignment_sets_more_than_two_attributes():
+    found = {
+        f"{name_of(path)}:{node.lineno}"
+        for path in [*SOURCES, *TESTS]
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Store)
+        if sum(isinstance(element, ast.Attribute) for element in node.elts) > 2
+    }
+    assert sorted(found) == []
+
+
 def mirrors_a_module(path):
     """Return whether tests/<folder>/test_<module>[_<topic>].py tests llava_twophase/<folder>/<module>.py."""
     folder = PACKAGE / path.parent.relative_to(ROOT / "tests")

@@ -16,7 +16,9 @@ class Balanced(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.problems, self.links = [], [], []
+        self.open = []
+        self.problems = []
+        self.links = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):

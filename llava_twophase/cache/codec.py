@@ -98,7 +98,9 @@ class Codec:
     """
 
     def __init__(self, storage: str, feature_shape: tuple[int, int], channels: Channels | None = None) -> None:
-        self.storage, self.feature_shape, self.channels = storage, feature_shape, channels
+        self.storage = storage
+        self.feature_shape = feature_shape
+        self.channels = channels
         shapes = layout(storage, 1, feature_shape, 1)
         self._part_shapes = [shapes[name][1][1:] for name in ROW_PARTS if name in shapes]
         self._features_bytes = prod(self._part_shapes[0]) * STORAGE_DTYPES[storage].itemsize

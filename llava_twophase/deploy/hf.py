@@ -58,7 +58,9 @@ class CachedFeatureCollator:
     """
 
     def __init__(self, tokenizer: Any, cache: FeatureCache, image_token: str = "<image>") -> None:
-        self._tokenizer, self._cache, self._image_token = tokenizer, cache, image_token
+        self._tokenizer = tokenizer
+        self._cache = cache
+        self._image_token = image_token
 
     def __call__(self, samples: Sequence[Mapping[str, str]]) -> dict[str, torch.Tensor]:
         """Collate samples."""

@@ -82,7 +82,9 @@ class _Contents:
     # What a cache holds, compared with the records.
 
     def __init__(self, cache: Path, manifest: Manifest, still_bad: StillBad) -> None:
-        self._cache, self._manifest, self._still_bad = cache, manifest, still_bad
+        self._cache = cache
+        self._manifest = manifest
+        self._still_bad = still_bad
         self._sealed = sealed_shards(cache, manifest)
         self._parts = read_parts(cache)
         self._quarantine = read_quarantine(cache)

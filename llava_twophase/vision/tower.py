@@ -67,7 +67,9 @@ class VisionTower:
     ) -> None:
         if select_feature not in SELECT_FEATURES:
             raise UserError(f"--mm_vision_select_feature {select_feature}: expected {' or '.join(SELECT_FEATURES)}")
-        self.name, self.preprocessor, self.dtype = name, preprocessor, dtype
+        self.name = name
+        self.preprocessor = preprocessor
+        self.dtype = dtype
         self.device = torch.device(device)
         config = _vision_config(name)
         tower_class, norm, leading_tokens = _TOWERS[config.model_type]

@@ -42,7 +42,9 @@ WARM_UP = 4  # batches: one more than this project keeps memory for
 
 def peer(name, module, sequential=False):
     def register(function):
-        function.label, function.module, function.sequential = name, module, sequential
+        function.label = name
+        function.module = module
+        function.sequential = sequential
         PEERS[name] = function
         return function
 

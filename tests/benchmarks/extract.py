@@ -107,7 +107,9 @@ class Ways:
         pictures = [Image.open(folder / "images" / key).convert("RGB") for key in self.keys]
         self.crops = torch.from_numpy(np.stack([self.preprocessor.crop(picture) for picture in pictures]))
         self.matrix = torch.randn(2048, 2048, dtype=torch.bfloat16)
-        self.rss, self.runs, self.timings = [], 0, Timings()
+        self.rss = []
+        self.runs = 0
+        self.timings = Timings()
 
     def tower(self):
         started = time.perf_counter()

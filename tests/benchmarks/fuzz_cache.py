@@ -41,7 +41,10 @@ class Original:
     """An intact cache, and the content of its files."""
 
     def __init__(self, folder, storage):
-        self.path, self.keys, self.rows = make_cache(folder, counts=(5, 3), dtype=storage, shape=(4, 32))
+        path, keys, rows = make_cache(folder, counts=(5, 3), dtype=storage, shape=(4, 32))
+        self.path = path
+        self.keys = keys
+        self.rows = rows
         self.manifest, self.shard = self.path / MANIFEST, self.path / SHARDS / shard_name(0)
         self._bytes = {path: path.read_bytes() for path in (self.manifest, self.shard)}
         shard = self._bytes[self.shard]

@@ -118,7 +118,10 @@ class LlavaStep(nn.Module):
 
     def __init__(self, llm: Any, projector: nn.Module, tower: nn.Module | None, way: Way) -> None:
         super().__init__()
-        self.llm, self.mm_projector, self.tower, self.way = llm.requires_grad_(False), projector, tower, way
+        self.llm = llm.requires_grad_(False)
+        self.mm_projector = projector
+        self.tower = tower
+        self.way = way
         if way.recompute:
             llm.activation_checkpointing_enable()
 

@@ -68,7 +68,9 @@ class Run:
     """A running command, the leader of its own process group."""
 
     def __init__(self, server, pid, log):
-        self._server, self.pid, self._log = server, pid, log
+        self._server = server
+        self.pid = pid
+        self._log = log
         self.code = None
 
     def kill(self, kind=signal.SIGKILL):

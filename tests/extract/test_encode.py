@@ -17,7 +17,9 @@ class SmallTower:
     device = torch.device("cpu")
 
     def __init__(self, limit, error):
-        self.limit, self.error, self.batches = limit, error, []
+        self.limit = limit
+        self.error = error
+        self.batches = []
 
     def encode(self, crops):
         if len(crops) > self.limit:

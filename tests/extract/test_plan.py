@@ -10,7 +10,9 @@ def test_make_plan_does_not_depend_on_sealed_shards(tmp_path):
     cache, keys, _ = make_cache(tmp_path / "cache", counts=(4, 4, 4))
     manifest = read_manifest(cache)
     fresh = make_plan(tmp_path / "nothing", None, keys, 4, lambda entries: set())
-    manifest.plan, manifest.complete, manifest.shards = {"first_shard": 0, "digest": fresh.digest}, False, []
+    manifest.plan = {"first_shard": 0, "digest": fresh.digest}
+    manifest.complete = False
+    manifest.shards = []
     for number in (1, 0, 2):
         (cache / "shards" / f"shard-00000{number}.h5").unlink()
         manifest.shards = [entry for entry in manifest.shards if str(number) not in entry.file]

@@ -24,7 +24,9 @@ class Tags(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.found, self.open, self.problems = [], [], []
+        self.found = []
+        self.open = []
+        self.problems = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):

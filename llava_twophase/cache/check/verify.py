@@ -135,7 +135,9 @@ class _Verifier:
     # Checks shards one after another, and keeps what must agree between them.
 
     def __init__(self, cache: Path, manifest: Manifest, hdf5: Hdf5Checker) -> None:
-        self._cache, self._manifest, self._hdf5 = cache, manifest, hdf5
+        self._cache = cache
+        self._manifest = manifest
+        self._hdf5 = hdf5
         self._fingerprint = fingerprint_hash(manifest.fingerprint)
         self._row_kind: tuple[str, Any] | None = None
         self._keys: list[ShardKeys] = []

@@ -35,7 +35,9 @@ class CaptionDataset(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, records: Sequence[Record], template: PlainTemplate, source: FeatureSource) -> None:
-        self._records, self._template, self._source = records, template, source
+        self._records = records
+        self._template = template
+        self._source = source
 
     def __len__(self) -> int:
         """Return the number of records."""

@@ -38,7 +38,9 @@ class OnTheFlyFeatures:
     def __init__(
         self, image_folder: str, settings: TowerSettings, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        self._settings, self._dtype, self._device = settings, dtype, device
+        self._settings = settings
+        self._dtype = dtype
+        self._device = device
         self._images, self._image_folder = open_images(image_folder), image_folder
         self._preprocessor = Preprocessor(settings.vision_tower, settings.image_aspect_ratio)
         self._tower: VisionTower | None = None

@@ -36,8 +36,12 @@ class EpochSampler(Sampler[int]):
         batch_size: int = 1,
         groups: int = 1,
     ) -> None:
-        self._size, self._seed, self._world_size = size, seed, world_size
-        self._lengths, self._batch_size, self._groups = lengths, batch_size, groups
+        self._size = size
+        self._seed = seed
+        self._world_size = world_size
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._groups = groups
         self._epoch = 0
 
     def __len__(self) -> int:

@@ -36,7 +36,9 @@ class SentencePieceIds:
     """
 
     def __init__(self, model_file: Path, added_tokens: Mapping[str, int], legacy: bool, unk_token: str) -> None:
-        self._added, self._legacy, self._unk = dict(added_tokens), legacy, unk_token
+        self._added = dict(added_tokens)
+        self._legacy = legacy
+        self._unk = unk_token
         model = ModelProto.FromString(model_file.read_bytes())
         if not legacy:
             model.normalizer_spec.add_dummy_prefix = False

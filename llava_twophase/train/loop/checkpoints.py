@@ -62,7 +62,9 @@ class CheckpointKeeper(TrainerCallback):
     """
 
     def __init__(self, identity: dict[str, Any], keep: int | None, frozen: FrozenLLM | None = None) -> None:
-        self._identity, self._keep, self._frozen = normalize(identity), keep, frozen
+        self._identity = normalize(identity)
+        self._keep = keep
+        self._frozen = frozen
         self.steps_per_epoch = 0
 
     def on_train_begin(

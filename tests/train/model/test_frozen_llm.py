@@ -139,7 +139,9 @@ class FakeMemory:
     """Simulates a device that runs out of memory: no CPU raises torch.OutOfMemoryError by itself."""
 
     def __init__(self, llm, fits):
-        self.fits, self.sizes, self.first_layer = fits, [], checkpointable_layers(llm)[0]
+        self.fits = fits
+        self.sizes = []
+        self.first_layer = checkpointable_layers(llm)[0]
         self.handle = llm.register_forward_pre_hook(self.check, with_kwargs=True)
 
     def check(self, module, args, kwargs):
