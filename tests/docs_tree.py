@@ -20,15 +20,21 @@ DESCRIPTIONS = {
     "pipelines/zero3.json": "DeepSpeed ZeRO-3, for GPUs that cannot hold the LLM",
     "pipelines/zero3_offload.json": "DeepSpeed ZeRO-3 with the LLM in host memory",
 }
+# Folders that are one line of the tree, without their files.
+CLOSED = ("pipelines/demo/",)
 BLOCK = re.compile(r"(?<=^```\n)(?:llava_twophase/.*?)?(?=^```$)", re.MULTILINE | re.DOTALL)
 COLUMN = 36
 
 
 def tracked_files():
-    """Return the files of the package and of pipelines that git tracks, or would track after `git add`."""
+    """Return the files of the package and of pipelines that git tracks, or would track after `git add`.
+
+    Of a folder in CLOSED only its `__init__.py`, which describes the folder.
+    """
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *TOP]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=True)
-    return sorted({name for name in result.stdout.split("\0") if name and (ROOT / name).exists()})
+    found = {name for name in result.stdout.split("\0") if name and (ROOT / name).exists()}
+    return sorted(name for name in found if not name.startswith(CLOSED) or name.endswith("/__init__.py"))
 
 
 def describe(name):
