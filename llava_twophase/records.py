@@ -147,6 +147,8 @@ def _image(raw: dict[str, Any]) -> str:
         if len(image) > 1:
             raise UserError(f"has {len(image)} images; stage 1 trains on one image per record")
         image = image[0] if image else None
+    if image is None and "images" in raw:
+        raise UserError(f"has images ({short_repr(raw['images'])}), expected image with the path of one image")
     if image is None:
         known = "" if "conversations" in raw else f" (its keys are {short_repr(sorted(map(str, raw)))})"
         raise UserError(f"has no image{known}; stage 1 trains on pairs of image and caption only")

@@ -40,6 +40,7 @@ BAD = {
     "no image": ({"conversations": good()["conversations"]}, "has no image"),
     "only other keys": ({"url": "x", "caption": "y"}, "has no image (its keys are ['caption', 'url'])"),
     "two images": (good(image=["a.jpg", "b.jpg"]), "has 2 images; stage 1 trains on one image per record"),
+    "images": (good(image=None, images=["a.jpg"]), "has images (['a.jpg']), expected image with the path"),
     "an empty list": (good(image=[]), "has no image"),
     "a list of a number": (good(image=[7]), "has no image path: image is 7"),
     "image is null": (good(image=None), "has no image"),

@@ -60,9 +60,11 @@ def _optimization(arguments: Arguments) -> dict[str, Any]:
         "learning_rate": training.learning_rate,
         "weight_decay": training.weight_decay,
         "optim": OptimizerNames(training.optim).value,
+        "optim_args": training.optim_args,
         "adam": [training.adam_beta1, training.adam_beta2, training.adam_epsilon],
         "max_grad_norm": training.max_grad_norm,
         "lr_scheduler_type": str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)),
+        "lr_scheduler_kwargs": training.lr_scheduler_kwargs,
         "warmup_steps": training.warmup_steps,
         "average_tokens_across_devices": training.average_tokens_across_devices,
     }

@@ -217,8 +217,9 @@ class ImageArchive:
         return similar
 
     def _find_prefix(self, keys: list[str]) -> str:
-        # The folder below which most of the keys are; "" if some key is an exact name.
-        if any(self._lookup(key) is not None for key in keys):
+        # The folder below which most of the keys are; "" if no other folder has more of them.
+        exact = sum(self._lookup(key) is not None for key in keys)
+        if exact == len(keys):
             return ""
         hits: dict[str, int] = {}
         for key in map(_normalized, keys):
@@ -231,6 +232,8 @@ class ImageArchive:
                 if prefix not in ("", "/") and self._lookup(prefix + key) is not None:
                     hits[prefix] = hits.get(prefix, 0) + 1
         most = max(hits.values(), default=0)
+        if exact >= most:
+            return ""
         best = [prefix for prefix, count in hits.items() if count == most]
         if len(best) > 1:
             names = ", ".join(sorted(best)[:3])

@@ -33,6 +33,7 @@ def identity(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path_factory):
         ("learning_rate", 1e-4, "learning_rate"),
         ("warmup_ratio", 0.5, "warmup_steps"),
         ("lr_scheduler_type", "linear", "lr_scheduler_type"),
+        ("lr_scheduler_kwargs", '{"num_cycles": 1}', "lr_scheduler_kwargs"),
         ("max_grad_norm", 0.5, "max_grad_norm"),
         ("adam_beta2", 0.9, "adam"),
         ("data_seed", 7, "data_seed"),

@@ -105,6 +105,7 @@ LAYOUTS = {
     "dots": ["./images/./00/a.jpg", "./images//01/b.jpg"],
     "absolute names": ["/data/images/00/a.jpg", "/data/images/01/b.jpg"],
     "a second, incomplete folder": ["images/00/a.jpg", "images/01/b.jpg", "thumbs/00/a.jpg"],
+    "a stray copy of one image outside the folder": ["images/00/a.jpg", "images/01/b.jpg", "00/a.jpg"],
     "no prefix": ["00/a.jpg", "01/b.jpg", "images/00/a.jpg"],
 }  # fmt: skip
 

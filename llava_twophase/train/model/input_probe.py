@@ -43,6 +43,12 @@ def check_embedding_input(name: str, llm: Any) -> None:
             f"--model_name_or_path {name} cannot be used: it does not run on embeddings without token ids, which image "
             f"positions do not have ({type(error).__name__}: {error}); give another LLM"
         ) from error
+    if not expected.isfinite().all():
+        raise UserError(
+            f"--model_name_or_path {name} cannot be used: its logits are not finite in {llm.dtype}. Its weights are "
+            "damaged, or its values exceed the range of float16: download it again, or use --bf16 True in place of "
+            "--fp16 True"
+        )
     tolerance = _TOLERANCE.get(llm.dtype, _TOLERANCE_HALF)
     difference = _relative_difference(found, expected)
     if difference > tolerance:

@@ -60,6 +60,13 @@ def test_probe_refuses_an_embedding_multiplier_that_only_ids_get():
         check_embedding_input("some/llm", llm)
 
 
+def test_probe_reports_logits_that_are_not_finite():
+    llm = build_family("llama").to(torch.float16).eval()
+    llm.get_output_embeddings().weight[5, 5] = 3e38
+    with pytest.raises(UserError, match=r"its logits are not finite in torch\.float16"):
+        check_embedding_input("some/llm", llm)
+
+
 def test_probe_refuses_llms_that_need_ids():
     """As layers that route by a hash of the token id do."""
     llm = build_family("llama").eval()
