@@ -62,7 +62,7 @@ def test_probe_refuses_an_embedding_multiplier_that_only_ids_get():
 
 def test_probe_reports_logits_that_are_not_finite():
     llm = build_family("llama").to(torch.float16).eval()
-    llm.get_output_embeddings().weight[5, 5] = 3e38
+    llm.get_output_embeddings().weight.data[5, 5] = float("inf")
     with pytest.raises(UserError, match=r"its logits are not finite in torch\.float16"):
         check_embedding_input("some/llm", llm)
 
