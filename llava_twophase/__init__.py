@@ -5,8 +5,9 @@ The names in ``__all__`` are imported when they are first used, so importing thi
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from llava_twophase.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from llava_twophase.cache.reader import FeatureCache
@@ -17,20 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["CacheWriter", "Captioner", "FeatureCache", "load_projector", "load_records"]
 __version__ = "0.1.0"
 
-_MODULES = {
-    "CacheWriter": "cache.writer",
-    "Captioner": "deploy.captioner",
-    "FeatureCache": "cache.reader",
-    "load_projector": "deploy.captioner",
-    "load_records": "records",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "CacheWriter": "cache.writer",
+        "Captioner": "deploy.captioner",
+        "FeatureCache": "cache.reader",
+        "load_projector": "deploy.captioner",
+        "load_records": "records",
+    },
+)

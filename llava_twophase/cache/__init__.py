@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from llava_twophase.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from llava_twophase.cache.check.repair import apply_repair, plan_repair
@@ -17,20 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheWriter", "FeatureCache", "apply_repair", "plan_repair", "verify"]
 
-_MODULES = {
-    "CacheWriter": "writer",
-    "FeatureCache": "reader",
-    "apply_repair": "check.repair",
-    "plan_repair": "check.repair",
-    "verify": "check.verify",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "CacheWriter": "writer",
+        "FeatureCache": "reader",
+        "apply_repair": "check.repair",
+        "plan_repair": "check.repair",
+        "verify": "check.verify",
+    },
+)
