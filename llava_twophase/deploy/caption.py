@@ -8,18 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from llava_twophase import __version__
 from llava_twophase.deploy.captioner import Captioner, Placement
-from llava_twophase.deploy.inputs import NamedImage, list_images
+from llava_twophase.deploy.inputs import NamedImage, list_images, thumbnail
 from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.errors import UserError
 from llava_twophase.files import replace_file
 from llava_twophase.html import Card, Page
-from llava_twophase.vision.images import BadImage, decode
-
-_THUMBNAIL = 224
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def caption(projector: TrainedProjector, images: Sequence[str], placement: Place
         else:
             print(f"{image.name}\t{f'error: {error}' if error else text}", flush=True)
         if options.html is not None:
-            cards.append(Card(title=image.name, lines=[text or f"error: {error}"], panels=_thumbnail(image)))
+            cards.append(Card(title=image.name, lines=[text or f"error: {error}"], panels=thumbnail(image.read)))
     if options.html is not None:
         page = Page("Captions", f"{len(named)} images by {projector.path}", f"llava-twophase {__version__}")
         page.cards(cards)
@@ -86,12 +82,3 @@ def _captions(
         texts = iter(captioner.caption_features(torch.stack(rows)) if rows else [])
         for place, image in enumerate(part):
             yield (image, "", errors[place]) if place in errors else (image, next(texts), None)
-
-
-def _thumbnail(image: NamedImage) -> list[tuple[str, Image.Image]]:
-    try:
-        picture = decode(image.read())
-    except (UserError, BadImage):
-        return []
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return [("image", picture)]

@@ -79,7 +79,7 @@ def _add_evaluate(commands: Any) -> None:
     add("--batch_size", type=_positive, default=8, help="rows of one forward pass (default: 8)")
     add("--limit", type=_positive, default=256, help="records to evaluate, drawn at random (default: 256)")
     add("--candidates", type=_at_least_two, default=10, help="captions that each image is ranked against (default: 10)")
-    add("--seed", type=int, default=0, help="draws records, candidates and bootstrap resamples (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the records, candidates and bootstrap resamples (default: 0)")
     add("--html", metavar="FILE", help="also write a report as one HTML page")
     add("--json", action="store_true", help="print one JSON object")
 
@@ -122,8 +122,8 @@ def _add_run(add: Any) -> None:
 
 
 def _add_models(add: Any) -> None:
-    add("--model_name_or_path", help="base LLM (default: the one that config.json beside the projector has)")
-    add("--vision_tower", help="vision tower (default: the one that config.json has)")
+    add("--model_name_or_path", help="base LLM (default: as in config.json beside the projector)")
+    add("--vision_tower", help="vision tower (default: as in config.json)")
     add("--mm_vision_select_layer", type=int, help="hidden state of the tower (default: config.json's, else -2)")
     add("--mm_vision_select_feature", choices=("patch", "cls_patch"), help="default: config.json's, else patch")
     add("--image_aspect_ratio", choices=("square", "pad"), help="default: config.json's, else square")
@@ -131,12 +131,12 @@ def _add_models(add: Any) -> None:
 
 def _add_sources(add: Any) -> None:
     add("--image_folder", help="folder, .zip or .tar of the records' images")
-    add("--feature_cache", help="cache of the records' images; those that it has need no vision tower")
+    add("--feature_cache", help="feature cache; images that it has need no vision tower")
 
 
 def _add_placement(add: Any) -> None:
     add("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of the LLM (default: as trained, else fp32)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the LLM (default: as trained, else fp32)")
     add(
         "--bits",
         type=int,
@@ -174,7 +174,7 @@ def _caption(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from llava_twophase.deploy.captioner import Placement
-    from llava_twophase.deploy.evaluate import Settings
+    from llava_twophase.deploy.evaluate import EvaluationSettings
     from llava_twophase.deploy.evaluation_report import EvaluationOptions, evaluate_runs
     from llava_twophase.deploy.trained_projector import find_projector
 
@@ -185,7 +185,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         limit=args.limit,
         html=args.html,
         json=args.json,
-        settings=Settings(args.batch_size, args.candidates, args.seed),
+        settings=EvaluationSettings(args.batch_size, args.candidates, args.seed),
     )
     runs = {run: find_projector(run, **_overrides(args)) for run in args.runs}
     return evaluate_runs(runs, Placement(args.device, args.dtype, args.bits), options)

@@ -52,7 +52,7 @@ class RecordResult:
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """How to evaluate.
 
     Attributes:
@@ -68,7 +68,7 @@ class Settings:
 
 @torch.inference_mode()
 def evaluate(
-    captioner: Captioner, records: Sequence[Record], features: Features, settings: Settings
+    captioner: Captioner, records: Sequence[Record], features: Features, settings: EvaluationSettings
 ) -> list[RecordResult]:
     """Evaluate one projector.
 
@@ -153,8 +153,8 @@ def other_positions(captions: Sequence[str], count: int, seed: int) -> list[list
 
     Args:
         captions: The captions of all records.
-        count: How many to draw; fewer where there are not so many different captions.
-        seed: Of the draw.
+        count: How many to draw for each caption; fewer if there are not enough different captions.
+        seed: Seed of the draw.
 
     Raises:
         UserError: All captions are equal.
@@ -171,7 +171,7 @@ def other_positions(captions: Sequence[str], count: int, seed: int) -> list[list
 
 
 def _rank(
-    captioner: Captioner, loss: float, candidates: Sequence[str], features: torch.Tensor, settings: Settings
+    captioner: Captioner, loss: float, candidates: Sequence[str], features: torch.Tensor, settings: EvaluationSettings
 ) -> int:
     losses: list[float] = []
     for start in range(0, len(candidates), settings.batch_size):

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from llava_twophase import __version__
 from llava_twophase.deploy.captioner import Captioner, Placement
-from llava_twophase.deploy.evaluate import RecordResult, Settings, evaluate
-from llava_twophase.deploy.statistics import METRICS, by_length, compare, require_chrf, summarize
+from llava_twophase.deploy.evaluate import EvaluationSettings, RecordResult, evaluate
+from llava_twophase.deploy.inputs import thumbnail
+from llava_twophase.deploy.statistics import METRICS, Estimate, by_length, compare, require_chrf, summarize
 from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.errors import UserError
 from llava_twophase.files import replace_file
 from llava_twophase.html import Card, Page, mark_differences
 from llava_twophase.records import Record, load_records
-from llava_twophase.vision.images import BadImage, decode
+from llava_twophase.vision.images import BadImage
 from llava_twophase.vision.sources import ImageSource, open_images
 
 LIMITS = (
@@ -33,7 +33,6 @@ LIMITS = (
     "confirm the choice with a stage-2 run."
 )
 _SHOWN = 12
-_THUMBNAIL = 224
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class EvaluationOptions:
     limit: int
     html: str | None
     json: bool
-    settings: Settings
+    settings: EvaluationSettings
 
 
 def evaluate_runs(runs: Mapping[str, TrainedProjector], placement: Placement, options: EvaluationOptions) -> int:
@@ -212,23 +211,12 @@ def _card(row: RecordResult, images: ImageSource | None) -> Card:
         lines=[f"true: {true}", mark_differences(row.generated, true)],
         note=f"loss {row.loss:.3f}, with another image {row.loss_shuffled:.3f}, without {row.loss_without:.3f}; "
         f"rank {row.rank + 1}",
-        panels=_thumbnail(row.image, images),
+        panels=[] if images is None else thumbnail(lambda: images.read(row.image)),
     )
 
 
-def _thumbnail(key: str, images: ImageSource | None) -> list[tuple[str, Image.Image]]:
-    if images is None:
-        return []
-    try:
-        picture = decode(images.read(key))
-    except BadImage:
-        return []
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return [("image", picture)]
-
-
 def _interval(value: Mapping[str, float]) -> str:
-    return f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+    return str(Estimate(**value))
 
 
 def _verdict(value: Mapping[str, float]) -> str:

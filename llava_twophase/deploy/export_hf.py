@@ -135,7 +135,7 @@ def _write_tokenizer(parts: _Parts, folder: Path) -> tuple[Any, int]:
 
 def _write_config(parts: _Parts, folder: Path, *, image_id: int, vocab_size: int, pad_id: int) -> None:
     text, vision = parts.text_config.to_dict(), parts.vision_config.to_dict()
-    rope = parts.text_config.to_dict().get("rope_parameters") or {}
+    rope = text.get("rope_parameters") or {}
     if "rope_theta" in rope:
         text["rope_theta"] = rope["rope_theta"]
     text.update(vocab_size=vocab_size, pad_token_id=pad_id)
@@ -157,12 +157,12 @@ def _write_config(parts: _Parts, folder: Path, *, image_id: int, vocab_size: int
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     _write_json(folder / "config.json", config)
-    newline = {
+    token_ids = {
         "bos_token_id": text.get("bos_token_id"),
         "eos_token_id": text.get("eos_token_id"),
         "pad_token_id": pad_id,
     }
-    _write_json(folder / "generation_config.json", {"do_sample": False, **newline})
+    _write_json(folder / "generation_config.json", {"do_sample": False, **token_ids})
 
 
 def _write_processor(parts: _Parts, folder: Path) -> None:

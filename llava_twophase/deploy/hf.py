@@ -53,7 +53,7 @@ class CachedFeatureCollator:
         cache: Features by image key.
         image_token: Placeholder of one patch position.
 
-    Calling it with samples ``{"image": key, "text": caption}`` returns ``input_ids``, ``attention_mask`` and ``labels``
+    Called with samples ``{"image": key, "text": caption}``, it returns ``input_ids``, ``attention_mask`` and ``labels``
     (int64 ``[B, T]``, image and padding positions -100) and ``features`` ``[B, L, D]``.
     """
 
@@ -63,7 +63,7 @@ class CachedFeatureCollator:
         self._image_token = image_token
 
     def __call__(self, samples: Sequence[Mapping[str, str]]) -> dict[str, torch.Tensor]:
-        """Collate samples."""
+        """Return the batch of some samples."""
         features = self._cache.read_tensor([sample["image"] for sample in samples])
         placeholder = self._image_token * features.shape[1]
         texts = [placeholder + sample["text"] + "\n" for sample in samples]

@@ -1,4 +1,4 @@
-"""What ``caption`` is given on the command line: image files, folders, archives, or the records of a JSON file."""
+"""Images for captions and reports: files, folders, archives and records of a command line, and their thumbnails."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from llava_twophase.errors import UserError
 from llava_twophase.records import image_keys, load_records
-from llava_twophase.vision.images import BadImage
+from llava_twophase.vision.images import BadImage, decode
 from llava_twophase.vision.sources import ImageSource, open_images
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 _ARCHIVES = (".zip", ".tar")
 _RECORDS = (".json", ".jsonl")
+_THUMBNAIL = 224
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,20 @@ def list_images(paths: Sequence[str], image_folder: str | None = None) -> list[N
         UserError: A path does not exist, or a folder or archive has no images.
     """
     return [image for path in paths for image in _expand(path, image_folder)]
+
+
+def thumbnail(read: Callable[[], bytes]) -> list[tuple[str, Image.Image]]:
+    """Return the panels of a page's card: a small picture, or none if the image cannot be used.
+
+    Args:
+        read: Returns the bytes of the image file.
+    """
+    try:
+        picture = decode(read())
+    except (UserError, BadImage):
+        return []
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return [("image", picture)]
 
 
 def _expand(path: str, image_folder: str | None) -> Iterator[NamedImage]:

@@ -30,7 +30,10 @@ METRICS: Mapping[str, tuple[str, Callable[[RecordResult], float]]] = {
     "loss": ("loss with the right image (nats per token)", lambda result: result.loss),
     "loss_shuffled": ("loss with another record's image", lambda result: result.loss_shuffled),
     "loss_without": ("loss without an image", lambda result: result.loss_without),
-    "gain": ("loss that the right image saves, against another's", lambda result: result.loss_shuffled - result.loss),
+    "gain": (
+        "loss reduction by the right image, compared with another's",
+        lambda result: result.loss_shuffled - result.loss,
+    ),
     "recall_at_1": ("right caption ranked first", lambda result: float(result.rank == 0)),
     "exact": (
         "generated caption equals the true one",

@@ -49,7 +49,7 @@ class TrainedProjector:
 def find_projector(
     run: str | Path, llm: str | None = None, vision_tower: str | None = None, **overrides: Any
 ) -> TrainedProjector:
-    """Resolve what a user calls a run.
+    """Find the projector of a run, and the settings that it was trained with.
 
     Args:
         run: An ``--output_dir``, or a projector file; a ``config.json`` beside the file is used.
@@ -102,7 +102,7 @@ def projector_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read a projector file, whatever prefix its names have.
 
     Args:
-        path: ``mm_projector.bin`` as LLaVA or this project writes it, or a file cut from a stage-2 checkpoint.
+        path: ``mm_projector.bin`` of LLaVA or of this project, or a file with these tensors of a stage-2 checkpoint.
 
     Returns:
         Tensors on the CPU, named as in the module: ``weight`` and ``bias`` for ``linear``, else ``0.weight``, ...

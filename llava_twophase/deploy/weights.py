@@ -47,10 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: The folder has no weight files, or its index lists a file that is missing.
     """
-    for index, single in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-    ):
+    for index, single in ((_INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")):
         if (folder / index).is_file():
             names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
             missing = [name for name in names if not (folder / name).is_file()]

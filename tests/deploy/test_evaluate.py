@@ -8,7 +8,7 @@ import torch
 from commands import use_command
 from helpers import run
 from llava_twophase import Captioner, FeatureCache, load_records
-from llava_twophase.deploy.evaluate import Settings, caption_losses, evaluate, other_positions
+from llava_twophase.deploy.evaluate import EvaluationSettings, caption_losses, evaluate, other_positions
 from llava_twophase.errors import UserError
 from llava_twophase.train.data.collator import collate
 
@@ -68,7 +68,7 @@ def test_other_positions_refuses_equal_captions():
 def test_evaluate_ranks_the_true_caption(captioner, trained):
     records = load_records(trained.records)
     features = FeatureCache(trained.cache).read_tensor
-    results = evaluate(captioner, records, features, Settings(batch_size=5, candidates=4))
+    results = evaluate(captioner, records, features, EvaluationSettings(batch_size=5, candidates=4))
     assert [result.image for result in results] == trained.keys
     for position, result in enumerate(results):
         others = other_positions([record.caption for record in records], 3, seed=0)[position]
