@@ -1,4 +1,4 @@
-"""A drawn image set with LLaVA-style records: plain scenes, and image files that are easily read wrongly."""
+"""Draw an image set with LLaVA-style records: plain scenes, and image files that are easily read wrongly."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class ImageSet:
 
     folder: Path  # the image folder
     json: Path  # records as one JSON array
-    jsonl: Path  # the same, one a line
+    jsonl: Path  # the same as JSON Lines
     records: list  # the same, as Python objects
 
     @property
@@ -33,7 +33,7 @@ class ImageSet:
 
 
 def draw(size, colour, shape="circle", mode="RGB", background=(235, 235, 230)):
-    """One shape on a shaded background, so that rows and columns differ."""
+    """Draw one shape on a shaded background, so that rows and columns differ."""
     width, height = size
     picture = Image.new("RGB", size, background)
     pen = ImageDraw.Draw(picture)
@@ -50,14 +50,14 @@ def draw(size, colour, shape="circle", mode="RGB", background=(235, 235, 230)):
 
 
 def transparent():
-    """Full colours under a ramp of alpha: compositing gives other pixels than dropping alpha."""
+    """Draw a circle with a gradient of alpha: compositing gives other pixels than dropping alpha."""
     picture = draw((70, 64), COLOURS["red"], mode="RGBA")
     picture.putalpha(Image.linear_gradient("L").resize(picture.size))
     return picture
 
 
 def odd_pictures(folder):
-    """Write the odd files; returns {key: caption}."""
+    """Write the odd files; return {key: caption}."""
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotated by 90 degrees for display
     sixteen_bit = Image.new("I;16", (60, 60))
@@ -109,7 +109,7 @@ def odd_pictures(folder):
 
 
 def plain_pictures(folder):
-    """Write one scene for each colour and shape, as JPEG or PNG, in two folders; returns {key: caption}."""
+    """Write one scene for each colour and shape, as JPEG or PNG, in two folders; return {key: caption}."""
     captions = {}
     for index, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES):
         key = f"{index % 2:05d}/{index:09d}.{'jpg' if index % 3 else 'png'}"
@@ -120,13 +120,13 @@ def plain_pictures(folder):
 
 
 def make_record(identity, key, caption, prompt=PROMPT):
-    """One record as LLaVA's stage-1 JSON has it."""
+    """Return one record in the format of LLaVA's stage-1 JSON."""
     turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": caption}]
     return {"id": identity, "image": key, "conversations": turns}
 
 
 def write_records(records, path):
-    """Write records as a JSON array, or one a line where `path` ends in .jsonl; returns `path`."""
+    """Write records as a JSON array, or as JSON Lines if `path` ends in .jsonl; return `path`."""
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     else:
@@ -136,7 +136,7 @@ def write_records(records, path):
 
 
 def write_image_set(root):
-    """Draw every picture below `root`/images and write `records.json` and `records.jsonl`; returns the ImageSet.
+    """Draw every picture below `root`/images and write `records.json` and `records.jsonl`; return the ImageSet.
 
     The first image has two records, so there is one record more than images. The first PLAIN records are the plain
     scenes; the odd files follow.

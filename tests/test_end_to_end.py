@@ -183,7 +183,7 @@ def test_records_without_features_are_reported_before_the_llm_loads(
 
 
 @pytest.mark.parametrize("tower", ["tiny_siglip", "tiny_dinov2", "tiny_clip_full"])
-def test_other_towers_reach_a_projector(request, tower, plain_set, tiny_llama_no_bos, tmp_path):
+def test_extraction_and_training_accept_other_towers(request, tower, plain_set, tiny_llama_no_bos, tmp_path):
     """SigLIP, DINOv2 and a complete CLIPModel; the LLM's tokenizer adds no BOS."""
     folder = request.getfixturevalue(tower)
     cache, output = tmp_path / "cache", tmp_path / "out"

@@ -42,7 +42,7 @@ FORBIDDEN = {re.compile(rf"\b({pattern})((?<=\s)|\b)", re.IGNORECASE): advice fo
 
 
 def tracked():
-    """Text files that git has, or would take with `git add`."""
+    """Return the text files that git tracks, or would track after `git add`."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.py", "*.md", "*.sh"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
     if result.returncode:
@@ -51,7 +51,7 @@ def tracked():
 
 
 def prose(name, text):
-    """(line number, text) of what people read: comments, strings and names of functions, or all lines of a page."""
+    """Yield (line number, text) of comments, strings and names of functions, or of all lines of a page."""
     if not name.endswith(".py"):
         yield from enumerate(text.splitlines(), 1)
         return
@@ -67,7 +67,7 @@ def prose(name, text):
 
 
 def misleading(name, text):
-    """Findings in one file, as "file:line: word; write ..." lines."""
+    """Return the findings in one file as "file:line: word; write ..." lines."""
     return [
         f"{name}:{number}: {match.group(0)!r}; write: {advice}"
         for number, line in prose(name, text)

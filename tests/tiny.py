@@ -1,7 +1,7 @@
-"""Tiny models in real formats: vision towers, LLMs and their tokenizers, built from config and seeded.
+"""Write tiny models in real formats: vision towers, LLMs and their tokenizers, with seeded random weights.
 
-Every weight is drawn again, LayerNorm scales and biases included: with the library's own initialisation (scales 1,
-biases 0, positions near 0) a missing norm or a forgotten bias would change nothing and no test would see it.
+All weights are random, including LayerNorm scales and biases. With the library's initialisation (scales 1, biases 0,
+positions near 0), a missing norm or bias would not change any output, and no test would notice it.
 """
 
 import json
@@ -63,12 +63,12 @@ DINOV2_PREPROCESSOR = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_processor_type": "BitImageProcessor",
     "image_std": [0.229, 0.224, 0.225],
-    "size": {"shortest_edge": 64},  # as the real one: the resized image has a border that the crop removes
+    "size": {"shortest_edge": 64},  # as in the published model: the crop removes a border
 }
 
 
 def redraw(model, seed):
-    """Give every floating-point parameter of `model` a seeded, non-degenerate value; returns `model` in eval mode."""
+    """Set all floating-point parameters of `model` to seeded random values; return `model` in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -85,20 +85,20 @@ def redraw(model, seed):
 
 
 def write_preprocessor(folder, settings):
-    """Write `preprocessor_config.json` as a hub repository carries it."""
+    """Write `preprocessor_config.json` as in a repository on the hub."""
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return folder
 
 
 def write_clip(folder, seed=1, **shape):
-    """A CLIPVisionModel: 16 patches of 32 numbers (17 with CLS), four layers; `shape` changes that."""
+    """Write a CLIPVisionModel: 16 patches of 32 numbers (17 with CLS), four layers; `shape` changes that."""
     model = redraw(CLIPVisionModel(CLIPVisionConfig(**{**VISION_SHAPE, **shape})), seed)
     model.save_pretrained(folder)
     return write_preprocessor(folder, CLIP_PREPROCESSOR)
 
 
 def write_clip_full(folder, clip_folder):
-    """A complete CLIPModel with its text tower, as openai/clip-vit-* are published; vision weights of `clip_folder`."""
+    """Write a CLIPModel with text tower, like openai/clip-vit-*, with the vision weights of `clip_folder`."""
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text.update(vocab_size=64, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1)
     model = redraw(CLIPModel(CLIPConfig(text_config=text, vision_config=VISION_SHAPE, projection_dim=16)), seed=2)
@@ -112,14 +112,14 @@ def write_clip_full(folder, clip_folder):
 
 
 def write_siglip(folder, seed=3):
-    """A SiglipVisionModel: 16 patches of 32 numbers, no CLS, four layers."""
+    """Write a SiglipVisionModel: 16 patches of 32 numbers, no CLS, four layers."""
     model = redraw(SiglipVisionModel(SiglipVisionConfig(**VISION_SHAPE)), seed)
     model.save_pretrained(folder)
     return write_preprocessor(folder, SIGLIP_PREPROCESSOR)
 
 
 def write_dinov2(folder, seed=4):
-    """A Dinov2Model: 16 patches of 32 numbers (17 with CLS), four layers."""
+    """Write a Dinov2Model: 16 patches of 32 numbers (17 with CLS), four layers."""
     shape = {name: value for name, value in VISION_SHAPE.items() if name != "intermediate_size"}
     model = redraw(Dinov2Model(Dinov2Config(mlp_ratio=2, **shape)), seed)
     model.save_pretrained(folder)
@@ -127,7 +127,7 @@ def write_dinov2(folder, seed=4):
 
 
 def train_tokenizer(captions, add_bos=True):
-    """A fast BPE tokenizer with LLaMA's special tokens and word marks, trained on `captions`; it knows no others."""
+    """Train a fast BPE tokenizer on `captions`, with LLaMA's special tokens and word marks."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
@@ -150,9 +150,10 @@ def train_tokenizer(captions, add_bos=True):
 
 
 def write_llama(folder, captions, add_bos=True, seed=5, **shape):
-    """A LlamaForCausalLM of width 64 with two layers, grouped-query attention, and its tokenizer; `shape` changes that.
+    """Write a LlamaForCausalLM of width 64 with two layers and grouped-query attention, and its tokenizer.
 
-    With `add_bos=False` the tokenizer knows <s> but puts none in front, as GPT-2's and SmolLM2's do.
+    `shape` overrides fields of its configuration. With `add_bos=False` the tokenizer has <s> but does not add it, like
+    those of GPT-2 and SmolLM2.
     """
     tokenizer = train_tokenizer(captions, add_bos)
     known = {

@@ -122,10 +122,10 @@ class ShardFile:
         """
         begin = 0
         for part in header.row_parts:
-            whole_row = part.row_bytes == rows.shape[1]
-            raw = rows if whole_row else np.empty((len(rows), part.row_bytes), np.uint8)
+            is_only_part = part.row_bytes == rows.shape[1]
+            raw = rows if is_only_part else np.empty((len(rows), part.row_bytes), np.uint8)
             self.read_into(memoryview(raw.reshape(-1)), part.offset + first * part.row_bytes)
-            if not whole_row:
+            if not is_only_part:
                 rows[:, begin : begin + part.row_bytes] = raw
             begin += part.row_bytes
 

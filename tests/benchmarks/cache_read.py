@@ -36,16 +36,16 @@ from llava_twophase.train.data.prefetch import PrefetchDataset
 
 SHAPE = (576, 1024)
 ROW = SHAPE[0] * SHAPE[1] * 2
-PEERS = {}
+METHODS = {}
 WARM_UP = 4  # batches: one more than this project keeps memory for
 
 
-def peer(name, module, sequential=False):
+def method(name, module, sequential=False):
     def register(function):
         function.label = name
         function.module = module
         function.sequential = sequential
-        PEERS[name] = function
+        METHODS[name] = function
         return function
 
     return register
@@ -97,7 +97,7 @@ def ours_in_flight(cache, folder):
     return read, pool.shutdown
 
 
-@peer("h5py, row by row", "h5py")
+@method("h5py, row by row", "h5py")
 def with_h5py(cache, folder):
     import h5py
 
@@ -111,7 +111,7 @@ def with_h5py(cache, folder):
     return row_by_row(file["features"]), file.close
 
 
-@peer("numpy memmap", "numpy")
+@method("numpy memmap", "numpy")
 def with_memmap(cache, folder):
     path = folder / "features.npy"
     if not path.exists():
@@ -122,7 +122,7 @@ def with_memmap(cache, folder):
     return row_by_row(np.load(path, mmap_mode="r")), lambda: None
 
 
-@peer("safetensors", "safetensors")
+@method("safetensors", "safetensors")
 def with_safetensors(cache, folder):
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -140,7 +140,7 @@ def with_safetensors(cache, folder):
     return read, lambda: None
 
 
-@peer("zarr, a chunk an image", "zarr")
+@method("zarr, a chunk an image", "zarr")
 def with_zarr(cache, folder):
     import zarr
 
@@ -154,7 +154,7 @@ def with_zarr(cache, folder):
     return row_by_row(zarr.open_array(path, mode="r")), lambda: None
 
 
-@peer("LMDB", "lmdb")
+@method("LMDB", "lmdb")
 def with_lmdb(cache, folder):
     import lmdb
 
@@ -173,7 +173,7 @@ def with_lmdb(cache, folder):
     return read, environment.close
 
 
-@peer("webdataset, in file order", "webdataset", sequential=True)
+@method("webdataset, in file order", "webdataset", sequential=True)
 def with_webdataset(cache, folder):
     import webdataset
 
@@ -275,7 +275,7 @@ def measure(cache, folder, args, cold):
     # torch's memory starts at a multiple of 64 bytes. numpy's does not, which halves the speed of every method.
     batch = torch.zeros(args.batch, *SHAPE, dtype=torch.uint16).numpy()
     turns = {"limit": limit, "this project": ours, "this project, 4 in flight": ours_in_flight}
-    turns |= {name: make for name, make in PEERS.items() if find_spec(make.module)}
+    turns |= {name: make for name, make in METHODS.items() if find_spec(make.module)}
     loaders = {"delivered: DataLoader, 2 workers": usual_loader, "delivered: this project": our_loader}
     jobs = [(measure_reading, name, make) for name, make in turns.items()]
     jobs += [(measure_delivery, name, make) for name, make in loaders.items()]
@@ -302,7 +302,7 @@ def main():
     parser.add_argument("--repetitions", type=int, default=7, help="after one to warm up (default: 7)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for make in PEERS.values():
+    for make in METHODS.values():
         if not find_spec(make.module):
             print(f"{make.label}: skipped, pip install {make.module}", file=sys.stderr)
     folder = Path(tempfile.mkdtemp(prefix="cache_read-", dir=args.folder))
@@ -329,15 +329,15 @@ def report(speeds, args):
     console = Console(width=110)
     console.print(f"{platform.platform()}, {os.cpu_count()} cores, {args.images} images of 1.18 MB")
     console.print(table)
-    random = [name for name, make in PEERS.items() if name in ratios["hot"] and not make.sequential]
+    random = [name for name, make in METHODS.items() if name in ratios["hot"] and not make.sequential]
     line = {"delivered_over_limit": ratios["hot"]["delivered: this project"]}
     for kind in ("hot", "cold"):
         line[f"ours_over_limit_{kind}"] = ratios[kind]["this project"]
         line[f"ours_in_flight_over_limit_{kind}"] = ratios[kind]["this project, 4 in flight"]
         found = speeds[kind]
         best = max(random, key=lambda name: ratios[kind][name])
-        line[f"best_peer_{kind}"] = best
-        line[f"ours_over_best_peer_{kind}"] = statistics.median(
+        line[f"best_method_{kind}"] = best
+        line[f"ours_over_best_method_{kind}"] = statistics.median(
             own / other for own, other in zip(found["this project"], found[best], strict=True)
         )
     line["delivered_over_limit_cold"] = ratios["cold"]["delivered: this project"]

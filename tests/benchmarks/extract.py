@@ -103,7 +103,7 @@ class Ways:
         self.images, self.preprocessor = ImageFolder(folder / "images"), Preprocessor(str(folder))
         self.ours = VisionTower(str(folder), self.preprocessor, dtype=torch.bfloat16)
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        self.whole = CLIPVisionModel.from_pretrained(folder, dtype=torch.bfloat16).eval().requires_grad_(False)
+        self.complete = CLIPVisionModel.from_pretrained(folder, dtype=torch.bfloat16).eval().requires_grad_(False)
         pictures = [Image.open(folder / "images" / key).convert("RGB") for key in self.keys]
         self.crops = torch.from_numpy(np.stack([self.preprocessor.crop(picture) for picture in pictures]))
         self.matrix = torch.randn(2048, 2048, dtype=torch.bfloat16)
@@ -144,7 +144,7 @@ class Ways:
                 picture = Image.open(self.folder / "images" / key).convert("RGB")
                 pixels.append(self.processor.preprocess(picture, return_tensors="pt")["pixel_values"][0])
             batch = torch.stack(pixels).to(torch.bfloat16)
-            self.whole(batch, output_hidden_states=True).hidden_states[-2][:, 1:]
+            self.complete(batch, output_hidden_states=True).hidden_states[-2][:, 1:]
         return len(self.keys) / (time.perf_counter() - started)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Small feature caches, made by the writer itself from seeded numbers: no images, no tower, no torch."""
+"""Write small feature caches from seeded numbers, without images, a tower or torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -38,23 +38,23 @@ STORAGES = ("bfloat16", "float16", "float32", "int8", "int4")
 
 
 def channels_of(width):
-    """Mean and std of each channel, for int8 and int4: short fractions, exact everywhere."""
+    """Return mean and std of each channel for int8 and int4: short fractions, which float32 holds exactly."""
     return Channels(((np.arange(width) - 10) / 16).astype("<f4"), ((np.arange(width) + 8) / 32).astype("<f4"))
 
 
 def fingerprint_of(dtype, width=SHAPE[1]):
-    """What a cache of this storage dtype says made it."""
+    """Return the fingerprint of a cache with this storage dtype."""
     extra = {"channels": {"sha256": channels_of(width).sha256()}} if dtype in QUANTISED else {}
     return {**FINGERPRINT, "storage_dtype": dtype, **extra}
 
 
 def bfloat16_bits(values):
-    """float32 to the uint16 bits of bfloat16, cut off."""
+    """Return float32 values as the uint16 bits of bfloat16, rounded towards zero."""
     return (np.asarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
 def rows(count, dtype="bfloat16", seed=0, shape=SHAPE):
-    """Rows as `FeatureCache.read_raw` gives them: values [count, tokens, dim], or uint8 [count, row_bytes]."""
+    """Return rows as `FeatureCache.read_raw` does: values [count, tokens, dim], or uint8 [count, row_bytes]."""
     random = np.random.default_rng(seed)
     if dtype in QUANTISED:
         tokens, width = shape
@@ -66,12 +66,12 @@ def rows(count, dtype="bfloat16", seed=0, shape=SHAPE):
 
 
 def keys_of(number, count):
-    """Image keys of one shard: folders, a space, letters beyond ASCII, several lengths."""
+    """Return the image keys of one shard: with folders, a space, non-ASCII letters and several lengths."""
     return [f"{number:05d}/{'é' * (row % 3)}picture {row}.jpg" for row in range(count)]
 
 
 def sources_of(keys):
-    """Size and SHA-256 that stand for the image files."""
+    """Return size and SHA-256 of imaginary image files."""
     return [(len(key), sha256(key.encode())) for key in keys]
 
 
@@ -109,15 +109,15 @@ def write(cache, entries, dtype="bfloat16", complete=True, fingerprint=None, sha
 
 
 def replace_manifest(cache, manifest):
-    """Replace a manifest, as a writer does."""
+    """Replace a manifest under the writer's lock."""
     with CacheSession(cache, read=False) as session:
         session.replace(manifest)
 
 
 def reseal(cache, number, edit):
-    """Change a shard's bytes and make checksums, header and manifest agree again, as an attacker or a bug could.
+    """Change a shard's bytes, and make checksums, header and manifest agree with them, as an attacker or a bug could.
 
-    `edit(data, header)` changes the bytearray in place; header says where what lies.
+    `edit(data, header)` changes the bytearray in place; `header` has the offset of each dataset.
     """
     path = cache / SHARDS / shard_name(number)
     data = bytearray(path.read_bytes())
@@ -138,7 +138,7 @@ def reseal(cache, number, edit):
 
 
 def set_row(data, header, row, stored):
-    """Overwrite one row and its checksum; for `reseal`."""
+    """Overwrite one row and its checksum, within the `edit` of `reseal`."""
     raw = np.ascontiguousarray(stored).tobytes()
     start = header.datasets["features"].offset + row * len(raw)
     data[start : start + len(raw)] = raw
@@ -146,7 +146,7 @@ def set_row(data, header, row, stored):
 
 
 def set_number(data, header, name, row, value):
-    """Overwrite one uint64 of a column; for `reseal`."""
+    """Overwrite one uint64 of a column, within the `edit` of `reseal`."""
     start = header.datasets[name].offset + 8 * row
     data[start : start + 8] = value.to_bytes(8, "little")
 
@@ -159,7 +159,7 @@ GOLDEN_HDF5 = "2.0.0"
 
 
 def golden_rows(dtype):
-    """Rows of the golden shard as stored, by arithmetic alone: no random generator may ever change them."""
+    """Return the stored rows of the golden shard, computed without a random generator, which might change."""
     count = np.arange(3 * 4 * 32).reshape(3, 4, 32)
     if dtype == "bfloat16":
         return bfloat16_bits((count * 37 % 251 - 125) / 16)

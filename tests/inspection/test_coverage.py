@@ -91,10 +91,10 @@ def test_truncated_counts_what_training_truncates(image_set, tiny_llama, tmp_pat
     captions = load_caption_tokenizer(str(tiny_llama), tokenizer)
     for room in (1, 5, 8, 12, 30, 400):
         template = PlainTemplate(captions, 16 + 1 + room, 16)
-        whole = PlainTemplate(captions, 4096, 16)
-        cut = [record.image for record in records if template(record.caption) != whole(record.caption)]
+        unlimited = PlainTemplate(captions, 4096, 16)
+        shortened = [record.image for record in records if template(record.caption) != unlimited(record.caption)]
         found = truncated(records, str(tiny_llama), 16 + 1 + room, 16)
-        assert (found["captions"], found["room"], found["examples"]) == (len(cut), room, cut[:5])
+        assert (found["captions"], found["room"], found["examples"]) == (len(shortened), room, shortened[:5])
 
 
 def test_coverage_counts_truncated_captions(tmp_path, tiny_llama, image_set):

@@ -2,7 +2,9 @@
 
 import pytest
 
+from cache.make import make_cache
 from commands import extract_command, train_command
+from drawn import make_record, write_records
 from helpers import run
 
 
@@ -13,6 +15,30 @@ def plain_cache(plain_set, tiny_clip, tmp_path_factory):
     images = {"data_path": plain_set.json, "image_folder": plain_set.folder}
     run(["python", *extract_command(**images, vision_tower=tiny_clip, feature_cache=folder)])
     return folder
+
+
+@pytest.fixture
+def arguments_of(tiny_llama, tmp_path):
+    """Return the parsed arguments of a run from a small cache, and the cache's keys.
+
+    `image_of` gives the image path of each record by its key.
+    """
+    from llava_twophase.train.command_line import parse_arguments
+
+    cache, keys, _ = make_cache(tmp_path / "cache")
+
+    def parse(image_of=str, **changes):
+        records = [make_record(key, str(image_of(key)), "a red circle") for key in keys]
+        command = train_command(
+            data_path=write_records(records, tmp_path / "records.json"),
+            vision_tower="my/tower",
+            output_dir=tmp_path / "out",
+            **{"model_name_or_path": tiny_llama, "feature_cache": cache, **changes},
+        )
+        return parse_arguments(command[1:])
+
+    parse.keys = keys
+    return parse
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""What the DeepSpeed configurations promise, as runs without it do: accumulation and master weights in float32.
+"""Gradients are accumulated and master weights kept in float32, with DeepSpeed's configurations and without them.
 
-Gradients come out of a bf16 backward pass, so the sum of sixteen equal ones is exact in float32, and in bf16 it is not:
-with float32 accumulation sixteen equal micro-batches move the projector as one of them does, bit for bit.
+A backward pass in bf16 gives gradients with few bits. The sum of sixteen equal ones is exact in float32, not in bf16.
+With float32 accumulation, sixteen equal micro-batches therefore update the projector exactly as one of them does.
 """
 
 import json
@@ -18,14 +18,14 @@ SAME = 16
 
 @pytest.fixture(scope="module")
 def repeated(plain_set, tmp_path_factory):
-    """One record so often that all micro-batches are equal, on two ranks too."""
+    """Records that are all equal, so that all micro-batches are equal, also on two ranks."""
     path = tmp_path_factory.mktemp("repeated") / "records.json"
     return drawn.write_records(plain_set.records[:1] * (2 * SAME), path)
 
 
 @pytest.fixture(scope="module")
 def train(repeated, tiny_llama, tiny_clip, plain_cache, tmp_path_factory):
-    """Two updates in bf16 of so many micro-batches; returns the run's folder."""
+    """Train two updates in bf16, each of `accumulation` micro-batches; return the run's folder."""
 
     def start(launcher, accumulation, **changes):
         output = tmp_path_factory.mktemp("deepspeed") / "out"
@@ -44,13 +44,13 @@ def assert_equal(one, other):
     assert all(torch.equal(one.projector[name], other.projector[name]) for name in one.projector)
 
 
-def test_bf16_accumulation_would_be_seen():
+def test_sum_of_equal_gradients_is_exact_in_float32_only():
     gradient = torch.arange(128, 256).bfloat16() / SAME
     assert torch.equal(sum([gradient.float()] * SAME), gradient.float() * SAME)
     assert not torch.equal(sum([gradient] * SAME), gradient * SAME)
 
 
-def test_without_deepspeed_accumulation_is_in_float32(train):
+def test_run_without_deepspeed_accumulates_in_float32(train):
     assert_equal(outcome(train(["python"], SAME)), outcome(train(["python"], 1)))
 
 

@@ -1,4 +1,4 @@
-"""What LLaVA's own stage 1 computed, through the public commands; provenance in tests/golden/llava/README.md."""
+"""The public commands compute what LLaVA's own stage 1 computed; tests/golden/llava/README.md has the provenance."""
 
 import hashlib
 import json
@@ -179,7 +179,7 @@ def test_features_of_other_settings_are_bit_equal(flag, value, name, tmp_path):
 @pytest.mark.parametrize(
     ("legacy", "column"), [(True, "input_ids"), (False, "input_ids_legacy_false"), (None, "input_ids")]
 )
-def test_token_ids_are_sentencepieces(llm, tmp_path, legacy, column):
+def test_token_ids_equal_those_of_sentencepiece(llm, tmp_path, legacy, column):
     shutil.copytree(llm, tmp_path / "llm")
     settings = tmp_path / "llm" / "tokenizer_config.json"
     content = json.loads(settings.read_text(encoding="utf-8"))
@@ -212,7 +212,7 @@ def template_of(folder, model_max_length=2048, drop_unk=False):
         "last2_L2048",
     ],
 )
-def test_batches_splice_and_learn_as_llavas(llm, init, name):
+def test_splice_loss_and_gradient_equal_llavas(llm, init, name):
     batch, arrays = golden("batches.json")[name], np.load(GOLDEN / "batches.npz")
     features = torch.from_numpy(np.load(GOLDEN / "features_fp16_square.npz")["patch"])
     template = template_of(llm, batch["model_max_length"], drop_unk=True)
@@ -242,7 +242,7 @@ def test_batches_splice_and_learn_as_llavas(llm, init, name):
         assert np.linalg.norm(parameter.grad.numpy() - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
-def test_float32_tower_from_the_cache_and_on_the_fly(llm, init, fp32_cache, tmp_path):
+def test_run_from_the_cache_and_on_the_fly_equal_llavas_float32_run(llm, init, fp32_cache, tmp_path):
     cached = train(llm, init, tmp_path / "cached", feature_cache=fp32_cache)
     assert_run(cached, "mlp2x_vfp32")
     live = train(llm, init, tmp_path / "live", compute_dtype="fp32")
@@ -254,19 +254,19 @@ def test_float32_tower_from_the_cache_and_on_the_fly(llm, init, fp32_cache, tmp_
     ("name", "changes"),
     [("mlp2x", {}), ("mlp2x_noclip", {"max_grad_norm": 0.0}), ("linear", {"mm_projector_type": "linear"})],
 )
-def test_runs_on_llavas_own_features(llm, init, llava_cache, tmp_path, name, changes):
+def test_run_on_llavas_features_equals_llavas_run(llm, init, llava_cache, tmp_path, name, changes):
     assert_run(train(llm, init, tmp_path / "out", feature_cache=llava_cache, **changes), name)
 
 
 @pytest.mark.parametrize(
     ("name", "changes"), [("mlp2x", {}), ("mlp2x_cls_patch", {"mm_vision_select_feature": "cls_patch"})]
 )
-def test_our_own_fp16_tower_on_the_fly(llm, init, tmp_path, name, changes):
+def test_run_on_the_fly_equals_llavas_run_with_its_fp16_tower(llm, init, tmp_path, name, changes):
     """LLaVA's tower runs in fp16 in an fp32 run, so ours does without a flag."""
     assert_run(train(llm, init, tmp_path / "out", **changes), name, loss=2e-4, weights=1e-4)
 
 
-def test_bf16_run_keeps_a_float32_projector(llm, init, tmp_path):
+def test_bf16_run_equals_llavas_and_keeps_a_float32_projector(llm, init, tmp_path):
     assert_run(train(llm, init, tmp_path / "out", bf16=True), "mlp2x_bf16", loss=1e-2, weights=1e-3)
 
 
@@ -280,7 +280,7 @@ def test_accumulation_equals_llava_until_its_epochs_overlap(llm, init, llava_cac
     assert set(projector) == {f"model.mm_projector.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}
 
 
-def test_two_processes_equal_llavas(llm, init, llava_cache, tmp_path):
+def test_run_of_two_processes_equals_llavas(llm, init, llava_cache, tmp_path):
     losses, rates, _, _ = train(
         *(llm, init, tmp_path / "out", torchrun()), feature_cache=llava_cache, per_device_train_batch_size=2
     )
@@ -289,7 +289,7 @@ def test_two_processes_equal_llavas(llm, init, llava_cache, tmp_path):
     assert rates == ranks[0]["lr"]
 
 
-def test_a_real_unk_is_kept_by_default(llm):
+def test_template_keeps_an_unknown_token_by_default(llm):
     caption = RECORDS[15]["conversations"][1]["value"]
     assert 0 in template_of(llm)(caption)[0]
     assert 0 not in template_of(llm, drop_unk=True)(caption)[0]

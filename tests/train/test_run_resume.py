@@ -1,6 +1,6 @@
-"""SIGKILL at random moments of a run, then the same command again: the end equals the uninterrupted run's, bit for bit.
+"""A run that is killed at random moments and started again equals an uninterrupted run, bit for bit.
 
-Kills are few here; LLAVA_TWOPHASE_KILLS=20 makes them as many as a run can take.
+Each test kills the run once; LLAVA_TWOPHASE_KILLS sets the number.
 """
 
 import json
@@ -42,50 +42,56 @@ def kill_at(full_command, loss_lines):
         if seen >= loss_lines:
             break
     watchdog.cancel()
-    cut = process.poll() is None
-    if cut:
+    killed = process.poll() is None
+    if killed:
         os.killpg(process.pid, signal.SIGKILL)
     process.stdout.close()
     assert process.wait() in (0, -signal.SIGKILL), text.decode("utf-8", "replace")[-4000:]
-    return cut
+    return killed
 
 
-def assert_killed_equals_whole(launcher, make, tmp_path, updates):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run([*launcher(), *make(whole)])
+def assert_killed_equals_uninterrupted(launcher, make, tmp_path, updates):
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    run([*launcher(), *make(uninterrupted)])
     draws = random.Random(len(str(make)))
     kills = 0
     # First after the loss of step 10: the run resumes from checkpoint-9, in the middle of the second epoch.
     for losses in [7, *(draws.randint(1, updates // 2) for _ in range(KILLS - 1))]:
-        kills += kill_at([*launcher(), *make(cut)], losses)
+        kills += kill_at([*launcher(), *make(killed)], losses)
     assert kills, "no run was killed: the test has shown nothing"
-    run([*launcher(), *make(cut)])
-    assert_same_outcome(outcome(whole), outcome(cut))
-    assert len(outcome(whole).curve) >= updates // 2
-    # Every checkpoint but the newest is gone, the ones that kills left half-written aside.
-    assert sum((path / "complete.json").is_file() for path in cut.glob("checkpoint-*")) == 1
+    run([*launcher(), *make(killed)])
+    assert_same_outcome(outcome(uninterrupted), outcome(killed))
+    assert len(outcome(uninterrupted).curve) >= updates // 2
+    # Only the newest checkpoint is left, besides incomplete ones of killed runs.
+    assert sum((path / "complete.json").is_file() for path in killed.glob("checkpoint-*")) == 1
 
 
-def test_one_process_with_accumulation(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
+def test_killed_run_with_accumulation_equals_an_uninterrupted_one(
+    plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path
+):
     def make(output):
         flags = {"gradient_accumulation_steps": 2, "num_train_epochs": 4}
         return checkpoint_command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **flags)
 
-    assert_killed_equals_whole(lambda: [sys.executable], make, tmp_path, updates=24)
+    assert_killed_equals_uninterrupted(lambda: [sys.executable], make, tmp_path, updates=24)
 
 
 @needs_compiler
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_on_two_ranks(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, stage):
+def test_killed_run_of_two_deepspeed_ranks_equals_an_uninterrupted_one(
+    plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, stage
+):
     def make(output):
         flags = {"deepspeed": f"pipelines/zero{stage}.json", "bf16": True, "num_train_epochs": 4}
         return checkpoint_command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, **flags)
 
-    assert_killed_equals_whole(deepspeed, make, tmp_path, updates=24)
+    assert_killed_equals_uninterrupted(deepspeed, make, tmp_path, updates=24)
 
 
-def test_another_run_is_refused_before_the_llm_loads(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
-    """Other ranks would get other samples, another order would repeat some, another rate would be read and dropped."""
+def test_resume_with_other_settings_is_refused_before_the_llm_loads(
+    plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path
+):
+    """Another world size or seed would repeat samples; another learning rate would be ignored."""
     inputs = plain_set.json, tiny_llama, tiny_clip, plain_cache, tmp_path / "out"
     make = checkpoint_command(*inputs, max_steps=3)
     run(["python", *make])
@@ -101,7 +107,7 @@ def test_another_run_is_refused_before_the_llm_loads(plain_set, tiny_llama, tiny
 
 
 def test_run_resumes_from_an_older_checkpoint(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
-    """Checkpoints newer than the requested one do not count until they are written again."""
+    """Checkpoints newer than the requested one are ignored until they are written again."""
     output = tmp_path / "out"
     make = checkpoint_command(plain_set.json, tiny_llama, tiny_clip, plain_cache, output, save_total_limit=0)
     run(["python", *make])
@@ -113,8 +119,8 @@ def test_run_resumes_from_an_older_checkpoint(plain_set, tiny_llama, tiny_clip, 
     assert len(complete_checkpoints(output)) == 8
 
 
-def test_the_best_checkpoint_is_kept_and_taken(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
-    """The best is here the one with the highest loss, so an early one."""
+def test_best_checkpoint_is_kept_and_loaded_at_the_end(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
+    """The highest loss counts as the best, so the best checkpoint is an early one."""
     output = tmp_path / "out"
     evaluated = {"eval_fraction": 0.25, "eval_strategy": "steps", "eval_steps": 3, "learning_rate": 1e-2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
@@ -127,22 +133,24 @@ def test_the_best_checkpoint_is_kept_and_taken(plain_set, tiny_llama, tiny_clip,
     assert all(torch.equal(outcome(output).projector[f"model.{name}"], tensor) for name, tensor in weights.items())
 
 
-def test_a_disk_that_fills_up(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, small_disk):
-    """Met by torch, which has words of its own for it; what is free at the start would do."""
+def test_full_disk_keeps_checkpoints_and_a_rerun_resumes(
+    plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, small_disk
+):
+    """The free space suffices for the check at the start. torch.save reports the full disk with an error of its own."""
     disk = small_disk("size=820k")
     inputs = plain_set.json, tiny_llama, tiny_clip, plain_cache
     keep_all = {"save_steps": 1, "save_total_limit": 0}
-    run(["python", *checkpoint_command(*inputs, tmp_path / "whole", **keep_all)])
+    run(["python", *checkpoint_command(*inputs, tmp_path / "uninterrupted", **keep_all)])
     result = run(["python", *checkpoint_command(*inputs, disk, **keep_all)], expect=1)
     assert f"the disk of --output_dir {disk} is full: free some space" in result.stderr
     assert "it resumes from checkpoint-" in result.stderr and "Traceback" not in result.stderr
     subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
     assert "resuming from" in run(["python", *checkpoint_command(*inputs, disk, **keep_all)]).stderr
-    assert_same_outcome(outcome(disk), outcome(tmp_path / "whole"))
+    assert_same_outcome(outcome(disk), outcome(tmp_path / "uninterrupted"))
 
 
-def test_a_half_written_checkpoint_is_passed_over(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
-    """As a crash while saving leaves it: the folder is there, its files are not all."""
+def test_resume_ignores_an_incomplete_checkpoint(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):
+    """A crash during saving leaves a folder in which files are missing or truncated."""
     output = tmp_path / "out"
     make = checkpoint_command(
         plain_set.json, tiny_llama, tiny_clip, plain_cache, output, save_total_limit=5, max_steps=9

@@ -110,8 +110,8 @@ def test_check_header_leaves_the_file_open(image_set):
 
 
 def test_decode_image_reports_clipped_values(image_set):
-    deep = {key for key in image_set.keys if decode_image((image_set.folder / key).read_bytes()).high_bit_depth}
-    assert deep == {"odd/sixteen_bit.png"}
+    clipped = {key for key in image_set.keys if decode_image((image_set.folder / key).read_bytes()).high_bit_depth}
+    assert clipped == {"odd/sixteen_bit.png"}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in ("ICO",)])

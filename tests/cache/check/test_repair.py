@@ -53,17 +53,17 @@ def test_repair_does_not_change_an_intact_cache(tmp_path):
 @pytest.mark.parametrize("place", [10, USER_BLOCK + 20, -5])
 def test_repair_moves_a_damaged_shard_aside(place, tmp_path):
     cache, keys, stored = make_cache(tmp_path / "cache", counts=(5, 3, 2))
-    whole = (cache / SHARDS / "shard-000001.h5").read_bytes()
+    intact = (cache / SHARDS / "shard-000001.h5").read_bytes()
     flip(cache / SHARDS / "shard-000001.h5", place)
     done = repair(cache)
     assert list(done.lost) == done.aside == ["shard-000001.h5"] and not done.manifest.complete
     aside = (cache / "damaged/shard-000001.h5").read_bytes()
-    assert len(aside) == len(whole) and aside != whole
+    assert len(aside) == len(intact) and aside != intact
     opened = FeatureCache(cache, allow_incomplete=True)
     assert list(opened.keys()) == keys[:5] + keys[8:]
     np.testing.assert_array_equal(opened.read_raw(keys[8:]), stored[8:])
     # The shard comes back, is damaged again, and the first one is still kept.
-    (cache / SHARDS / "shard-000001.h5").write_bytes(whole)
+    (cache / SHARDS / "shard-000001.h5").write_bytes(intact)
     flip(cache / SHARDS / "shard-000001.h5", place)
     repair(cache)
     assert {path.name for path in (cache / "damaged").iterdir()} == {"shard-000001.h5", "shard-000001.h5.1"}

@@ -1,4 +1,4 @@
-"""Captions generated during training: the pages, their pictures, and what stays out of the way of the trackers."""
+"""Captions generated during training: the pages and their pictures."""
 
 import logging
 from types import SimpleNamespace
@@ -96,7 +96,7 @@ def test_page_has_pictures_and_a_grey_square_for_a_bad_image(samples_of, image_s
     assert page.count('src="data:image/') == 2 and "--image_folder" not in page
 
 
-def test_model_is_in_its_mode_again(samples_of):
+def test_evaluation_restores_the_training_mode(samples_of):
     samples = samples_of()
     samples.model.train()
     evaluate(samples, 1)

@@ -138,16 +138,16 @@ def build_multimodal(kind):
 
 @pytest.mark.parametrize("kind", ["gemma3", "llava"])
 def test_load_llm_keeps_only_the_text_model_of_a_multimodal_checkpoint(kind, folder, arguments):
-    whole = build_multimodal(kind)
+    multimodal = build_multimodal(kind)
     (folder / "model.safetensors").unlink()
-    whole.save_pretrained(folder)
+    multimodal.save_pretrained(folder)
     llm = load_llm(arguments()).model
-    expected = sum(parameter.numel() for parameter in whole.model.language_model.parameters())
+    expected = sum(parameter.numel() for parameter in multimodal.model.language_model.parameters())
     head = 0 if llm.config.tie_word_embeddings else 300 * 32
     assert sum(parameter.numel() for parameter in llm.parameters()) == expected + head
     assert not any("vision" in name for name, _ in llm.named_modules())
     ids = torch.arange(5, 25)[None]
-    assert torch.equal(llm(input_ids=ids).logits, whole(input_ids=ids).logits)
+    assert torch.equal(llm(input_ids=ids).logits, multimodal(input_ids=ids).logits)
 
 
 def test_load_llm_refuses_an_llm_that_is_not_causal(folder, arguments):
