@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 from llava_twophase.compat import zero_stage
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
+from llava_twophase.train.llm_files import llm_identity
 from llava_twophase.train.preflight import TrainingInputs
 
 
@@ -44,7 +45,7 @@ def _data(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:
 def _model(arguments: Arguments) -> dict[str, Any]:
     model, training = arguments.model, arguments.training
     return {
-        "model_name_or_path": _resolved(model.model_name_or_path),
+        "llm": llm_identity(model.model_name_or_path),
         "dtype": str(arguments.dtype).removeprefix("torch."),
         "bits": training.bits,
         "mm_projector_type": model.mm_projector_type,
@@ -79,8 +80,3 @@ def _digest(records: Iterable[Record]) -> str:
 
 def _file_digest(path: str | None) -> str | None:
     return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _resolved(name: str) -> str:
-    # One spelling for one folder.
-    return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -1,6 +1,9 @@
 """What a resume must not change."""
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 
 from commands import train_command
 from llava_twophase.train.command_line import parse_arguments
@@ -46,7 +49,18 @@ def test_run_identity_has_what_decides_the_outcome(identity, flag, value, field)
     assert {name for name in one if one[name] != other[name]} == {field}
 
 
-def test_run_identity_ignores_length_paths_and_speed(identity, tiny_llama):
-    spelled = tiny_llama / ".." / tiny_llama.name
+def test_run_identity_ignores_length_paths_and_speed(identity, tiny_llama, tmp_path):
+    spelled = shutil.copytree(tiny_llama, tmp_path / "copy")
     changes = {"max_steps": 7, "num_train_epochs": 5, "logging_steps": 3, "micro_batch_size": 2}
     assert identity() == identity(model_name_or_path=spelled, **changes)
+
+
+def test_run_identity_differs_if_weights_of_the_llm_change_under_one_path(identity, tiny_llama, tmp_path):
+    llm = shutil.copytree(tiny_llama, tmp_path / "llm")
+    before = identity(model_name_or_path=llm)
+    weights = load_file(llm / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"] *= 1.5
+    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    after = identity(model_name_or_path=llm)
+    assert {name for name in before if before[name] != after[name]} == {"llm"}
+    assert {file for file, digest in before["llm"].items() if after["llm"][file] != digest} == {"model.safetensors"}
