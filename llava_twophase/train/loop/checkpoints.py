@@ -24,7 +24,7 @@ from llava_twophase.cache.fingerprint import normalize
 from llava_twophase.errors import UserError
 from llava_twophase.files import explain_os_errors
 from llava_twophase.train.loop.artefacts import write_json
-from llava_twophase.train.loop.checksums import damaged_files, file_checksums
+from llava_twophase.train.loop.checksums import content_checksum, damaged_files, file_checksums
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.micro_batches import MicroBatching
 
@@ -112,8 +112,9 @@ class CheckpointKeeper(TrainerCallback):
         files = [path for path in checkpoint.rglob("*") if path.is_file()]
         for path in files:
             _sync(path)
-        record = CheckpointRecord(self._identity, self.steps_per_epoch, file_checksums(checkpoint, files))
-        write_json(checkpoint / MARKER, asdict(record))
+        write_marker(
+            checkpoint, CheckpointRecord(self._identity, self.steps_per_epoch, file_checksums(checkpoint, files))
+        )
         for old in self._surplus(complete_checkpoints(folder), state.best_model_checkpoint):
             # The marker is removed first: an interrupted removal leaves no checkpoint that looks complete.
             (old / MARKER).unlink()
@@ -140,6 +141,12 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(match[1]) if match else -1
 
 
+def write_marker(checkpoint: Path, record: CheckpointRecord) -> None:
+    """Write a checkpoint's ``complete.json``, with a checksum of its own content."""
+    content = asdict(record)
+    write_json(checkpoint / MARKER, {**content, "xxh3_128": content_checksum(content)})
+
+
 def read_record(checkpoint: Path) -> CheckpointRecord:
     """Read a checkpoint's ``complete.json``.
 
@@ -148,11 +155,15 @@ def read_record(checkpoint: Path) -> CheckpointRecord:
     """
     try:
         content = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-        return CheckpointRecord(content["identity"], content["steps_per_epoch"], content["files"])
+        stored = content.pop("xxh3_128")
+        record = CheckpointRecord(content["identity"], content["steps_per_epoch"], content["files"])
     except FileNotFoundError:
         raise UserError(f"{MARKER} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{MARKER} is damaged, or was written by an earlier version") from None
+    if content_checksum(content) != stored:
+        raise UserError(f"{MARKER} differs from its checksum")
+    return record
 
 
 def checkpoint_problems(checkpoint: Path, content: bool = True) -> list[str]:

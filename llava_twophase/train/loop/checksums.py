@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def damaged_files(folder: Path, expected: dict[str, dict[str, Any]], content: bo
         except OSError as error:
             problems.append(f"{name} cannot be read: {error.strerror or error}")
     return problems
+
+
+def content_checksum(content: dict[str, Any]) -> str:
+    """Return the XXH3-128 of a JSON object, which does not depend on the order of its keys."""
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

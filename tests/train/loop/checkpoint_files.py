@@ -1,8 +1,6 @@
 """Checkpoints without a training run."""
 
-import json
-
-from llava_twophase.train.loop.checkpoints import MARKER
+from llava_twophase.train.loop.checkpoints import CheckpointRecord, write_marker
 from llava_twophase.train.loop.checksums import file_checksums
 
 IDENTITY = {"world_size": 2, "features": {"select_layer": -2}}
@@ -17,6 +15,5 @@ def write(folder, step, identity=IDENTITY, complete=True, steps_per_epoch=10):
         (checkpoint / name).write_bytes(f"{name} of step {step}".encode())
     if complete:
         files = file_checksums(checkpoint, [checkpoint / name for name in FILES])
-        record = {"identity": identity, "steps_per_epoch": steps_per_epoch, "files": files}
-        (checkpoint / MARKER).write_text(json.dumps(record), encoding="utf-8")
+        write_marker(checkpoint, CheckpointRecord(identity, steps_per_epoch, files))
     return checkpoint

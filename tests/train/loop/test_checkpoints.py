@@ -74,6 +74,12 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+def change_a_digit(path):
+    content = path.read_text()
+    assert '"steps_per_epoch": 10' in content
+    path.write_text(content.replace('"steps_per_epoch": 10', '"steps_per_epoch": 30'))
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
@@ -81,6 +87,8 @@ def flip_a_bit(path):
         (lambda folder: (folder / "optimizer.pt").write_bytes(b"half"), "optimizer.pt has 4 bytes, expected 22"),
         (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
         (lambda folder: (folder / MARKER).write_text(""), "complete.json is damaged"),
+        (lambda folder: (folder / MARKER).write_text("[]"), "complete.json is damaged"),
+        (lambda folder: change_a_digit(folder / MARKER), "complete.json differs from its checksum"),
         (lambda folder: (folder / MARKER).write_text("[]"), "complete.json is damaged"),
         (lambda folder: (folder / MARKER).write_text('{"world_size": 1}'), "written by an earlier version"),
     ],
