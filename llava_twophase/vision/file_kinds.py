@@ -35,7 +35,7 @@ _BRANDS = {  # of ISO media files, after "ftyp"
     **dict.fromkeys(
         (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"), "a HEIC image (convert it to JPEG)"
     ),
-    **dict.fromkeys((b"avif", b"avis"), "an AVIF image, which this Pillow cannot read"),
+    **dict.fromkeys((b"avif", b"avis"), "an AVIF image that is damaged, or this Pillow cannot read AVIF"),
     b"qt  ": "a QuickTime video",
 }
 
@@ -65,7 +65,7 @@ def _describe_text(head: bytes) -> str | None:
     if re.search(r"[\x00-\x08\x0e-\x1f]", text):
         return None
     start = text.lstrip()[:1000].lower()
-    if re.match(r"<(!doctype html|html|head|body)", start):
+    if re.match(r"(<!--.*?-->\s*)*<(!doctype html|html|head|body)", start, re.DOTALL):
         return "an HTML page"
     if re.match(r"(<\?xml[^>]*>\s*|<!--.*?-->\s*|<!doctype svg[^>]*>\s*)*<svg\b", start, re.DOTALL):
         return "an SVG drawing"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,23 @@ _LINK_DEPTH = 8
 
 class ImageTar(ImageArchive):
     """Images in an uncompressed tar archive, or in several that were joined into one file."""
+
+    def missing(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the keys that have no entry, in their order, with a reason for each."""
+        absent = super().missing(keys)
+        if absent and not self._has_end():
+            # Truncated between two files: what can be read is correct.
+            return {
+                key: f"{reason}; {self.path.name} has no end marker: it is truncated" for key, reason in absent.items()
+            }
+        return absent
+
+    def _has_end(self) -> bool:
+        # Two blocks of zeros; tarfile does not require them.
+        size = self.path.stat().st_size
+        return size >= 2 * tarfile.BLOCKSIZE and not self.read_at(
+            size - 2 * tarfile.BLOCKSIZE, 2 * tarfile.BLOCKSIZE
+        ).strip(b"\0")
 
     def _entries(self) -> Iterator[Entry]:
         links: dict[str, str] = {}

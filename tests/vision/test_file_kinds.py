@@ -24,6 +24,8 @@ def archive(kind):
 KINDS = {
     "an HTML page": b"\n<!DOCTYPE html><html><body>404 not found</body></html>",
     "an HTML page ": b"<html><head><title>Access denied</title>" + b" " * 9000,
+    "an HTML page  ": b"<!-- served by a cache -->\n<!doctype html><html>",
+    "an AVIF image that is damaged": b"\0\0\0\x20ftypavif\0\0\0\0avifmif1miaf",
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n",
     "a HEIC image": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(range(200)),
     "an SVG drawing": b'<?xml version="1.0" encoding="UTF-8"?>\n<!-- made by hand -->\n<svg width="4" height="4"/>',

@@ -64,6 +64,18 @@ def test_truncated_archive_is_reported_by_name(tmp_path, image_set, keep):
         open_images(path).missing(image_set.keys)
 
 
+@pytest.mark.parametrize("extra", [0, 100])
+def test_archive_truncated_between_two_files_is_reported_beside_missing_images(tmp_path, extra):
+    path = tar_of(tmp_path / "a.tar", ("a.jpg", b"a"), ("b.jpg", b"b"))
+    assert open_images(path).missing(["a.jpg", "c.jpg"]) == {"c.jpg": "the file is missing"}
+    with tarfile.open(path) as archive:
+        end = archive.getmember("b.jpg").offset + extra
+    path.write_bytes(path.read_bytes()[:end])
+    images = open_images(path)
+    reason = "the file is missing; a.tar has no end marker: it is truncated"
+    assert images.missing(["a.jpg", "b.jpg"]) == {"b.jpg": reason} and images.read("a.jpg") == b"a"
+
+
 def test_damaged_header_costs_one_file(tmp_path):
     path = tar_of(tmp_path / "a.tar", ("a.jpg", b"a"), ("b.jpg", b"b"), ("c.jpg", b"c"))
     with tarfile.open(path) as archive:
