@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from llava_twophase.errors import UserError, combined_error
+from llava_twophase.errors import UserError, combined_error, short_repr
 from llava_twophase.hub import use_cache_if_unreachable
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
@@ -190,4 +190,6 @@ def _require_fitting_rows(config: Any, records: Sequence[Record], template: Plai
 
 
 def _record_name(records: Sequence[Record], position: int) -> str:
-    return f"{position} ({records[position].image})"
+    # By image and caption: positions here are not those of the data file if records are held out or dropped.
+    record = records[position]
+    return f"of {record.image} ({short_repr(record.caption)})"

@@ -23,6 +23,9 @@ from llava_twophase.train.model.llava import LlavaProjectorModel
 
 logger = logging.getLogger(__name__)
 
+# Another program may take the CPU at any time, so each part of a run of this length is judged on its own.
+_CPU_SECONDS = 120.0
+
 
 class ProjectorTrainer(Trainer):
     """Trains the projector. The loss is the mean of each device's batch, averaged over devices, as in LLaVA."""
@@ -34,6 +37,7 @@ class ProjectorTrainer(Trainer):
         self._meter = Meter()
         self._checked = False
         self._cpu: CpuMeter | None = CpuMeter()
+        self._waited = 0.0  # seconds without data since the CPU meter was made
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's share of the data loader, in LLaVA's order."""
@@ -134,12 +138,14 @@ class ProjectorTrainer(Trainer):
     def _warn_if_cpu_is_starved(self) -> None:
         if self._cpu is None:
             return
-        advice = self._cpu.usage(idle=self._meter.waited, threads=torch.get_num_threads()).advice(
-            "--dataloader_num_workers"
-        )
+        self._waited += self._meter.waited
+        usage = self._cpu.usage(idle=self._waited, threads=torch.get_num_threads())
+        advice = usage.advice("--dataloader_num_workers")
         if advice is not None:
             logger.warning("%s", advice)
             self._cpu = None  # once in a run
+        elif usage.wall > _CPU_SECONDS:
+            self._cpu, self._waited = CpuMeter(), 0.0
 
     def _count(self, inputs: dict[str, Any]) -> None:
         samples, length = inputs["labels"].shape

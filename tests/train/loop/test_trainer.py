@@ -1,15 +1,62 @@
-"""A run with evaluation and trackers, and the check of its first step."""
+"""A run with evaluation and trackers, the check of its first step, and the warning about a starved CPU."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helpers import run
+from llava_twophase.cpu import CpuUsage
 from llava_twophase.errors import UserError
+from llava_twophase.train.loop import trainer
 from llava_twophase.train.loop.metrics import RATES, GradientProbe
-from llava_twophase.train.loop.trainer import require_learning
+from llava_twophase.train.loop.trainer import ProjectorTrainer, require_learning
+
+
+class FakeCpuMeter:
+    """Returns the given usage; counts the meters that were made."""
+
+    made = 0
+    result = CpuUsage()
+
+    def __init__(self):
+        FakeCpuMeter.made += 1
+
+    def usage(self, idle, threads):
+        self.idle = idle
+        return FakeCpuMeter.result
+
+
+@pytest.fixture
+def cpu_trainer(monkeypatch):
+    """A trainer without a model, whose CPU meter is a `FakeCpuMeter`."""
+    monkeypatch.setattr(trainer, "CpuMeter", FakeCpuMeter)
+    monkeypatch.setattr(FakeCpuMeter, "made", 0)
+    made = ProjectorTrainer.__new__(ProjectorTrainer)
+    made._cpu, made._waited, made._meter = FakeCpuMeter(), 0.0, SimpleNamespace(waited=2.0)
+    return made
+
+
+def test_log_warns_once_about_a_starved_cpu(cpu_trainer, monkeypatch, caplog):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(FakeCpuMeter, "result", CpuUsage(wall=10, received=2, waited=18))
+    for _ in range(3):
+        cpu_trainer._warn_if_cpu_is_starved()
+    (message,) = caplog.messages
+    assert "received 10% of the CPU time" in message
+    assert "set OMP_NUM_THREADS=1" in message and "lower --dataloader_num_workers" in message
+
+
+def test_log_counts_all_waiting_for_data_and_judges_each_part_of_a_run(cpu_trainer, monkeypatch, caplog):
+    monkeypatch.setattr(FakeCpuMeter, "result", CpuUsage(wall=10, received=9, waited=1))
+    for _ in range(3):
+        cpu_trainer._warn_if_cpu_is_starved()
+    assert cpu_trainer._cpu.idle == 6 and FakeCpuMeter.made == 1
+    monkeypatch.setattr(FakeCpuMeter, "result", CpuUsage(wall=200, received=190, waited=10))
+    cpu_trainer._warn_if_cpu_is_starved()
+    assert cpu_trainer._waited == 0 and FakeCpuMeter.made == 2 and not caplog.messages
 
 
 @pytest.fixture(scope="module")
