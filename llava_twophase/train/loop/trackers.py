@@ -32,13 +32,14 @@ def start_trackers(training: TrainingArguments, folder: Path) -> list[TrainerCal
         Callbacks for Trainer.
 
     Raises:
-        UserError: wandb cannot be used, because nobody is logged in for example.
+        UserError: wandb cannot be used, because nobody is logged in for example; or TensorBoard's folder cannot be
+            written.
     """
     names = training.report_to or []
     runs = _read(folder)
     if "tensorboard" in names:
         # TensorBoard shows the event files of one folder as one run.
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "runs"))
+        _make_folder(os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "runs")))
     if "wandb" in names:
         runs["wandb"] = os.environ.get("WANDB_RUN_ID") or runs.get("wandb") or secrets.token_hex(4)
         _start_wandb(runs["wandb"], training.run_name)
@@ -57,6 +58,21 @@ def _read(folder: Path) -> dict[str, str]:
     except (OSError, ValueError, TypeError):
         logger.warning("%s is damaged; the trackers start new runs", folder / FILE)
         return {}
+
+
+def _make_folder(path: str) -> None:
+    if "://" in path:  # an object store, which TensorBoard writes to itself
+        return
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+        reason = "it is read-only"
+    except OSError as error:
+        writable, reason = False, str(error.strerror)
+    if not writable:
+        raise UserError(
+            f"--report_to tensorboard: TENSORBOARD_LOGGING_DIR {path} cannot be written: {reason}; give another folder"
+        )
 
 
 def _start_wandb(run_id: str, name: str | None) -> None:

@@ -68,6 +68,15 @@ def test_start_trackers_gives_tensorboard_one_folder(training, tmp_path, monkeyp
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
 
 
+def test_start_trackers_refuses_a_tensorboard_folder_that_cannot_be_made(training, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "file" / "runs"))
+    with pytest.raises(UserError, match="TENSORBOARD_LOGGING_DIR .*runs cannot be written: Not a directory"):
+        start_trackers(training("tensorboard"), tmp_path)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "s3://bucket/runs")
+    start_trackers(training("tensorboard"), tmp_path)
+
+
 def test_start_trackers_continues_the_mlflow_run(training, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers.os, "environ", {})
     (tmp_path / FILE).write_text(json.dumps({"mlflow": "abc"}), encoding="utf-8")

@@ -35,7 +35,8 @@ def cpu_trainer(monkeypatch):
     monkeypatch.setattr(trainer, "CpuMeter", FakeCpuMeter)
     monkeypatch.setattr(FakeCpuMeter, "made", 0)
     made = ProjectorTrainer.__new__(ProjectorTrainer)
-    made._cpu, made._waited, made._meter = FakeCpuMeter(), 0.0, SimpleNamespace(waited=2.0)
+    made._meter = SimpleNamespace(waited=2.0)
+    made._cpu, made._waited = FakeCpuMeter(), 0.0
     return made
 
 
