@@ -12,7 +12,7 @@ _SECONDS = 10.0
 
 
 def use_cache_if_unreachable(names: Iterable[str]) -> None:
-    """Read from the local cache only, from now on, if models are named that are not folders and the hub is unreachable.
+    """Read models from the local cache only, from now on, if some are hub ids and the hub cannot be reached.
 
     Without this, huggingface_hub repeats the request for each file of each model six times.
 

@@ -298,5 +298,5 @@ def test_dinov2_equals_the_onnx_graph(tmp_path):
     with torch.inference_mode():
         ours = model(torch.from_numpy(pixels)).last_hidden_state.numpy()
     (theirs,) = session.run([output], {"input_image": pixels})
-    # Values reach 10, where both are already 1e-5 off the same graph in float64.
+    # Values reach 10; there, both differ by 1e-5 from the same graph in float64.
     numpy.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)

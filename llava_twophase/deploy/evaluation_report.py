@@ -178,30 +178,38 @@ def _page(
             [[METRICS[key][0], _interval(value), _verdict(value)] for key, value in metrics.items()],
         )
     for name, rows in results.items():
-        page.section(f"{name}: by length of the true caption")
-        page.grid(
-            ["tokens", "records", "loss", "words generated / true"],
-            [
-                [
-                    f"{row['tokens_from']} to {row['tokens_to']}",
-                    str(row["records"]),
-                    f"{row['loss']:.4g}",
-                    f"{row['length_ratio']:.2f}",
-                ]
-                for row in report["by_length"][name]
-            ],
-        )
-        ordered = sorted(rows, key=lambda row: row.loss)
-        page.section(f"{name}: lowest loss")
-        page.cards([_card(row, images) for row in ordered[:_SHOWN]])
-        page.section(f"{name}: highest loss")
-        page.cards([_card(row, images) for row in reversed(ordered[-_SHOWN:])])
-        page.section(f"{name}: all records")
-        page.grid(
-            ["image", "true", "generated", "loss", "rank"],
-            [[row.image, row.caption.strip(), row.generated, f"{row.loss:.3f}", str(row.rank + 1)] for row in rows],
-        )
+        _add_lengths(page, name, report["by_length"][name])
+        _add_records(page, name, rows, images)
     return page
+
+
+def _add_lengths(page: Page, name: str, groups: Sequence[Mapping[str, float]]) -> None:
+    page.section(f"{name}: by length of the true caption")
+    page.grid(
+        ["tokens", "records", "loss", "words generated / true"],
+        [
+            [
+                f"{group['tokens_from']} to {group['tokens_to']}",
+                str(group["records"]),
+                f"{group['loss']:.4g}",
+                f"{group['length_ratio']:.2f}",
+            ]
+            for group in groups
+        ],
+    )
+
+
+def _add_records(page: Page, name: str, rows: Sequence[RecordResult], images: ImageSource | None) -> None:
+    ordered = sorted(rows, key=lambda row: row.loss)
+    page.section(f"{name}: lowest loss")
+    page.cards([_card(row, images) for row in ordered[:_SHOWN]])
+    page.section(f"{name}: highest loss")
+    page.cards([_card(row, images) for row in reversed(ordered[-_SHOWN:])])
+    page.section(f"{name}: all records")
+    page.grid(
+        ["image", "true", "generated", "loss", "rank"],
+        [[row.image, row.caption.strip(), row.generated, f"{row.loss:.3f}", str(row.rank + 1)] for row in rows],
+    )
 
 
 def _card(row: RecordResult, images: ImageSource | None) -> Card:

@@ -68,7 +68,9 @@ def _add_data_flags(add: Callable[..., Any]) -> None:
     )
     add("--vision_tower", required=True, help="CLIP, SigLIP or DINOv2 tower: hub id or local folder")
     add("--feature_cache", required=True, help="directory of the cache; it is created, resumed or extended")
-    add("--mm_vision_select_layer", type=int, default=-2, help="hidden state to store (default: -2, the last but one)")
+    add(
+        "--mm_vision_select_layer", type=int, default=-2, help="hidden state to store (default: -2, the second to last)"
+    )
     add("--mm_vision_select_feature", choices=("patch", "cls_patch"), default="patch", help="patch drops the CLS token")
     add("--image_aspect_ratio", choices=("square", "pad"), default="square", help="as in LLaVA (default: square)")
     add("--compute_dtype", choices=tuple(COMPUTE_DTYPES), default="bf16", help="dtype of the tower (default: bf16)")

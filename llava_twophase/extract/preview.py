@@ -41,7 +41,9 @@ def show_plan(inputs: Inputs) -> int:
         require_same(config, manifest, tower)
     codec = plain_codec(tower, config.storage_dtype)
     rates = _measure(inputs, plan, tower, codec)
-    break_even = None if llm is None else _break_even(inputs, plan, tower, rates, codec.row_bytes, llm)
+    break_even = (
+        None if llm is None else _break_even(inputs, plan, tower, rates=rates, row_bytes=codec.row_bytes, llm=llm)
+    )
     report = report_plan(
         inputs.records,
         plan,

@@ -142,7 +142,13 @@ def _run_other_rank(inputs: Inputs, messages: RankMessages) -> None:
     mine = [shard for shard in plan.work if shard.number in position and ranks.owns(position[shard.number])]
     done: Counter[str] = Counter()
     for step in extract(
-        cache, mine, inputs.images, tower, shard_spec(tower, manifest), _options(config), timings=Timings()
+        cache,
+        mine,
+        inputs.images,
+        tower,
+        spec=shard_spec(tower, manifest),
+        options=_options(config),
+        timings=Timings(),
     ):
         done.update(images=step.images, quarantined=step.bad, high_bit_depth=step.high_bit_depth)
         messages.report_progress(done.copy())
@@ -197,7 +203,7 @@ def _extract_as_rank_0(session: CacheSession, work: _Work) -> tuple[Timings, Cou
     options, images = _options(work.inputs.config), work.inputs.images
     done: Counter[str] = Counter()
     with Progress(len(work.plan.keys), spec.row_bytes) as progress:
-        for step in extract(work.cache, mine, images, work.tower, spec, options, timings):
+        for step in extract(work.cache, mine, images, work.tower, spec=spec, options=options, timings=timings):
             done.update(images=step.images, quarantined=step.bad, high_bit_depth=step.high_bit_depth)
             messages.report_progress(done.copy())
             messages.raise_if_stopped()

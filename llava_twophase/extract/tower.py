@@ -49,10 +49,10 @@ def load_tower(config: ExtractConfig, local_rank: int) -> VisionTower:
     return VisionTower(
         config.vision_tower,
         Preprocessor(config.vision_tower, config.image_aspect_ratio),
-        config.select_layer,
-        config.select_feature,
-        getattr(torch, config.compute_dtype),
-        device,
+        select_layer=config.select_layer,
+        select_feature=config.select_feature,
+        dtype=getattr(torch, config.compute_dtype),
+        device=device,
     )
 
 

@@ -67,7 +67,7 @@ def _add_summary(commands: Any) -> None:
 
         return summary.run(args.cache, args.json)
 
-    parser = _subcommand(commands, "summary", run, "show what made it and how large it is", "")
+    parser = _subcommand(commands, "summary", run, "show what made a cache and how large it is", "")
     _json(parser)
 
 
@@ -76,7 +76,12 @@ def _add_coverage(commands: Any) -> None:
         from llava_twophase.inspection import coverage
 
         return coverage.run(
-            args.cache, args.data_path, args.image_folder, args.model_name_or_path, args.model_max_length, args.json
+            args.cache,
+            args.data_path,
+            image_folder=args.image_folder,
+            llm=args.model_name_or_path,
+            model_max_length=args.model_max_length,
+            as_json=args.json,
         )
 
     text = "compare records with features; exit 1 if records have none"
@@ -155,7 +160,7 @@ def _add_report(commands: Any) -> None:
 
         return report.run(args.cache, args.output, args.n, args.seed, images=args.image_folder, records=args.data_path)
 
-    text = "write all of this as one HTML page"
+    text = "write summary, coverage, statistics and images as one HTML page"
     parser = _subcommand(commands, "report", run, text, f"-o report.html {_IMAGES} {_DATA}")
     parser.add_argument("-o", "--output", required=True, help="HTML file to write; it needs no other file")
     _images(parser, required=False)
@@ -213,7 +218,7 @@ def _add_repair(commands: Any) -> None:
         return check.run_repair(args.cache, args.records, args.image_folder, args.dry_run, args.json)
 
     parser = _subcommand(commands, "repair", run, "rebuild the manifest from intact shards", "--dry_run")
-    text = "if all images of these records are there, the cache counts as complete"
+    text = "mark the cache complete if it has all images of these records"
     parser.add_argument("--records", metavar="FILE", help=text)
     parser.add_argument("--image_folder", help=_ABSOLUTE)
     parser.add_argument("--dry_run", action="store_true", help="report what would be done and change nothing")

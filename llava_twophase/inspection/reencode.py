@@ -112,7 +112,14 @@ def load_tower(rows: CheckedRows, name: str | None, device: str) -> VisionTower:
     device = _usable_device(device)
     ratio, feature = str(made["image_aspect_ratio"]), str(made["select_feature"])
     try:
-        tower = VisionTower(name, Preprocessor(name, ratio), layer, feature, dtype, torch.device(device))
+        tower = VisionTower(
+            name,
+            Preprocessor(name, ratio),
+            select_layer=layer,
+            select_feature=feature,
+            dtype=dtype,
+            device=torch.device(device),
+        )
     except UserError as error:
         if given is not None:
             raise

@@ -201,7 +201,7 @@ def _to_bytes(key: str) -> bytes:
 
 
 def _exists(path: bytes) -> bool:
-    # Whatever it is: a symbolic link that leads nowhere is the only name that does not count.
+    # A file of any kind exists, also one that cannot be read; a symbolic link to a missing file does not.
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

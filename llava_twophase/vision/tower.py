@@ -29,7 +29,7 @@ _TOWERS: dict[str, tuple[Any, str, int]] = {
 # Larger batches are not faster on a CPU. Two images use all cores, and their activations stay in the caches and in
 # memory that the allocator keeps (CLIP-L/14-336 in bf16 on two cores: 0.71 of the matmul rate, with eight images 0.65).
 _CPU_IMAGES = 2
-# What of a tower's configuration changes a value; each tower has some of them.
+# Fields of a tower's configuration that change a feature value; no tower has all of them.
 _CONFIG_FIELDS = (
     "model_type", "hidden_size", "intermediate_size", "mlp_ratio", "num_attention_heads", "num_channels",
     "image_size", "patch_size", "hidden_act", "layer_norm_eps", "qkv_bias", "use_swiglu_ffn",
@@ -44,7 +44,7 @@ class VisionTower:
     Args:
         name: Hub id or folder.
         preprocessor: The processor half that runs on the device.
-        select_layer: Which hidden state, as in LLaVA: -2 is the last but one.
+        select_layer: Which hidden state, as in LLaVA: -2 is the second to last.
         select_feature: ``patch`` drops the CLS token where there is one, ``cls_patch`` keeps it.
         dtype: Compute dtype.
         device: Where it runs.
@@ -177,7 +177,7 @@ def _load(tower_class: Any, name: str, config: PretrainedConfig, dtype: torch.dt
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # transformers reports every weight of the layers above select_layer as unexpected: that is the point of it.
+    # transformers reports the weights of the layers above select_layer, which are not built, as unexpected.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -98,7 +98,7 @@ def _entry(fields: tuple[Any, ...], raw: bytes, extra: bytes, shift: int) -> Ent
         kind = Kind.ENCRYPTED
     if name.endswith("/"):
         kind = Kind.FOLDER
-    return Entry(name, offset + shift, stored, size, crc, kind, others)
+    return Entry(name, offset + shift, stored=stored, size=size, crc=crc, kind=kind, other_names=others)
 
 
 def _wide_sizes(size: int, stored: int, offset: int, extra: bytes) -> tuple[int, int, int]:

@@ -153,7 +153,7 @@ def convert_smollm2(gguf_path: Path, folder: Path) -> None:
 
     name, file = str(gguf_path.parent), gguf_path.name
     quantised = AutoModelForCausalLM.from_pretrained(name, gguf_file=file, dtype=torch.float32)
-    # A model that came from GGUF refuses to be saved, so its tensors move into a plain one.
+    # transformers cannot save a model that was loaded from GGUF, so its tensors are copied into a new one.
     config = quantised.config.to_dict()
     config.pop("quantization_config", None)
     plain = LlamaForCausalLM(LlamaConfig.from_dict(config))

@@ -30,7 +30,7 @@ def test_compiled_layers_and_another_attention_keep_the_losses(trained):
     compiled = trained("compiled", torch_compile=True, torch_compile_backend="aot_eager", attn_implementation="eager")
     assert len(plain) == 6
     assert compiled == pytest.approx(plain, abs=1e-5)
-    # And the table of both, which names what differs.
+    # The table of both runs shows the arguments that differ.
     plot = trained.root / "losses.png"
     table = run(
         ["python", "pipelines/compare_runs.py", trained.root / "plain", trained.root / "compiled", "--plot", plot]

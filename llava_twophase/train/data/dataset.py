@@ -77,7 +77,9 @@ class CaptionDataset(Dataset[dict[str, torch.Tensor]]):
             device: Where batches go.
         """
         keys = [record.image for record in self._records]
-        return self._source.prefetch(self.tokenize, collate, keys, batch_size, batches_in_use, device)
+        return self._source.prefetch(
+            self.tokenize, collate, keys, batch_size=batch_size, batches_in_use=batches_in_use, device=device
+        )
 
     def lengths(self) -> list[int]:
         """Return the number of words of each record's turns, by which LLaVA's grouped sampling sorts."""

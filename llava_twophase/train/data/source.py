@@ -226,7 +226,15 @@ class CachedFeatures:
         device: torch.device,
     ) -> PrefetchDataset:
         """Return a dataset that reads batches with threads while the previous step computes."""
-        return PrefetchDataset(tokenize, collate, self._cache, keys, batch_size, batches_in_use, device)
+        return PrefetchDataset(
+            tokenize,
+            collate,
+            self._cache,
+            keys,
+            batch_size=batch_size,
+            batches_in_use=batches_in_use,
+            device=device,
+        )
 
     def _advice(self, missing: Sequence[str]) -> str:
         quarantined = read_quarantine(self._cache.path).keys() & set(missing)

@@ -46,11 +46,11 @@ class ProjectorTrainer(Trainer):
         grouped = getattr(args, "group_by_modality_length", False)
         order = EpochSampler(
             len(self.train_dataset),
-            args.seed if args.data_seed is None else args.data_seed,
-            args.world_size,
-            self.train_dataset.lengths() if grouped else None,
-            args.train_batch_size,
-            args.world_size * args.gradient_accumulation_steps,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            world_size=args.world_size,
+            lengths=self.train_dataset.lengths() if grouped else None,
+            batch_size=args.train_batch_size,
+            groups=args.world_size * args.gradient_accumulation_steps,
         )
         self.add_callback(_SetEpoch(order))
         self.add_callback(_StopAtLastStep())
