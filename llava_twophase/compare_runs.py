@@ -87,7 +87,8 @@ def compare(folders: Sequence[str], last: int, plot: str | None) -> int:
         # Columns narrower than their words would break words: the arguments get lines of their own.
         console.print(_table(runs, [], last))
         _print_differences(runs, different, console)
-    console.print(f"\nloss: mean of the last {last} logged values")
+    fewer = any(len(run.values("loss")) < last for run in runs.values())
+    console.print(f"\nloss: mean of the last {last} logged values{', or of all if a run has fewer' if fewer else ''}")
     if plot:
         _draw(runs, plot)
     return 0
@@ -122,7 +123,9 @@ def _read(folder: Path, file: str) -> dict[str, Any]:
     try:
         content = json.loads((folder / file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a finished run: {file} cannot be read ({error})") from None
+        raise UserError(
+            f"{folder} is not a finished run: {file} cannot be read ({error}); give the --output_dir of a finished run"
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{folder} is not a finished run: {file} is not a JSON object")
     return content

@@ -32,3 +32,8 @@ def use_cache_if_unreachable(names: Iterable[str]) -> None:
             "%s cannot be reached (%s): models are read from the local cache only", constants.ENDPOINT, error
         )
         set_hub_offline()
+
+
+def download_advice(name: str) -> str:
+    """Return how to download a model that cannot be loaded, or an empty string if the name is a file or folder."""
+    return "" if Path(name).exists() else f"\nif it is not on this machine yet, download it: hf download {name}"

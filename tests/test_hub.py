@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import constants
 from transformers import AutoConfig
 
-from llava_twophase.hub import use_cache_if_unreachable
+from llava_twophase.hub import download_advice, use_cache_if_unreachable
 
 
 @pytest.fixture
@@ -27,3 +27,8 @@ def test_unreachable_hub_is_reported_once_and_not_asked_again(unreachable, caplo
 def test_hub_is_not_asked_for_local_folders(unreachable, tmp_path, caplog):
     use_cache_if_unreachable([str(tmp_path)])
     assert not caplog.records and not constants.HF_HUB_OFFLINE
+
+
+def test_download_advice_is_for_names_on_the_hub_only(tmp_path):
+    assert download_advice("owner/name").endswith("hf download owner/name")
+    assert download_advice(str(tmp_path)) == ""

@@ -20,6 +20,7 @@ from llava_twophase.errors import UserError
 
 _LLAVA_BASES = ("llama", "mistral", "mpt")
 _NEXT_BASES = ("qwen2", "qwen2_moe", "mixtral", "gemma")
+_TOWERS = ("clip", "siglip")
 _DEFAULT_THETA = 10000.0
 
 
@@ -75,7 +76,7 @@ def run_checks(projector: TrainedProjector) -> Iterator[Check]:
     yield _check_rope(llm, base)
     yield _check_generation_config(llm)
     yield _check_tokenizer(llm, base)
-    yield _check_tower_names(tower)
+    yield _check_tower(tower, vision)
     yield Check(
         "image_aspect_ratio",
         f"trained with {projector.image_aspect_ratio}; LLaVA's recipe trains stage 1 with square and stage 2 with pad",
@@ -174,7 +175,10 @@ def _check_tokenizer(folder: Path, base: dict[str, Any]) -> Check:
     return Check("tokenizer", "readable by LLaVA")
 
 
-def _check_tower_names(folder: Path) -> Check:
+def _check_tower(folder: Path, vision: dict[str, Any]) -> Check:
+    kind = str(vision.get("model_type", "clip"))
+    if not kind.startswith(_TOWERS):
+        return Check("vision tower", kind, "LLaVA loads CLIP towers, LLaVA-NeXT also SigLIP; use: export --to hf")
     names: list[str] = []
     for path in weight_files(folder):
         if path.suffix != ".safetensors":

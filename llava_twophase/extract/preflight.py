@@ -86,7 +86,10 @@ def require_usable(inputs: Inputs, plan: Plan) -> None:
     missing = inputs.images.missing(plan.keys)
     where = f"--image_folder {inputs.config.image_folder}"
     if missing and len(missing) == len(inputs.keys):
-        raise combined_error(missing, f"none of the records' {len(missing)} images is in {where}; is it the right one?")
+        raise combined_error(
+            missing,
+            f"none of the records' {len(missing)} images is in {where}; give the folder that their paths are relative to",
+        )
     if inputs.config.skip_bad:
         return
     bad = [*plan.quarantined, *find_unusable(inputs, plan, missing)]

@@ -167,4 +167,4 @@ def _print(values: dict[str, Any], data_path: str, out: Console) -> None:
 def _truncated_in_words(values: dict[str, Any] | None) -> str:
     if values is None:
         return "not counted; give --model_name_or_path for its tokenizer"
-    return f"{values['captions']:,} of more than {values['room']:,} tokens ({values['model_max_length']} in all)"
+    return f"{values['captions']:,} of more than {values['room']:,} tokens ({values['model_max_length']:,} in all)"

@@ -12,6 +12,7 @@ import xxhash
 from transformers import AutoConfig, AutoTokenizer
 
 from llava_twophase.errors import UserError
+from llava_twophase.hub import download_advice
 from llava_twophase.model_names import require_model_folder
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.model.llm_config import require_llm
@@ -66,4 +67,5 @@ def _load(kind: Any, name: str, cache_dir: str | None) -> Any:
     except Exception as error:  # these files may hold anything, so errors are of many types
         raise UserError(
             f"{_FLAG} {name}: its config or tokenizer cannot be loaded: {type(error).__name__}: {error}"
+            f"{download_advice(name)}"
         ) from error

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from llava_twophase.errors import UserError
-from llava_twophase.hub import use_cache_if_unreachable
+from llava_twophase.hub import download_advice, use_cache_if_unreachable
 from llava_twophase.model_names import require_tower_folder
 from llava_twophase.vision.images import OUT_OF_MEMORY, BadImage
 from llava_twophase.vision.resize import (
@@ -173,6 +173,7 @@ def _load_processor(vision_tower: str) -> Any:
     except Exception as error:  # any type: the file may hold anything
         raise UserError(
             f"--vision_tower {vision_tower}: no image processor could be loaded: {type(error).__name__}: {error}"
+            f"{download_advice(str(vision_tower))}"
         ) from error
     if processor.backend != "pil":
         raise UserError(f"--vision_tower {vision_tower}: {type(processor).__name__} has no Pillow version")

@@ -66,6 +66,12 @@ def test_handover_reports_a_tower_saved_by_transformers_5(trained, tmp_path):
     assert not checks(trained, vision_tower=folder)["vision tower"].fix
 
 
+def test_handover_reports_a_tower_that_llava_does_not_load(trained, tmp_path):
+    tower = edited(trained.tower, tmp_path / "tower", model_type="dinov2")
+    check = checks(trained, vision_tower=tower)["vision tower"]
+    assert check.found == "dinov2" and "export --to hf" in check.fix
+
+
 def test_handover_command_prints_checks_and_the_stage_2_command(trained):
     done = run(["python", *use_command("handover", trained.run)], expect=1)  # the tiny tower has transformers 5's names
     assert f"--pretrain_mm_mlp_adapter {trained.run / 'mm_projector.bin'}" in done.stdout

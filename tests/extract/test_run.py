@@ -118,6 +118,7 @@ def test_different_settings_are_refused_field_by_field(server, command, tmp_path
         "storage_dtype: the cache has 'float32', this run 'bfloat16'",
     ):
         assert line in log
+    assert "tower.weights_sha256" not in log  # it is the same tower
     assert "tower.model_type" in server.run(command(vision_tower=tiny_dinov2), expect=1)
     other = tiny.write_clip(tmp_path / "other", seed=9)
     assert "tower.weights_sha256" in server.run(command(vision_tower=other), expect=1)
