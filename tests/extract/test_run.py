@@ -160,7 +160,7 @@ def test_a_cache_may_have_a_name_outside_the_locale(command, tmp_path):
 def test_problems_of_the_input_exit_with_1_and_one_line(server, command, tmp_path):
     for changes, message in (
         ({"image_folder": tmp_path / "nowhere"}, "neither a folder nor"),
-        ({"vision_tower": tmp_path / "nowhere"}, "could"),
+        ({"vision_tower": tmp_path / "nowhere"}, "there is no such folder"),
         ({"data_path": tmp_path / "nowhere.json"}, "does not exist"),
         ({"mm_vision_select_layer": 9}, "hidden states 0 to 4"),
         ({"device": "cuda:77"}, "--device"),
