@@ -88,7 +88,7 @@ def require_usable(inputs: Inputs, plan: Plan) -> None:
     if missing and len(missing) == len(inputs.keys):
         raise combined_error(
             missing,
-            f"none of the records' {len(missing)} images is in {where}; give the folder that their paths are relative to",
+            f"none of the records' {len(missing)} images is in {where}; give the folder that their paths start from",
         )
     if inputs.config.skip_bad:
         return
