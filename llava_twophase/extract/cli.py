@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from llava_twophase.cache.format import QUANTISED
 from llava_twophase.cpu import available_cpus
@@ -21,6 +22,7 @@ from llava_twophase.versions import require_supported
 COMPUTE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 STORAGE_DTYPES = {**COMPUTE_DTYPES, "int8": "int8", "int4": "int4"}
 
+_REQUIRED = "--data_path RECORDS --image_folder FOLDER --vision_tower TOWER --feature_cache CACHE"
 _EXAMPLE = """\
 example:
   llava-extract-features \\
@@ -43,9 +45,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: _run(args))
 
 
-def build_parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # The usage of all flags would be longer than the message.
+        self.exit(2, f"usage: {self.prog} {_REQUIRED} ... (--help lists all flags)\nerror: {message}\n")
+
+    def check_flags(self, tokens: Sequence[str]) -> None:
+        """Report all unknown flags, before argparse reports those that are missing."""
+        flags = [token.partition("=")[0] for token in tokens if token.startswith("--") and token != "--"]
+        problems = []
+        for flag in flags:
+            if flag not in self._option_string_actions:
+                spelled = flag.replace("-", "_").replace("__", "--", 1).lower()
+                closest = difflib.get_close_matches(spelled, self._option_string_actions, n=1)
+                problems.append(f"{flag} is not a flag" + (f"; did you mean {closest[0]}?" if closest else ""))
+        if problems:
+            self.error("\n  ".join(problems))
+
+
+def build_parser() -> _Parser:
     """Return the command's argument parser."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="llava-extract-features",
         description="Phase one: run the vision tower once over the images and store its patch features on disk. "
         "Run the same command again to resume an interrupted extraction, or to add the images of new records.",
@@ -164,6 +184,7 @@ def choose_storage_dtype(compute: str, storage: str) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
+    parser.check_flags(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     if args.json and not args.plan:
         parser.error("--json needs --plan")

@@ -15,7 +15,11 @@ REQUIRED = ["--data_path", "r.json", "--image_folder", "i", "--vision_tower", "t
     ("flags", "message"),
     [
         (["--batch_size", "0"], "not positive"),
-        (["--batchsize", "4"], "unrecognized arguments"),
+        (
+            ["--batchsize", "4", "--workers=2"],
+            "--batchsize is not a flag; did you mean --batch_size?\n  --workers is not",
+        ),
+        (["--feature-cache", "c"], "--feature-cache is not a flag; did you mean --feature_cache?"),
         (["--mm_vision_select_feature", "cls"], "invalid choice"),
         (["--json"], "--json needs --plan"),
         (["--llm", "13B"], "--llm needs --plan"),
@@ -27,7 +31,9 @@ def test_main_exits_with_2_on_wrong_usage(capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         main([*REQUIRED, *flags])
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) <= 3 and error.startswith("usage: llava-extract-features --data_path RECORDS")
 
 
 def test_make_config_uses_the_defaults_of_the_parser():
