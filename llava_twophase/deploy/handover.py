@@ -179,6 +179,7 @@ def _check_tower(folder: Path, vision: dict[str, Any]) -> Check:
     kind = str(vision.get("model_type", "clip"))
     if not kind.startswith(_TOWERS):
         return Check("vision tower", kind, "LLaVA loads CLIP towers, LLaVA-NeXT also SigLIP; use: export --to hf")
+    loader = ", for LLaVA-NeXT; LLaVA 1.2 loads CLIP towers only" if kind.startswith("siglip") else ""
     names: list[str] = []
     for path in weight_files(folder):
         if path.suffix != ".safetensors":
@@ -186,7 +187,7 @@ def _check_tower(folder: Path, vision: dict[str, Any]) -> Check:
         with safe_open(path, framework="pt") as file:
             names += list(file.keys())
     if any(name.startswith("vision_model.") for name in names):
-        return Check("vision tower", "tensor names that transformers 4.37 reads")
+        return Check("vision tower", f"tensor names that transformers 4.37 reads{loader}")
     return Check(
         "vision tower",
         f"{folder} was saved by transformers 5: its tensor names lack the prefix vision_model.",

@@ -64,6 +64,8 @@ def test_handover_reports_a_tower_saved_by_transformers_5(trained, tmp_path):
     renamed = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in state.items()}
     save_file(renamed, folder / "model.safetensors")
     assert not checks(trained, vision_tower=folder)["vision tower"].fix
+    siglip = edited(folder, tmp_path / "siglip", model_type="siglip_vision_model")
+    assert "LLaVA 1.2 loads CLIP towers only" in checks(trained, vision_tower=siglip)["vision tower"].found
 
 
 def test_handover_reports_a_tower_that_llava_does_not_load(trained, tmp_path):

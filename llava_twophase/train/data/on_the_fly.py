@@ -101,7 +101,7 @@ class OnTheFlyFeatures:
         """Return small pictures of some images."""
         return Thumbnails(self._images).read(keys)
 
-    def prefetch(self, *_: Any) -> None:
+    def prefetch(self, *_: Any, **__: Any) -> None:
         """Return None: data loader workers read ahead."""
         return None
 
