@@ -1,5 +1,7 @@
 """Names that are not a model's folder."""
 
+import shutil
+
 import pytest
 
 from llava_twophase.errors import UserError
@@ -10,6 +12,9 @@ def test_require_model_folder_accepts_models_and_hub_ids(tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     for name in (str(tmp_path), "owner/name", "gpt2"):
         require_model_folder("--model_name_or_path", name, "an LLM")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="has no config.json"):
+        require_model_folder("--model_name_or_path", str(tmp_path), "an LLM")
 
 
 def test_require_model_folder_says_what_it_found(tmp_path):
@@ -28,9 +33,13 @@ def test_require_model_folder_refuses_paths_that_do_not_exist(name):
         require_model_folder("--model_name_or_path", name, "an LLM")
 
 
-def test_require_tower_folder_accepts_towers_and_hub_ids(tiny_clip, tiny_clip_full, tiny_siglip, tiny_dinov2):
+def test_require_tower_folder_accepts_towers_and_hub_ids(tiny_clip, tiny_clip_full, tiny_siglip, tiny_dinov2, tmp_path):
     for name in (tiny_clip, tiny_clip_full, tiny_siglip, tiny_dinov2, "openai/clip-vit-large-patch14-336"):
         require_tower_folder(str(name))
+    without_processor = shutil.copytree(tiny_clip, tmp_path / "tower")
+    (without_processor / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="has no image processor"):
+        require_tower_folder(str(without_processor))
 
 
 def test_require_tower_folder_refuses_other_folders(tiny_llama, tmp_path):

@@ -28,7 +28,9 @@ def test_loss_figure_names_several_runs():
 
 
 def test_loss_figure_of_a_run_without_losses_is_drawn():
-    loss_figure({"run": []}).canvas.draw()
+    figure = loss_figure({"run": []})
+    figure.canvas.draw()
+    assert lines(figure) == {} and figure.axes[0].get_legend() is None
 
 
 def test_inline_svg_follows_the_theme_and_has_its_own_ids():

@@ -82,6 +82,8 @@ def test_summary_tells_what_the_fingerprint_of_a_program_has(tmp_path):
 def test_cls_token_is_found_without_select_feature(images, tmp_path):
     cache = write_cache(tmp_path / "cache", {}, shape=(10, 32))
     inspect("show", cache, KEYS[0], "-o", tmp_path / "shown.png", "--image_folder", images)
+    with Image.open(tmp_path / "shown.png") as sheet:
+        assert sheet.width > 3 * 336  # three panels: nine of the ten tokens form the grid
 
 
 def test_tokens_that_form_no_square_have_statistics_and_a_report(images, tmp_path):

@@ -1,5 +1,6 @@
 """Rows of a cache: keys from a command line, samples, and recorded image files."""
 
+import json
 import sys
 import unicodedata
 
@@ -68,7 +69,9 @@ def test_more_shards_than_open_files(subcommand, tmp_path):
             cache.add(f"{number}.jpg", np.full((1, 2), number, np.float32))
     other = f"'{tmp_path / 'cache'}'" if subcommand == "compare" else ""
     script = f"ulimit -n 64; exec \"$0\" pipelines/inspect_cache.py {subcommand} '{tmp_path / 'cache'}' {other} --json"
-    run(["bash", "-c", script, sys.executable])
+    printed = json.loads(run(["bash", "-c", script, sys.executable]).stdout)
+    counted = {"stats": "rows", "compare": "equal_images", "verify": "ok", "summary": "images"}[subcommand]
+    assert printed[counted] == (True if subcommand == "verify" else 70)
 
 
 def test_sample_larger_than_the_cache_is_all_of_it(tmp_path):

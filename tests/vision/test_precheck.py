@@ -42,4 +42,7 @@ def test_require_images_reports_missing_and_unusable_images(image_set, broken):
 
 
 def test_require_images_accepts_good_ones(image_set):
-    require_images(open_images(image_set.folder), image_set.keys, image_set.folder)
+    source = open_images(image_set.folder)
+    require_images(source, image_set.keys, image_set.folder)
+    with pytest.raises(UserError, match="1 of 30 images are missing"):
+        require_images(source, [*image_set.keys, "absent.jpg"], image_set.folder)

@@ -57,7 +57,8 @@ def test_cached_features_refuses_other_settings(source_of, settings, problem):
 
 
 def test_cached_features_accepts_a_layer_counted_from_the_start(source_of):
-    source_of(FINGERPRINT, TowerSettings("my/tower", 3, "patch", "square"))  # of four layers
+    source = source_of(FINGERPRINT, TowerSettings("my/tower", 3, "patch", "square"))  # of four layers
+    assert source.fingerprint["select_layer"] == -2
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,8 @@ def test_require_accepts_an_image_of_several_records(source_of):
     source = source_of(FINGERPRINT)
     key = next(iter(source._cache.keys()))
     source.require([key, key])
+    with pytest.raises(UserError, match=r"1 of 3 images have no features"):
+        source.require([key, key, "absent.jpg"])
 
 
 def test_training_from_a_cache_of_a_cache_writer(plain_set, tiny_llama, tmp_path):

@@ -58,7 +58,8 @@ def change_weights(tower):
 def test_cached_features_accepts_every_spelling_of_the_tower(open_cache, tower, spelling, monkeypatch):
     monkeypatch.chdir(tower.parent)
     shutil.copytree(tower, "copy")
-    open_cache(spelling.format(folder=tower))
+    source = open_cache(spelling.format(folder=tower))
+    assert source.load() == (9, 32)  # the shape of the cache
 
 
 def test_cached_features_refuses_other_weights_under_the_same_path(open_cache, tower, monkeypatch):

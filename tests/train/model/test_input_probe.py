@@ -28,7 +28,9 @@ def build(kind, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_probe_accepts_every_supported_family(kind, dtype):
-    check_embedding_input("some/llm", build_family(kind).to(dtype).eval())
+    llm = build_family(kind).to(dtype).eval()
+    check_embedding_input("some/llm", llm)
+    assert not llm.training and all(parameter.grad is None for parameter in llm.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
