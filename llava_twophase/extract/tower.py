@@ -20,8 +20,8 @@ from llava_twophase.cache.fingerprint import differences, normalize
 from llava_twophase.cache.format import layout
 from llava_twophase.cache.manifest import Manifest
 from llava_twophase.cache.shard_writer import ShardSpec
-from llava_twophase.cpu import limit_torch_threads
-from llava_twophase.errors import UserError, combined_error
+from llava_twophase.devices import choose_device
+from llava_twophase.errors import combined_error
 from llava_twophase.extract.config import ExtractConfig
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
@@ -37,15 +37,7 @@ def load_tower(config: ExtractConfig, local_rank: int) -> VisionTower:
     Raises:
         UserError: The tower cannot be loaded, or the device cannot be used.
     """
-    device = config.device
-    if device == "auto":
-        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        raise UserError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from None
-    if torch.device(device).type == "cpu":
-        limit_torch_threads()
+    device = choose_device(config.device, local_rank)
     return VisionTower(
         config.vision_tower,
         Preprocessor(config.vision_tower, config.image_aspect_ratio),

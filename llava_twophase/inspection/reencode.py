@@ -15,6 +15,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from llava_twophase.cache.fingerprint import differences
+from llava_twophase.devices import choose_device
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.inspection import output
 from llava_twophase.inspection.compare import distance, print_worst, worst_images
@@ -98,8 +99,6 @@ def load_tower(rows: CheckedRows, name: str | None, device: str) -> VisionTower:
     Raises:
         UserError: The cache does not record enough, or this is another tower.
     """
-    import torch
-
     from llava_twophase.vision.preprocess import Preprocessor
     from llava_twophase.vision.tower import VisionTower
 
@@ -109,7 +108,7 @@ def load_tower(rows: CheckedRows, name: str | None, device: str) -> VisionTower:
     if name is None and not isinstance(recorded, str):
         raise UserError(f"{path} does not record where its tower is; give it as --vision_tower")
     given, name = name, str(recorded) if name is None else name
-    device = _usable_device(device)
+    chosen = choose_device(device)
     ratio, feature = str(made["image_aspect_ratio"]), str(made["select_feature"])
     try:
         tower = VisionTower(
@@ -118,7 +117,7 @@ def load_tower(rows: CheckedRows, name: str | None, device: str) -> VisionTower:
             select_layer=layer,
             select_feature=feature,
             dtype=dtype,
-            device=torch.device(device),
+            device=chosen,
         )
     except UserError as error:
         if given is not None:
@@ -146,18 +145,6 @@ def _settings(rows: CheckedRows) -> tuple[torch.dtype, int]:
         found = f"compute_dtype {made['compute_dtype']!r} and select_layer {layer!r}"
         raise UserError(f"{path} records {found}; expected a torch dtype and an integer")
     return dtype, layer
-
-
-def _usable_device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from None
-    return device
 
 
 def _add_image(
