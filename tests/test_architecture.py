@@ -166,6 +166,19 @@ def undocumented(path):
                 yield f"{ast.unparse(node.func)} {name.value}"
 
 
+def test_only_callbacks_of_libraries_ignore_their_arguments():
+    """A method that takes ``*_`` or ``**_`` fits every protocol by mypy's rules, whatever its callers pass."""
+    found = {
+        f"{name_of(path)}: {node.name}"
+        for path in SOURCES
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("on_") and node.name != "__exit__"
+        for argument in (node.args.vararg, node.args.kwarg)
+        if argument is not None and not argument.arg.strip("_")
+    }
+    assert sorted(found) == []
+
+
 def test_undocumented_api_is_in_compat():
     found = {f"{name_of(path)}: {use}" for path in SOURCES if path.name != "compat.py" for use in undocumented(path)}
     assert sorted(found) == []

@@ -6,7 +6,7 @@ Data loader workers decode the images; the vision tower runs in the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -20,6 +20,9 @@ from llava_twophase.vision.precheck import require_images
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.sources import ImageSource, open_images
 from llava_twophase.vision.tower import VisionTower
+
+if TYPE_CHECKING:
+    from llava_twophase.train.data.source import Collate, Tokenize
 
 
 class OnTheFlyFeatures:
@@ -101,7 +104,15 @@ class OnTheFlyFeatures:
         """Return small pictures of some images."""
         return Thumbnails(self._images).read(keys)
 
-    def prefetch(self, *_: Any, **__: Any) -> None:
+    def prefetch(
+        self,
+        tokenize: Tokenize,
+        collate: Collate,
+        keys: Sequence[str],
+        batch_size: int,
+        batches_in_use: int,
+        device: torch.device,
+    ) -> None:
         """Return None: data loader workers read ahead."""
         return None
 

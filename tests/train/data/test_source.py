@@ -1,5 +1,6 @@
 """Where features come from: a cache compared with the flags, or the tower."""
 
+import inspect
 import logging
 import unicodedata
 
@@ -15,7 +16,8 @@ from llava_twophase.cache.quarantine import Quarantined, write_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.records import Record, load_records
-from llava_twophase.train.data.source import CachedFeatures
+from llava_twophase.train.data.on_the_fly import OnTheFlyFeatures
+from llava_twophase.train.data.source import CachedFeatures, FeatureSource
 from llava_twophase.train.data.tower_check import TowerSettings
 
 SETTINGS = TowerSettings("my/tower", select_layer=-2, select_feature="patch", image_aspect_ratio="square")
@@ -31,6 +33,18 @@ def source_of(tmp_path):
         return CachedFeatures(FeatureCache(path), settings)
 
     return open_cache
+
+
+@pytest.mark.parametrize("source", [CachedFeatures, OnTheFlyFeatures])
+def test_every_source_has_the_methods_and_parameters_of_the_protocol(source):
+    """By name: mypy accepts a method with ``*args`` and ``**kwargs`` in the place of any other."""
+    expected = {
+        name: list(inspect.signature(method).parameters)
+        for name, method in inspect.getmembers(FeatureSource, inspect.isfunction)
+        if not name.startswith("_")
+    }
+    assert "prefetch" in expected
+    assert {name: list(inspect.signature(getattr(source, name)).parameters) for name in expected} == expected
 
 
 def test_cached_features_reads_what_the_cache_reads(source_of):
