@@ -11,17 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from transformers import GenerationConfig
-
 from llava_twophase.deploy.trained_projector import TrainedProjector
-from llava_twophase.deploy.weights import model_folder, weight_files
+from llava_twophase.deploy.weights import model_folder
 from llava_twophase.errors import UserError
-
-_LLAVA_BASES = ("llama", "mistral", "mpt")
-_NEXT_BASES = ("qwen2", "qwen2_moe", "mixtral", "gemma")
-_TOWERS = ("clip", "siglip")
-_DEFAULT_THETA = 10000.0
+from llava_twophase.train.stage_2 import (
+    LLAVA_MODEL_TYPES,
+    LLAVA_NEXT_MODEL_TYPES,
+    Problem,
+    generation_config_problem,
+    rope_problem,
+    tower_problem,
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def run_checks(projector: TrainedProjector) -> Iterator[Check]:
     base, vision = _config(llm, "text_config"), _config(tower, "vision_config")
     yield _check_projector(projector, base, vision)
     yield _check_base(base)
-    yield _check_rope(llm, base)
-    yield _check_generation_config(llm)
+    yield _check("rope", rope_problem(llm / "config.json"), "fields that transformers 4.37 reads")
+    yield _check("generation_config.json", generation_config_problem(str(llm)), "valid, or there is none")
     yield _check_tokenizer(llm, base)
     yield _check_tower(tower, vision)
     yield Check(
@@ -115,54 +115,16 @@ def _check_projector(projector: TrainedProjector, base: dict[str, Any], vision: 
 
 def _check_base(base: dict[str, Any]) -> Check:
     kind = str(base.get("model_type"))
-    if kind in _LLAVA_BASES:
+    if kind in LLAVA_MODEL_TYPES:
         return Check("base LLM", f"{kind}, which LLaVA 1.2 loads")
-    if kind in _NEXT_BASES:
+    if kind in LLAVA_NEXT_MODEL_TYPES:
         return Check("base LLM", f"{kind}, which LLaVA-NeXT loads and LLaVA 1.2 does not")
-    known = ", ".join((*_LLAVA_BASES, *_NEXT_BASES))
+    known = ", ".join((*LLAVA_MODEL_TYPES, *LLAVA_NEXT_MODEL_TYPES))
     return Check("base LLM", kind, f"neither LLaVA nor LLaVA-NeXT loads it ({known}); use: export --to hf")
 
 
-def _check_rope(folder: Path, base: dict[str, Any]) -> Check:
-    rope = base.get("rope_parameters") or {}
-    theta, scaling = rope.get("rope_theta"), rope.get("rope_type", "default")
-    if "rope_theta" not in base and theta not in (None, _DEFAULT_THETA):
-        return Check(
-            "rope",
-            f"{folder / 'config.json'} has rope_parameters only; transformers 4.37 would use theta {_DEFAULT_THETA:g}",
-            f'add "rope_theta": {theta:g}',
-        )
-    if base.get("rope_scaling") is None and scaling != "default":
-        values = {"type": scaling, "factor": rope.get("factor")}
-        return Check(
-            "rope",
-            f"{folder / 'config.json'} has the scaling {scaling} in rope_parameters only",
-            f'add "rope_scaling": {json.dumps(values)}',
-        )
-    old = base.get("rope_scaling")
-    if old is not None and set(old) != {"type", "factor"}:
-        return Check(
-            "rope",
-            f"rope_scaling is {json.dumps(old)}; transformers 4.37 takes exactly type and factor",
-            "remove the other fields, or use a base without this scaling",
-        )
-    return Check("rope", f"theta {base.get('rope_theta', theta or _DEFAULT_THETA):g}, scaling {old and old['type']}")
-
-
-def _check_generation_config(folder: Path) -> Check:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return Check("generation_config.json", "none")
-    try:
-        GenerationConfig.from_pretrained(folder).validate(strict=True)
-    except (ValueError, TypeError, AttributeError) as error:
-        lines = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- ")]
-        return Check(
-            "generation_config.json",
-            " ".join(lines) or str(error),
-            'stage 2 would fail at its last save: set "do_sample": true, or remove temperature and top_p',
-        )
-    return Check("generation_config.json", "valid")
+def _check(what: str, problem: Problem | None, otherwise: str) -> Check:
+    return Check(what, otherwise) if problem is None else Check(what, problem.found, problem.fix)
 
 
 def _check_tokenizer(folder: Path, base: dict[str, Any]) -> Check:
@@ -177,22 +139,11 @@ def _check_tokenizer(folder: Path, base: dict[str, Any]) -> Check:
 
 def _check_tower(folder: Path, vision: dict[str, Any]) -> Check:
     kind = str(vision.get("model_type", "clip"))
-    if not kind.startswith(_TOWERS):
-        return Check("vision tower", kind, "LLaVA loads CLIP towers, LLaVA-NeXT also SigLIP; use: export --to hf")
-    loader = ", for LLaVA-NeXT; LLaVA 1.2 loads CLIP towers only" if kind.startswith("siglip") else ""
-    names: list[str] = []
-    for path in weight_files(folder):
-        if path.suffix != ".safetensors":
-            return Check("vision tower", f"{path.name}; tensor names were not checked")
-        with safe_open(path, framework="pt") as file:
-            names += list(file.keys())
-    if any(name.startswith("vision_model.") for name in names):
-        return Check("vision tower", f"tensor names that transformers 4.37 reads{loader}")
-    return Check(
-        "vision tower",
-        f"{folder} was saved by transformers 5: its tensor names lack the prefix vision_model.",
-        "transformers 4.37 would start with random weights; use the original tower from the hub",
-    )
+    if kind.startswith("clip"):
+        return _check("vision tower", tower_problem(folder), f"{kind}, whose weights transformers 4.37 reads")
+    if kind.startswith("siglip"):
+        return Check("vision tower", f"{kind}, which LLaVA-NeXT loads; LLaVA 1.2 loads CLIP towers only")
+    return Check("vision tower", kind, "LLaVA loads CLIP towers, LLaVA-NeXT also SigLIP; use: export --to hf")
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:

@@ -42,12 +42,22 @@ def test_handover_says_which_llava_loads_the_base(kind, text, trained, tmp_path)
 def test_handover_reports_rope_that_only_transformers_5_reads(trained, tmp_path):
     rope = {"rope_theta": 1e6, "rope_type": "default"}
     base = edited(trained.llm, tmp_path / "a", rope_parameters=rope, rope_theta="remove")
-    assert 'add "rope_theta": 1e+06' in checks(trained, llm=base)["rope"].fix
+    assert 'add "rope_theta": 1000000.0' in checks(trained, llm=base)["rope"].fix
     base = edited(trained.llm, tmp_path / "b", rope_parameters=rope, rope_theta=1e6)
     assert not checks(trained, llm=base)["rope"].fix
+
+
+def test_handover_reports_rope_scaling_that_transformers_4_does_not_read(trained, tmp_path):
     scaled = {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}
-    base = edited(trained.llm, tmp_path / "c", rope_parameters=scaled, rope_theta=1e4)
+    base = edited(trained.llm, tmp_path / "a", rope_parameters=scaled, rope_theta=1e4)
     assert '"rope_scaling": {"type": "linear", "factor": 4.0}' in checks(trained, llm=base)["rope"].fix
+    three = {"type": "linear", "factor": 4.0, "rope_type": "linear"}
+    base = edited(trained.llm, tmp_path / "b", rope_scaling=three)
+    assert 'make it {"type": "linear", "factor": 4.0}' in checks(trained, llm=base)["rope"].fix
+    base = edited(trained.llm, tmp_path / "c", rope_scaling={"type": "linear", "factor": 4.0})
+    assert not checks(trained, llm=base)["rope"].fix
+    base = edited(trained.llm, tmp_path / "d", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4})
+    assert "llama3 rope scaling" in checks(trained, llm=base)["rope"].found
 
 
 def test_handover_reports_a_contradictory_generation_config(trained, tmp_path):
@@ -58,7 +68,7 @@ def test_handover_reports_a_contradictory_generation_config(trained, tmp_path):
 
 
 def test_handover_reports_a_tower_saved_by_transformers_5(trained, tmp_path):
-    assert "random weights" in checks(trained)["vision tower"].fix
+    assert "random weights" in checks(trained)["vision tower"].found
     folder = shutil.copytree(trained.tower, tmp_path / "tower")
     state = load_file(folder / "model.safetensors")
     renamed = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in state.items()}

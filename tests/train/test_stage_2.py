@@ -47,3 +47,17 @@ def test_warn_about_stage_2_says_which_rope_fields_to_add(warnings):
 def test_warn_about_stage_2_names_a_tower_without_the_prefix(warnings):
     (warning,) = warnings(prefix="")
     assert "lack the prefix vision_model." in warning and "random weights" in warning
+
+
+def test_warn_about_stage_2_names_a_contradictory_generation_config(warnings, tiny_llama, monkeypatch):
+    content = json.dumps({"temperature": 0.9, "top_p": 0.6, "do_sample": False})
+    copytree = shutil.copytree
+
+    def with_generation_config(source, target):
+        copytree(source, target)
+        if source == tiny_llama:
+            (target / "generation_config.json").write_text(content, encoding="utf-8")
+
+    monkeypatch.setattr(shutil, "copytree", with_generation_config)
+    (warning,) = warnings()
+    assert "generation_config.json is contradictory" in warning and "do_sample" in warning

@@ -14,21 +14,11 @@ from llava_twophase.files import replace_file
 from llava_twophase.plots import loss_figure, missing_matplotlib
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.model.projector import save_projector
+from llava_twophase.train.stage_2 import LLAVA_MODEL_TYPES, LLAVA_NEXT_MODEL_TYPES
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPES = {
-    # LLaVA v1.2.2
-    "llama": "llava_llama",
-    "mistral": "llava_mistral",
-    "mpt": "llava_mpt",
-    # LLaVA-NeXT
-    "gemma": "llava_gemma",
-    "mixtral": "llava_mixtral",
-    "qwen2": "llava_qwen",
-    "qwen2_moe": "llava_qwen_moe",
-}
-"""The ``model_type`` that LLaVA or LLaVA-NeXT registers for each base LLM."""
+MODEL_TYPES = LLAVA_MODEL_TYPES | LLAVA_NEXT_MODEL_TYPES
 
 
 def llava_config(base: PretrainedConfig, arguments: Arguments, mm_hidden_size: int) -> dict[str, Any]:

@@ -152,32 +152,20 @@ def require_liger(arguments: Arguments) -> None:
 
 
 def require_generation_config(arguments: Arguments) -> None:
-    """Check the LLM's ``generation_config.json``, before anything is loaded.
-
-    An invalid one makes loading fail. A contradictory one makes LLaVA's stage 2 fail when it saves the model: warn.
+    """Check that the LLM's ``generation_config.json`` can be read, because an invalid one makes loading fail.
 
     Raises:
         UserError: The file is invalid.
     """
     name = arguments.model.model_name_or_path
     try:
-        generation = GenerationConfig.from_pretrained(name, cache_dir=arguments.training.cache_dir)
+        GenerationConfig.from_pretrained(name, cache_dir=arguments.training.cache_dir)
     except OSError:
         return  # missing or unreadable: the LLM loads without it
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"--model_name_or_path {name}: its generation_config.json is invalid; fix it: {error}"
         ) from None
-    try:
-        generation.validate(strict=True)
-    except ValueError as error:
-        found = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- ")]
-        logger.warning(
-            "%s: its generation_config.json is contradictory (%s). This run does not use it, but LLaVA's stage 2 "
-            "(transformers 4.37) will fail to save the model after its training; fix the file",
-            name,
-            " ".join(found) or error,
-        )
 
 
 def quantization(

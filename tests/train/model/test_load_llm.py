@@ -23,6 +23,7 @@ from llava_twophase.errors import UserError
 from llava_twophase.train.command_line import parse_arguments
 from llava_twophase.train.model.load_llm import load_llm
 from llava_twophase.train.preflight import prepare_inputs
+from llava_twophase.train.stage_2 import warn_about_stage_2
 from tiny import redraw
 
 MISSING = "model.layers.1.mlp.up_proj.weight"
@@ -107,8 +108,9 @@ def test_contradictory_generation_config_is_warned_about_and_not_used(folder, ar
     """Vicuna's: LLaVA's stage 2 trains for a day and then cannot save."""
     text = '{"temperature": 0.9, "top_p": 0.6, "num_beams": 4}'
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    prepare_inputs(arguments())
     with caplog.at_level(logging.WARNING):
-        prepare_inputs(arguments())
+        warn_about_stage_2(arguments())
     assert "generation_config.json is contradictory" in caplog.text and "`temperature`" in caplog.text
     generation = load_llm(arguments()).model.generation_config
     assert not generation.do_sample and generation.num_beams in (None, 1)
