@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from llava_twophase.errors import UserError
+from llava_twophase.train.model.projector import FILE, projector_type, read_projector
 
-_PROJECTOR = "mm_projector.bin"
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TrainedProjector:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the projector's tensors under the names of its module: ``0.weight``, ``0.bias``, ``2.weight``, ..."""
-        return projector_weights(self.path)
+        return read_projector(self.path)
 
 
 def find_projector(
@@ -63,12 +64,7 @@ def find_projector(
     Raises:
         UserError: There is no projector, or its LLM or tower is neither recorded nor given.
     """
-    path = Path(run)
-    if path.is_dir():
-        path = path / _PROJECTOR
-    if not path.is_file():
-        hint = "the run has not finished, or it is a checkpoint" if path.parent.is_dir() else "it does not exist"
-        raise UserError(f"{run}: no {_PROJECTOR} there ({hint}); expected an --output_dir or a projector file")
+    path = _projector_file(Path(run))
     config, arguments = _json(path.with_name("config.json")), _json(path.with_name("arguments.json"))
     cache = _json(path.with_name("feature_cache.json"))
     llm = llm or config.get("_name_or_path")
@@ -78,7 +74,6 @@ def find_projector(
         raise UserError(
             f"{run}: config.json beside it does not say which models it belongs to; give {' and '.join(absent)}"
         )
-    training = arguments.get("training", {})
     recorded = {
         "select_layer": config.get("mm_vision_select_layer", -2),
         "select_feature": config.get("mm_vision_select_feature", "patch"),
@@ -87,47 +82,41 @@ def find_projector(
     recorded.update({name: value for name, value in overrides.items() if value is not None})
     return TrainedProjector(
         path=path,
-        projector_type=config.get("mm_projector_type") or _type_of(projector_weights(path)),
+        projector_type=config.get("mm_projector_type") or projector_type(read_projector(path)),
         llm=str(llm),
         vision_tower=str(vision_tower),
-        llm_dtype=("bfloat16" if training.get("bf16") else "float16" if training.get("fp16") else "float32")
-        if training
-        else None,
-        tower_dtype=cache.get("fingerprint", {}).get("compute_dtype"),
+        llm_dtype=_llm_dtype(arguments.get("training", {})),
+        tower_dtype=_tower_dtype(arguments, cache),
         **recorded,
     )
 
 
-def projector_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read a projector file, whatever prefix its names have.
-
-    Args:
-        path: ``mm_projector.bin`` of LLaVA or of this project, or a file with these tensors of a stage-2 checkpoint.
-
-    Returns:
-        Tensors on the CPU, named as in the module: ``weight`` and ``bias`` for ``linear``, else ``0.weight``, ...
-
-    Raises:
-        UserError: The file cannot be read or has no projector weights.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise UserError(f"{path} cannot be read as a projector file: {error}") from None
-    named = state.items() if isinstance(state, dict) else ()
-    found = {str(name).split("mm_projector.")[-1]: value for name, value in named if "mm_projector." in str(name)}
-    if not found:
-        raise UserError(f"{path} has no mm_projector weights; expected LLaVA's mm_projector.bin")
-    return found
+def _projector_file(run: Path) -> Path:
+    expected = "expected the --output_dir of a training run, or a projector file"
+    if not run.exists():
+        raise UserError(f"{run} does not exist; {expected}")
+    if run.is_file():
+        return run
+    if not (run / FILE).is_file():
+        unfinished = any(run.glob("checkpoint-*")) or run.name.startswith("checkpoint-")
+        hint = ": its training has not finished; run the same training command again" if unfinished else f"; {expected}"
+        raise UserError(f"{run} has no {FILE}{hint}")
+    return run / FILE
 
 
-def _type_of(weights: dict[str, torch.Tensor]) -> str:
-    if set(weights) == {"weight", "bias"}:
-        return "linear"
-    layers = sorted(int(match[1]) for name in weights if (match := re.fullmatch(r"(\d+)\.weight", name)))
-    if layers != list(range(0, 2 * len(layers), 2)):
-        raise UserError(f"these projector weights are neither linear nor mlpNx_gelu: {sorted(weights)}")
-    return f"mlp{len(layers)}x_gelu"
+def _llm_dtype(training: Mapping[str, Any]) -> str | None:
+    if not training:
+        return None
+    return "bfloat16" if training.get("bf16") else "float16" if training.get("fp16") else "float32"
+
+
+def _tower_dtype(arguments: Mapping[str, Any], cache: Mapping[str, Any]) -> str | None:
+    recorded: str | None = cache.get("fingerprint", {}).get("compute_dtype")
+    if recorded is not None or not arguments:
+        return recorded
+    # An on-the-fly run. LLaVA parity: its tower runs in fp16 unless the run is in bf16.
+    default = "bf16" if arguments["training"].get("bf16") else "fp16"
+    return _DTYPES[arguments["model"].get("compute_dtype") or default]
 
 
 def _json(path: Path) -> dict[str, Any]:

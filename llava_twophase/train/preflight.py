@@ -31,7 +31,7 @@ from llava_twophase.train.environment import (
 from llava_twophase.train.llm_files import load_config_and_tokenizer
 from llava_twophase.train.model.llm_config import check_data_fits
 from llava_twophase.train.model.load_llm import require_bits, require_generation_config, require_liger
-from llava_twophase.train.model.projector import build_projector, load_projector
+from llava_twophase.train.model.projector import build_projector, load_weights
 
 
 @dataclass
@@ -82,7 +82,7 @@ def prepare_inputs(arguments: Arguments) -> TrainingInputs:
     set_seed(arguments.training.seed)
     projector = build_projector(arguments.model.mm_projector_type, width, config.get_text_config().hidden_size)
     if arguments.model.pretrain_mm_mlp_adapter is not None:
-        load_projector(arguments.model.pretrain_mm_mlp_adapter, projector)
+        load_weights(arguments.model.pretrain_mm_mlp_adapter, projector)
     rows = measure_rows([*records, *eval_records], template)
     _require_fitting_rows(config, [*records, *eval_records], template, rows)
     require_space(arguments, sum(parameter.numel() for parameter in projector.parameters()))

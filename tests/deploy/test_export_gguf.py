@@ -12,8 +12,9 @@ from transformers import CLIPVisionModel
 from commands import use_command
 from helpers import run
 from llava_twophase.deploy.export_gguf import export_gguf
-from llava_twophase.deploy.trained_projector import find_projector, projector_weights
+from llava_twophase.deploy.trained_projector import find_projector
 from llava_twophase.errors import UserError
+from llava_twophase.train.model.projector import read_projector
 
 gguf = pytest.importorskip("gguf")
 CYLLAMA = Path(sys.prefix) / "peers" / "cyllama"  # has llama.cpp's libmtmd
@@ -27,7 +28,7 @@ def mmproj(trained, tmp_path_factory):
 
 def test_export_gguf_tensors_equal_the_weights(mmproj, trained):
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(mmproj).tensors}
-    for name, tensor in projector_weights(trained.run / "mm_projector.bin").items():
+    for name, tensor in read_projector(trained.run / "mm_projector.bin").items():
         np.testing.assert_array_equal(found[f"mm.{name}"], tensor.numpy())
     tower = CLIPVisionModel.from_pretrained(trained.tower).state_dict()
     weights = {name.removeprefix("vision_model."): tensor.numpy() for name, tensor in tower.items()}
@@ -102,7 +103,7 @@ def llama_cpp_graph(trained, image):
     for layer in tower.encoder.layers[:3]:
         output = layer(hidden, attention_mask=None)
         hidden = output[0] if isinstance(output, tuple) else output
-    weights = projector_weights(Path(trained.run) / "mm_projector.bin")
+    weights = read_projector(Path(trained.run) / "mm_projector.bin")
     inner = gelu(linear(hidden[0, 1:], weights["0.weight"], weights["0.bias"]))
     return linear(inner, weights["2.weight"], weights["2.bias"]).numpy()
 

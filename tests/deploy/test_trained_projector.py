@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
-from llava_twophase.deploy.trained_projector import find_projector, projector_weights
+from llava_twophase.deploy.trained_projector import find_projector
 from llava_twophase.errors import UserError
+from llava_twophase.train.model.projector import read_projector
 
 
 def test_find_projector_reads_the_settings_of_an_output_dir(trained):
@@ -39,17 +40,23 @@ def test_find_projector_infers_the_type_from_the_weights(kind, tmp_path):
     assert find_projector(tmp_path / "p.bin", llm="a", vision_tower="b").projector_type == kind
 
 
-def test_projector_weights_of_a_stage_2_checkpoint(trained, tmp_path):
-    weights = projector_weights(trained.run / "mm_projector.bin")
+def test_find_projector_reads_the_weights_of_a_stage_2_checkpoint(trained, tmp_path):
+    weights = read_projector(trained.run / "mm_projector.bin")
     prefixed = {f"base_model.model.model.mm_projector.{name}": tensor for name, tensor in weights.items()}
     torch.save({**prefixed, "lm_head.weight": torch.zeros(1)}, tmp_path / "non_lora_trainables.bin")
-    found = projector_weights(tmp_path / "non_lora_trainables.bin")
+    found = read_projector(tmp_path / "non_lora_trainables.bin")
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 def test_find_projector_refuses_a_folder_without_projector(tmp_path):
-    with pytest.raises(UserError, match="expected an --output_dir or a projector file"):
+    with pytest.raises(UserError, match=r"has no mm_projector\.bin; expected the --output_dir of a training run"):
         find_projector(tmp_path)
+    (tmp_path / "checkpoint-3").mkdir()
+    for run in (tmp_path, tmp_path / "checkpoint-3"):
+        with pytest.raises(UserError, match="its training has not finished; run the same training command again"):
+            find_projector(run)
+    with pytest.raises(UserError, match="absent does not exist; expected the --output_dir"):
+        find_projector(tmp_path / "absent")
 
 
 def test_find_projector_refuses_a_file_without_projector(tmp_path):
@@ -66,3 +73,17 @@ def test_find_projector_reports_a_damaged_config(trained, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({})[:1], encoding="utf-8")
     with pytest.raises(UserError, match="config.json cannot be read"):
         find_projector(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "compute_dtype", "expected"),
+    [(True, None, "bfloat16"), (False, None, "float16"), (True, "fp32", "float32"), (False, "bf16", "bfloat16")],
+)
+def test_find_projector_knows_the_tower_dtype_of_an_on_the_fly_run(bf16, compute_dtype, expected, trained, tmp_path):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    (run / "feature_cache.json").unlink()
+    arguments = json.loads((run / "arguments.json").read_text(encoding="utf-8"))
+    arguments["training"]["bf16"] = bf16
+    arguments["model"]["compute_dtype"] = compute_dtype
+    (run / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
+    assert find_projector(run).tower_dtype == expected

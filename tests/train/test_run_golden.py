@@ -20,7 +20,7 @@ from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel
 from llava_twophase.train.model.load_llm import LoadedLLM
-from llava_twophase.train.model.projector import build_projector, load_projector
+from llava_twophase.train.model.projector import build_projector, load_weights
 from llava_twophase.vision.images import decode
 from llava_twophase.vision.preprocess import Preprocessor
 
@@ -224,7 +224,7 @@ def test_splice_loss_and_gradient_equal_llavas(llm, init, name):
         )
     assert [len(sample["input_ids"]) - 1 + PATCHES for sample in samples] == batch["merged_lengths"]
     projector = build_projector("mlp2x_gelu", 64, 64)
-    load_projector(init / "mlp2x_gelu.bin", projector)
+    load_weights(init / "mlp2x_gelu.bin", projector)
     loaded = LoadedLLM(AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32))
     model = LlavaProjectorModel(FrozenLLM(loaded), projector)
     collated = collate(samples)

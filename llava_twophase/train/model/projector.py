@@ -6,6 +6,7 @@ Shapes: B images, L patch tokens, D tower width, H LLM width.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -67,15 +68,17 @@ def save_projector(projector: nn.Module, folder: Path) -> Path:
     return path
 
 
-def load_projector(path: str | Path, projector: nn.Module) -> None:
-    """Load a projector file into a module of the same kind, strictly.
+def read_projector(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read the weights of a projector file, whatever prefix their names have.
 
     Args:
-        path: ``mm_projector.bin`` as written here, by LLaVA, or by LLaVA's stage 2 with its longer prefixes.
-        projector: Receives the weights, cast to its own dtype.
+        path: ``mm_projector.bin`` as written here or by LLaVA, or a file of LLaVA's stage 2 with its longer prefixes.
+
+    Returns:
+        Tensors on the CPU, named as in the module: ``weight`` and ``bias`` for ``linear``, else ``0.weight``, ...
 
     Raises:
-        UserError: The file cannot be read, or its names or shapes differ from the module's.
+        UserError: The file cannot be read, or has no projector weights.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,9 +87,38 @@ def load_projector(path: str | Path, projector: nn.Module) -> None:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, expected a dict of projector weights")
     named = {str(name): tensor for name, tensor in state.items() if "mm_projector." in str(name)}
-    found = {name.split("mm_projector.")[-1]: tensor for name, tensor in named.items()}
+    if not named:
+        raise UserError(f"{path} has no mm_projector weights; expected LLaVA's {FILE}")
+    return {name.split("mm_projector.")[-1]: tensor for name, tensor in named.items()}
+
+
+def load_weights(path: str | Path, projector: nn.Module) -> None:
+    """Load a projector file into a module of the same kind, strictly.
+
+    Args:
+        path: As for ``read_projector``.
+        projector: Receives the weights, cast to its own dtype.
+
+    Raises:
+        UserError: The file cannot be read, or its names or shapes differ from the module's.
+    """
+    found = read_projector(path)
     expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if shapes != expected:
         raise UserError(f"{path} holds another projector: it has {shapes}, this run needs {expected}")
     projector.load_state_dict(found, strict=True)
+
+
+def projector_type(weights: Mapping[str, torch.Tensor]) -> str:
+    """Return the type of a projector, ``linear`` or ``mlpNx_gelu``, from the names of its weights.
+
+    Raises:
+        UserError: The names are those of another module.
+    """
+    if set(weights) == {"weight", "bias"}:
+        return "linear"
+    layers = sorted(int(match[1]) for name in weights if (match := re.fullmatch(r"(\d+)\.weight", name)))
+    if not layers or layers != list(range(0, 2 * len(layers), 2)):
+        raise UserError(f"these projector weights are neither linear nor mlpNx_gelu: {sorted(weights)}")
+    return f"mlp{len(layers)}x_gelu"

@@ -1,10 +1,10 @@
-"""build_projector, save_projector and load_projector."""
+"""build_projector, save_projector and load_weights."""
 
 import pytest
 import torch
 
 from llava_twophase.errors import UserError
-from llava_twophase.train.model.projector import build_projector, load_projector, save_projector
+from llava_twophase.train.model.projector import build_projector, load_weights, save_projector
 
 # The names that LLaVA v1.2.2 writes for each type, read from its own files.
 NAMES = {
@@ -30,7 +30,7 @@ def test_save_projector_writes_llavas_names_and_load_projector_reads_them(kind, 
     assert list(state) == [f"model.mm_projector.{name}" for name in NAMES[kind]]
     assert not any(tensor.requires_grad for tensor in state.values())
     other = build(kind)
-    load_projector(path, other)
+    load_weights(path, other)
     features = torch.randn(2, 4, 8)
     assert torch.equal(other(features), projector(features))
     assert [p.name for p in tmp_path.iterdir()] == ["mm_projector.bin"]
@@ -56,19 +56,19 @@ def test_build_projector_refuses_unknown_types(kind):
         build(kind)
 
 
-def test_load_projector_refuses_a_file_of_another_type(tmp_path):
+def test_load_weights_refuses_a_file_of_another_type(tmp_path):
     path = save_projector(build("linear"), tmp_path)
     with pytest.raises(UserError, match="holds another projector"):
-        load_projector(path, build("mlp2x_gelu"))
+        load_weights(path, build("mlp2x_gelu"))
 
 
-def test_load_projector_refuses_a_wrong_prefix(tmp_path):
+def test_load_weights_refuses_a_wrong_prefix(tmp_path):
     torch.save(build("linear").state_dict(), tmp_path / "bare.bin")
-    with pytest.raises(UserError, match="holds another projector"):
-        load_projector(tmp_path / "bare.bin", build("linear"))
+    with pytest.raises(UserError, match="has no mm_projector weights"):
+        load_weights(tmp_path / "bare.bin", build("linear"))
 
 
-def test_load_projector_refuses_a_file_without_tensors(tmp_path):
+def test_load_weights_refuses_a_file_without_tensors(tmp_path):
     (tmp_path / "page.bin").write_text("<html>", encoding="utf-8")
     with pytest.raises(UserError, match="cannot be read as a projector file"):
-        load_projector(tmp_path / "page.bin", build("linear"))
+        load_weights(tmp_path / "page.bin", build("linear"))
