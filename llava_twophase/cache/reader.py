@@ -1,7 +1,7 @@
 """``FeatureCache``: read patch features by image key.
 
 Rows are read at byte offsets that the shards' headers give, without HDF5: there is no lock, and no handle that a fork
-could break.
+could break. Every row that is read is compared with its checksum.
 
 Shapes: B rows requested, L tokens, D width (576 and 1024 for CLIP-L/14-336).
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from llava_twophase.cache.codec import Channels, Codec
 from llava_twophase.cache.format import QUANTISED, STORAGE_DTYPES, fingerprint_hash
@@ -63,11 +64,12 @@ class FeatureCache:
         first = self.headers[0]
         self.feature_shape, self.dtype = first.feature_shape, first.storage
         self.codec = Codec(self.dtype, self.feature_shape, self._channels())
-        # For each part of a stored row: its offset in each shard, and its size.
+        # For each part of a stored row: where the part begins in each shard, and its size.
         self._parts = [
-            (np.array([header.row_parts[part].offset for header in self.headers]), data.row_bytes)
+            ([header.row_parts[part].offset for header in self.headers], data.row_bytes)
             for part, data in enumerate(first.row_parts)
         ]
+        self._checksums: dict[int, np.ndarray] = {}
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -114,14 +116,19 @@ class FeatureCache:
             keys: Image keys in any order; repeats are allowed.
 
         Raises:
-            UserError: A key is not in the cache, or a shard cannot be read or is truncated.
+            UserError: A key is not in the cache, a shard cannot be read or is truncated, or a row does not match its
+                checksum.
         """
         buffer = self._buffer(len(keys))
         self.read_raw_into(keys, buffer)
         return self.codec.to_numpy(buffer)
 
     def read_tensor(self, keys: Sequence[str]) -> torch.Tensor:
-        """Read features as a new tensor ``[B, L, D]``: in the storage dtype if that is exact, else float32."""
+        """Read features as a new tensor ``[B, L, D]``: in the storage dtype if that is exact, else float32.
+
+        Raises:
+            UserError: As ``read``.
+        """
         import torch
 
         rows = torch.empty(len(keys), self.codec.row_bytes, dtype=torch.uint8)
@@ -161,19 +168,32 @@ class FeatureCache:
         self.read_raw_rows_into(self.rows(keys), buffer)
 
     def read_raw_rows_into(self, rows: np.ndarray, buffer: np.ndarray) -> None:
-        """Read stored rows as ``read_raw_into``, by the row numbers that ``rows`` or ``find`` returned."""
+        """Read stored rows as ``read_raw_into``, by the row numbers that ``rows`` or ``find`` returned.
+
+        Raises:
+            UserError: A shard cannot be read or is truncated, or a row does not match its checksum.
+            ValueError: As ``read_raw_into``.
+        """
         row_bytes = self.codec.row_bytes
         if not buffer.flags.c_contiguous or buffer.nbytes != len(rows) * row_bytes:
             raise ValueError(f"the buffer must be C-contiguous and hold {len(rows)} rows of {row_bytes} bytes")
         view = memoryview(buffer.reshape(-1).view(np.uint8))
-        for position, begin, shard, offset, count in self._pieces(rows):
-            at = position * row_bytes + begin
-            self._files.open(shard).read_into(view[at : at + count], offset)
+        for position, (shard, row) in enumerate(self._places(rows)):
+            stored = view[position * row_bytes : (position + 1) * row_bytes]
+            file, begin = self._files.open(shard), 0
+            for offsets, count in self._parts:
+                file.read_into(stored[begin : begin + count], offsets[shard] + row * count)
+                begin += count
+            # Now the row is in the processor's cache. Hashing releases the GIL.
+            if xxhash.xxh3_64_intdigest(stored) != self._checksums_of(shard)[row]:
+                raise self._damaged(shard, row)
 
     def will_need(self, rows: np.ndarray) -> None:
         """Ask the system to fetch rows in the background, because they will be read soon."""
-        for _, _, shard, offset, count in self._pieces(rows):
-            self._files.open(shard).will_need(offset, count)
+        for shard, row in self._places(rows):
+            file = self._files.open(shard)
+            for offsets, count in self._parts:
+                file.will_need(offsets[shard] + row * count, count)
 
     def column(self, name: str) -> np.ndarray:
         """Read one of the per-row datasets, such as ``source_sha256``, of all shards in row order."""
@@ -187,18 +207,23 @@ class FeatureCache:
         """Close files; the next read opens them again."""
         self._files.close()
 
-    def _pieces(self, rows: np.ndarray) -> Iterator[tuple[int, int, int, int, int]]:
-        # For each part of each row: the row's position in rows, the part's first byte in a stored row, the shard, and
-        # the part's offset and size there.
+    def _checksums_of(self, shard: int) -> np.ndarray:
+        # Read once for each shard: a read for each row would take another seek on a disk.
+        if shard not in self._checksums:
+            self._checksums[shard] = self._read_dataset(shard, "row_xxh3")
+        return self._checksums[shard]
+
+    def _damaged(self, shard: int, row: int) -> UserError:
+        key = bytes(self._read_dataset(shard, "image_key")[row]).decode("utf-8", "replace")
+        return UserError(
+            f"the features of {key!r} do not match their checksum: bytes of {self.manifest.shards[shard].file} changed "
+            f"since they were written; run: llava-inspect-cache verify {self.path}"
+        )
+
+    def _places(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+        # For each row: its shard, and its row there.
         shards = self._index.shards(rows)
-        inside = rows - self._index.starts[shards]
-        files = shards.tolist()
-        begin = 0
-        for starts, count in self._parts:
-            offsets = (starts[shards] + inside * count).tolist()
-            for position, (shard, offset) in enumerate(zip(files, offsets, strict=True)):
-                yield position, begin, shard, offset, count
-            begin += count
+        return zip(shards.tolist(), (rows - self._index.starts[shards]).tolist(), strict=True)
 
     def _buffer(self, rows: int) -> np.ndarray:
         # Aligned, which makes reading faster: see read_raw_into.

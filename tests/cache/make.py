@@ -137,6 +137,15 @@ def reseal(cache, number, edit):
     replace_manifest(cache, manifest)
 
 
+def flip_bit(cache, number, row, dataset="features"):
+    """Flip one bit of a row of a shard, as a failing disk does; nothing else changes."""
+    path = cache / SHARDS / shard_name(number)
+    data = bytearray(path.read_bytes())
+    place = decode_header(bytes(data[:USER_BLOCK]), "shard").datasets[dataset]
+    data[place.offset + row * place.row_bytes + 7] ^= 4
+    path.write_bytes(data)
+
+
 def set_row(data, header, row, stored):
     """Overwrite one row and its checksum, within the `edit` of `reseal`."""
     raw = np.ascontiguousarray(stored).tobytes()

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cache.make import SHAPE, STORAGES, keys_of, make_cache, make_shard, rows, write
+from cache.make import SHAPE, STORAGES, flip_bit, keys_of, make_cache, make_shard, rows, write
 from helpers import run
 from llava_twophase import cache as cache_package
 from llava_twophase.cache.format import SHARDS
@@ -211,6 +211,25 @@ def test_shard_truncated_while_open_is_reported(small):
     os.truncate(path / SHARDS / "shard-000001.h5", 70000)
     with pytest.raises(UserError, match=r"shard-000001\.h5 is truncated"):
         cache.read_raw(keys)
+
+
+@pytest.mark.parametrize("dtype", STORAGES)
+@pytest.mark.parametrize("method", ["read", "read_raw", "read_tensor"])
+def test_reading_a_row_with_a_flipped_bit_is_refused(method, dtype, tmp_path):
+    path, keys, _ = make_cache(tmp_path / "cache", dtype=dtype)
+    flip_bit(path, 1, 2)
+    read = getattr(FeatureCache(path), method)
+    assert len(read(keys[:7])) == 7
+    message = rf"the features of '{keys[7]}' do not .* shard-000001\.h5 .*; run: llava-inspect-cache verify {path}$"
+    with pytest.raises(UserError, match=message):
+        read([keys[0], keys[7]])
+
+
+def test_reading_a_quantised_row_with_a_flipped_scale_is_refused(tmp_path):
+    path, keys, _ = make_cache(tmp_path / "cache", dtype="int8")
+    flip_bit(path, 0, 4, "scale")
+    with pytest.raises(UserError, match="do not match their checksum"):
+        FeatureCache(path).read(keys[4:5])
 
 
 def test_shard_of_another_cache_is_refused(small, tmp_path):

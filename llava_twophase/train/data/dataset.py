@@ -50,15 +50,13 @@ class CaptionDataset(Dataset[dict[str, torch.Tensor]]):
             ``input_ids`` and ``labels``, int64 ``[T]``, and either ``features [L, D]`` or ``crops uint8 [S, S, 3]``.
 
         Raises:
-            SampleError: The image cannot be used.
+            SampleError: The image or its features cannot be used.
         """
         record = self._records[index]
         try:
             return {**self.tokenize(index), **self._source.sample(record.image)}
         except UserError as error:
-            raise SampleError(
-                f"{error}; fix the image, or remove its record, whose caption is {record.caption[:60]!r}"
-            ) from None
+            raise SampleError(f"the record with the caption {record.caption[:60]!r}: {error}") from None
 
     def tokenize(self, index: int) -> dict[str, torch.Tensor]:
         """Return ``input_ids`` and ``labels`` of one sample, int64 ``[T]``."""

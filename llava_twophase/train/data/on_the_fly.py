@@ -120,7 +120,7 @@ class OnTheFlyFeatures:
         try:
             return torch.from_numpy(self._preprocessor.crop(decode(self._images.read(key))))
         except BadImage as error:
-            raise UserError(f"image {key}: {error}") from None
+            raise UserError(f"image {key}: {error}; fix the image, or remove its record") from None
 
     def _encode(self, crops: torch.Tensor) -> torch.Tensor:
         assert self._tower is not None, "load() comes first"

@@ -48,8 +48,8 @@ def test_bad_image_is_reported_with_its_record(plain_set, tiny_clip, tiny_llama,
     with pytest.raises(UserError) as caught:
         list(DataLoader(dataset, 2, collate_fn=collate, num_workers=workers))
     message = str(caught.value)
-    assert message.startswith(f"image {records[2].image}: ") and "Traceback" not in message
-    assert message.endswith(f"or remove its record, whose caption is {records[2].caption[:60]!r}")
+    assert message.startswith(f"the record with the caption {records[2].caption[:60]!r}: image {records[2].image}: ")
+    assert message.endswith("fix the image, or remove its record") and "Traceback" not in message
 
 
 def test_identity_is_the_towers_content_and_not_its_spelling(plain_set, tiny_clip, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import skip_first_batches
 from torch.utils.data import DataLoader
 
-from cache.make import make_cache
+from cache.make import flip_bit, make_cache
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_files import read_header
 from llava_twophase.errors import UserError
@@ -114,6 +114,16 @@ def test_pending_batch_raises_for_a_row_that_cannot_be_read(cached):
     with shard.open("r+b") as file:
         file.truncate(read_header(shard).datasets["features"].offset + 500)
     with pytest.raises(UserError, match=r"shard-000001\.h5 is truncated"):
+        list(loader)
+
+
+def test_pending_batch_raises_for_a_row_with_a_flipped_bit(cached):
+    path, _ = cached
+    flip_bit(path, 1, 3)
+    _, loader = feed(path)
+    with pytest.raises(
+        UserError, match=r"'00001/picture 3\.jpg' do not match their checksum: bytes of shard-000001\.h5"
+    ):
         list(loader)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache.make import FINGERPRINT, make_cache
+from cache.make import FINGERPRINT, flip_bit, make_cache
 from commands import outcome, train_command
 from helpers import run
 from llava_twophase import CacheWriter
@@ -55,6 +55,15 @@ def test_cached_features_reads_what_the_cache_reads(source_of):
     assert torch.equal(source.read(keys, CPU), cache.read_tensor(keys))
     assert torch.equal(source.sample(keys[1])["features"], cache.read_tensor(keys)[1])
     assert source.encode is None and source.identity == source.fingerprint == FINGERPRINT
+
+
+def test_cached_features_refuses_a_row_with_a_flipped_bit(source_of):
+    source = source_of(FINGERPRINT)
+    key = next(iter(source._cache.keys()))
+    flip_bit(source._cache.path, 0, 0)
+    for read in (source.sample, lambda key: source.read([key], CPU)):
+        with pytest.raises(UserError, match=f"the features of '{key}' do not match their checksum"):
+            read(key)
 
 
 @pytest.mark.parametrize(
