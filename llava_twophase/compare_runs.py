@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from llava_twophase.command_line import CommandParser, Integer
 from llava_twophase.errors import UserError, run_command
 from llava_twophase.files import replace_file
 from llava_twophase.plots import loss_figure, missing_matplotlib
@@ -48,20 +49,23 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    parser = argparse.ArgumentParser(
+    return run_command(lambda: _run(argv), interrupted="interrupted")
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = CommandParser(
         prog="llava-compare-runs",
         description=__doc__,
         epilog="example:\n  llava-compare-runs checkpoints/ablation/*/ --plot losses.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--output_dir of a training run")
-    parser.add_argument("--last", type=_positive, default=10, metavar="N", help="losses to average (default: 10)")
+    parser.add_argument("--last", type=Integer(1), default=10, metavar="N", help="losses to average (default: 10)")
     parser.add_argument(
         "--plot", metavar="FILE", help="plot the losses into this file (.png, .svg, .pdf; extra: plots)"
     )
     args = parser.parse_args(argv)
-    return run_command(lambda: compare(args.runs, args.last, args.plot), interrupted="interrupted")
+    return compare(args.runs, args.last, args.plot)
 
 
 def compare(folders: Sequence[str], last: int, plot: str | None) -> int:
@@ -170,9 +174,3 @@ def _draw(runs: Mapping[str, Run], plot: str) -> None:
             figure.savefig(file, format=path.suffix[1:] or "png", dpi=110)
     except (OSError, ValueError) as error:
         raise UserError(f"--plot {plot} cannot be written: {error}") from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)

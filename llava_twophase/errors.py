@@ -11,8 +11,13 @@ RESUMABLE = "interrupted: what was sealed or saved is kept; run the same command
 class UserError(ValueError):
     """Bad input: the message says what was found, what was expected, and what to type.
 
-    Commands print it as one ``error: ...`` on stderr and exit with 1, without a traceback.
+    Commands print it as one ``error: ...`` on stderr, without a traceback.
+
+    Attributes:
+        exit_code: The exit code of the command.
     """
+
+    exit_code = 1
 
 
 def combined_error(problems: Iterable[str], heading: str, shown: int = 20) -> UserError:
@@ -42,13 +47,13 @@ def run_command(command: Callable[[], int], interrupted: str = RESUMABLE) -> int
         interrupted: Printed after Ctrl-C.
 
     Returns:
-        The exit code: 1 after a ``UserError``, 130 after Ctrl-C.
+        The exit code: 1 after a ``UserError``, 2 if it is a ``UsageError``, 130 after Ctrl-C.
     """
     try:
         return command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130

@@ -117,6 +117,5 @@ def test_plot_that_cannot_be_written_is_one_error(finished, compare, tmp_path):
 
 @pytest.mark.parametrize("last", ["0", "-1", "ten"])
 def test_last_must_be_positive(last, capsys):
-    with pytest.raises(SystemExit):
-        main(["run", "--last", last])
-    assert "is not a positive integer" in capsys.readouterr().err
+    assert main(["run", "--last", last]) == 2
+    assert f"--last {last}: expected a whole number of at least 1" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from llava_twophase.command_line import CommandParser, Integer
 from llava_twophase.errors import run_command
 
 # torch and transformers are imported when a subcommand runs, so that --help answers at once.
@@ -28,23 +29,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``sys.argv`` by default.
 
     Returns:
-        0 done, 1 a problem was found, 2 wrong usage (raised by argparse), 130 interrupted.
+        0 done, 1 a problem was found, 2 wrong usage, 130 interrupted.
     """
+    return run_command(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return run_command(lambda: _COMMANDS[args.command](args))
+    return _COMMANDS[args.command](args)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the command's argument parser."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="llava-use-projector",
         description="Use a trained mm_projector.bin: caption images, evaluate runs, export to other systems.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{caption,evaluate,export,handover}")
+    commands = parser.add_subparsers()
     _add_caption(commands)
     _add_evaluate(commands)
     _add_export(commands)
@@ -58,7 +62,7 @@ def _add_caption(commands: Any) -> None:
     add("images", metavar="IMAGE", nargs="+", help="image file, folder, .zip, .tar, or a .json/.jsonl file of records")
     _add_sources(add)
     _add_placement(add)
-    add("--batch_size", type=_positive, default=8, help="images of one batch (default: 8)")
+    add("--batch_size", type=Integer(1), default=8, help="images of one batch (default: 8)")
     add("--html", metavar="FILE", help="also write a page with thumbnails")
     add("--json", action="store_true", help="print one JSON object per image")
 
@@ -76,9 +80,9 @@ def _add_evaluate(commands: Any) -> None:
     _add_models(add)
     _add_sources(add)
     _add_placement(add)
-    add("--batch_size", type=_positive, default=8, help="rows of one forward pass (default: 8)")
-    add("--limit", type=_positive, default=256, help="records to evaluate, drawn at random (default: 256)")
-    add("--candidates", type=_at_least_two, default=10, help="captions that each image is ranked against (default: 10)")
+    add("--batch_size", type=Integer(1), default=8, help="rows of one forward pass (default: 8)")
+    add("--limit", type=Integer(1), default=256, help="records to evaluate, drawn at random (default: 256)")
+    add("--candidates", type=Integer(2), default=10, help="captions that each image is ranked against (default: 10)")
     add("--seed", type=int, default=0, help="seed of the records, candidates and bootstrap resamples (default: 0)")
     add("--html", metavar="FILE", help="also write a report as one HTML page")
     add("--json", action="store_true", help="print one JSON object")
@@ -111,7 +115,6 @@ def _subcommand(commands: Any, name: str, text: str, example: str) -> Any:
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"example:\n  llava-use-projector {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     return parser.add_argument
 
@@ -203,21 +206,6 @@ def _handover(args: argparse.Namespace) -> int:
     from llava_twophase.deploy.trained_projector import find_projector
 
     return handover(find_projector(args.run, **_overrides(args)), args.json)
-
-
-def _positive(text: str) -> int:
-    return _at_least(text, 1)
-
-
-def _at_least_two(text: str) -> int:
-    return _at_least(text, 2)
-
-
-def _at_least(text: str, least: int) -> int:
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-    return value
 
 
 _COMMANDS = {"caption": _caption, "evaluate": _evaluate, "export": _export, "handover": _handover}

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from llava_twophase.cache.format import QUANTISED
+from llava_twophase.command_line import CommandParser, Integer, problems_error
 from llava_twophase.cpu import available_cpus
 from llava_twophase.distributed import ranks_from_environment
 from llava_twophase.errors import UserError, run_command
 from llava_twophase.extract.config import ExtractConfig
+from llava_twophase.extract.inputs import load_inputs
 from llava_twophase.memory import is_out_of_memory
-from llava_twophase.records import load_records
+from llava_twophase.records import Record
 from llava_twophase.versions import require_supported
 
 COMPUTE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 STORAGE_DTYPES = {**COMPUTE_DTYPES, "int8": "int8", "int4": "int4"}
 
-_REQUIRED = "--data_path RECORDS --image_folder FOLDER --vision_tower TOWER --feature_cache CACHE"
+_INPUTS = ("data_path", "image_folder", "vision_tower", "feature_cache")
 _EXAMPLE = """\
 example:
   llava-extract-features \\
@@ -39,39 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``sys.argv`` by default.
 
     Returns:
-        0 done, 1 a problem was found, 2 wrong usage (raised by argparse), 130 interrupted.
+        0 done, 1 a problem was found, 2 wrong usage, 130 interrupted.
     """
-    args = _parse(argv)
-    return run_command(lambda: _run(args))
+    return run_command(lambda: _run(argv))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # The usage of all flags would be longer than the message.
-        self.exit(2, f"usage: {self.prog} {_REQUIRED} ... (--help lists all flags)\nerror: {message}\n")
-
-    def check_flags(self, tokens: Sequence[str]) -> None:
-        """Report all unknown flags, before argparse reports those that are missing."""
-        flags = [token.partition("=")[0] for token in tokens if token.startswith("--") and token != "--"]
-        problems = []
-        for flag in flags:
-            if flag not in self._option_string_actions:
-                spelled = flag.replace("-", "_").replace("__", "--", 1).lower()
-                closest = difflib.get_close_matches(spelled, self._option_string_actions, n=1)
-                problems.append(f"{flag} is not a flag" + (f"; did you mean {closest[0]}?" if closest else ""))
-        if problems:
-            self.error("\n  ".join(problems))
-
-
-def build_parser() -> _Parser:
+def build_parser() -> CommandParser:
     """Return the command's argument parser."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="llava-extract-features",
         description="Phase one: run the vision tower once over the images and store its patch features on disk. "
         "Run the same command again to resume an interrupted extraction, or to add the images of new records.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_data_flags(parser.add_argument)
     _add_work_flags(parser.add_argument)
@@ -80,14 +62,25 @@ def build_parser() -> _Parser:
 
 
 def _add_data_flags(add: Callable[..., Any]) -> None:
-    add("--data_path", required=True, help="records: LLaVA's JSON list, or JSON lines")
+    add("--data_path", required=True, metavar="RECORDS", help="records: LLaVA's JSON list, or JSON lines")
     add(
         "--image_folder",
         required=True,
+        metavar="FOLDER",
         help="folder that the records' image paths are relative to, or a .zip or uncompressed .tar of it",
     )
-    add("--vision_tower", required=True, help="CLIP, SigLIP or DINOv2 tower: hub id or local folder")
-    add("--feature_cache", required=True, help="directory of the cache; it is created, resumed or extended")
+    add(
+        "--vision_tower",
+        required=True,
+        metavar="TOWER",
+        help="CLIP, SigLIP or DINOv2 tower: hub id or local folder",
+    )
+    add(
+        "--feature_cache",
+        required=True,
+        metavar="CACHE",
+        help="directory of the cache; it is created, resumed or extended",
+    )
     add(
         "--mm_vision_select_layer", type=int, default=-2, help="hidden state to store (default: -2, the second to last)"
     )
@@ -104,10 +97,10 @@ def _add_data_flags(add: Callable[..., Any]) -> None:
 
 
 def _add_work_flags(add: Callable[..., Any]) -> None:
-    add("--batch_size", type=_positive, default=32, help="images of one forward pass (default: 32)")
+    add("--batch_size", type=Integer(1), default=32, help="images of one forward pass (default: 32)")
     add(
         "--num_workers",
-        type=_not_negative,
+        type=Integer(0),
         default=min(8, available_cpus()),
         help="processes that decode images (default: one per available CPU, at most 8)",
     )
@@ -118,7 +111,7 @@ def _add_work_flags(add: Callable[..., Any]) -> None:
         help="fail (default): report all images that cannot be used and stop, before the tower loads if the first "
         "bytes of the files show it; skip: list them in the cache's quarantine.jsonl and continue",
     )
-    add("--images_per_shard", type=_positive, default=1024, help="rows of one HDF5 file (default: 1024)")
+    add("--images_per_shard", type=Integer(1), default=1024, help="rows of one HDF5 file (default: 1024)")
     add("--device", default="auto", help="auto (default: this rank's GPU, else the CPU), cpu, cuda, cuda:1, ...")
 
 
@@ -130,7 +123,7 @@ def _add_plan_flags(add: Callable[..., Any]) -> None:
         help="with --plan: compute when the cache breaks even for training this LLM: 135M, 0.5B, 1.1B, 7B, 13B, or a "
         "model",
     )
-    add("--runs", type=_positive, help="with --llm: training runs of one epoch that will use the cache (default: 3)")
+    add("--runs", type=Integer(1), help="with --llm: training runs of one epoch that will use the cache (default: 3)")
 
 
 def make_config(args: argparse.Namespace) -> ExtractConfig:
@@ -182,27 +175,61 @@ def choose_storage_dtype(compute: str, storage: str) -> str:
     )
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> tuple[ExtractConfig, list[Record]]:
+    """Make the settings and load the records; report all problems of the flags and of the inputs in one error."""
     parser = build_parser()
-    parser.check_flags(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(argv)
-    if args.json and not args.plan:
-        parser.error("--json needs --plan")
-    if args.llm and not args.plan:
-        parser.error("--llm needs --plan")
-    if args.runs and not args.llm:
-        parser.error("--runs needs --llm")
-    return args
+    args = parser.collect(argv)
+    wrong_usage = [*parser.problems, *_missing_flags(args)]
+    refused = _refused_values(args, parser.faulty)
+    records, wrong_inputs = load_inputs(
+        **{name: None if name in parser.faulty else getattr(args, name) for name in _INPUTS},
+        plan=args.plan,
+        other_problems=bool(wrong_usage or refused),
+    )
+    problems = [*wrong_usage, *refused, *wrong_inputs]
+    if problems:
+        raise problems_error(problems, parser.usage_line() if wrong_usage else None)
+    return make_config(args), records
 
 
-def _run(args: argparse.Namespace) -> int:
+def _missing_flags(args: argparse.Namespace) -> list[str]:
+    needs = (
+        ("--json", args.json, "--plan", args.plan),
+        ("--llm", args.llm, "--plan", args.plan),
+        ("--runs", args.runs, "--llm", args.llm),
+    )
+    return [f"{flag} needs {other}" for flag, given, other, other_given in needs if given and not other_given]
+
+
+def _refused_values(args: argparse.Namespace, faulty: Collection[str]) -> list[str]:
+    checks: list[Callable[[], object]] = []
+    if not {"compute_dtype", "storage_dtype"} & set(faulty):
+        checks.append(partial(choose_storage_dtype, args.compute_dtype, args.storage_dtype))
+    # These import torch, which takes seconds.
+    if args.device not in ("auto", "cpu"):
+        from llava_twophase.devices import choose_device
+
+        checks.append(partial(choose_device, args.device))
+    if args.llm and args.plan:
+        from llava_twophase.extract.break_even import llm_config
+
+        checks.append(partial(llm_config, args.llm))
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _run(argv: Sequence[str] | None) -> int:
     ranks = ranks_from_environment()
     level = logging.INFO if ranks.is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    config = make_config(args)
     require_supported("torch", "transformers")
-    records = load_records(config.data_path, image_folder=config.image_folder)
-    # torch is imported only now, so that --help and bad records are answered at once.
+    config, records = _parse(argv)
+    # torch is imported only now, so that --help and wrong inputs are answered at once.
     from llava_twophase.extract.run import run
 
     try:
@@ -214,17 +241,3 @@ def _run(args: argparse.Namespace) -> int:
             f"out of memory ({str(error).partition(chr(10))[0] or type(error).__name__}); lower --num_workers or "
             "--batch_size, then run the same command again: sealed shards are kept"
         ) from None
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value

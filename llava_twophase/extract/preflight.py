@@ -11,6 +11,7 @@ from llava_twophase.cache.quarantine import Quarantined
 from llava_twophase.errors import combined_error
 from llava_twophase.extract.config import ExtractConfig
 from llava_twophase.extract.decode import find_bad, still_bad
+from llava_twophase.extract.inputs import refuse_if_all_missing
 from llava_twophase.extract.plan import Plan, make_plan
 from llava_twophase.records import Record
 from llava_twophase.vision.sources import ImageSource, open_images
@@ -84,19 +85,14 @@ def require_usable(inputs: Inputs, plan: Plan) -> None:
         UserError: No image of the records exists; or images cannot be used, and they are not to be skipped.
     """
     missing = inputs.images.missing(plan.keys)
-    where = f"--image_folder {inputs.config.image_folder}"
-    if missing and len(missing) == len(inputs.keys):
-        raise combined_error(
-            missing,
-            f"none of the records' {len(missing)} images is in {where}; give the folder that their paths start from",
-        )
+    refuse_if_all_missing(missing, inputs.keys, inputs.config.image_folder)
     if inputs.config.skip_bad:
         return
     bad = [*plan.quarantined, *find_unusable(inputs, plan, missing)]
     if bad:
         raise combined_error(
             [f"{entry.key}: {entry.reason}" for entry in bad],
-            f"{len(bad)} of {len(inputs.keys)} images in {where} cannot be used ({len(missing)} are missing); "
-            "fix them, remove their records, or skip them with --on_bad_image skip; the same command with "
-            "--plan --json lists all of them",
+            f"{len(bad)} of {len(inputs.keys)} images in --image_folder {inputs.config.image_folder} cannot be used "
+            f"({len(missing)} are missing); fix them, remove their records, or skip them with --on_bad_image skip; "
+            "the same command with --plan --json lists all of them",
         )

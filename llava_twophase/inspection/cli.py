@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llava_twophase.command_line import CommandParser, Integer
 from llava_twophase.errors import UserError, run_command
 
 _CACHE = "caches/clip-l-336"
@@ -27,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``sys.argv`` by default.
 
     Returns:
-        0 done, 1 a problem was found, 2 wrong usage (raised by argparse), 130 interrupted, 141 nobody reads the output.
+        0 done, 1 a problem was found, 2 wrong usage, 130 interrupted, 141 nobody reads the output.
     """
+    return run_command(lambda: _run(argv), interrupted="interrupted: an inspection resumes nothing; run it again")
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
-    return run_command(lambda: _run(args), interrupted="interrupted: an inspection resumes nothing; run it again")
-
-
-def _run(args: argparse.Namespace) -> int:
     try:
         code = int(args.run(args))
         sys.stdout.flush()
@@ -47,14 +48,14 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Return the command's argument parser."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="llava-inspect-cache",
         description="Inspect a feature cache. Only repair changes it; only verify and repair read all of it.",
         **_example(f"summary {_CACHE}"),
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers()
     for add in (_add_summary, _add_coverage, _add_stats, _add_compare, _add_reencode, _add_show, _add_report, _add_head,
                 _add_export, _add_verify, _add_repair):  # fmt: skip
         add(commands)
@@ -89,7 +90,7 @@ def _add_coverage(commands: Any) -> None:
     parser.add_argument("--data_path", required=True, help="records, LLaVA's JSON list or JSON lines")
     parser.add_argument("--image_folder", help=_ABSOLUTE)
     parser.add_argument("--model_name_or_path", help="LLM whose tokenizer counts the captions that would be truncated")
-    parser.add_argument("--model_max_length", type=_positive, default=2048, help="as in training (default: 2048)")
+    parser.add_argument("--model_max_length", type=Integer(1), default=2048, help="as in training (default: 2048)")
     _json(parser)
 
 
@@ -151,7 +152,9 @@ def _add_show(commands: Any) -> None:
     _images(parser, required=True)
     text = "also show the cosine of all patches to this one"
     parser.add_argument("--patch", type=_patch, metavar="ROW,COLUMN", help=text)
-    parser.add_argument("--size", type=_size, default=336, help="side of each panel in pixels (default: 336)")
+    parser.add_argument(
+        "--size", type=Integer(16, 4096), default=336, help="side of each panel in pixels (default: 336)"
+    )
 
 
 def _add_report(commands: Any) -> None:
@@ -238,7 +241,7 @@ def _subcommand(
 
 def _example(example: str) -> dict[str, Any]:
     text = f"example:\n  llava-inspect-cache {example}"
-    return {"epilog": text, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    return {"epilog": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -256,38 +259,19 @@ def _images(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def _sample(parser: argparse.ArgumentParser, count: int, most: int | None = None) -> None:
     limit = f", at most {most}" if most else ""
-    kind = _between(1, most) if most else _positive
-    parser.add_argument("--n", type=kind, default=count, help=f"images to sample (default: {count}{limit})")
-    parser.add_argument("--seed", type=_between(0, 2**63), default=0, help="seed of the sample (default: 0)")
-
-
-def _between(low: int, high: int | None) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
-        if value < low or (high is not None and value > high):
-            limits = f"between {low} and {high}" if high is not None else f"{low} or more"
-            raise argparse.ArgumentTypeError(f"{value} is not {limits}")
-        return value
-
-    return convert
-
-
-_positive = _between(1, None)
-_size = _between(16, 4096)
+    parser.add_argument("--n", type=Integer(1, most), default=count, help=f"images to sample (default: {count}{limit})")
+    parser.add_argument("--seed", type=Integer(0, 2**63), default=0, help="seed of the sample (default: 0)")
 
 
 def _patch(text: str) -> tuple[int, int]:
     try:
         row, column = (int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a row and a column, such as 10,12") from None
+        raise argparse.ArgumentTypeError("expected a row and a column, such as 10,12") from None
     return row, column
 
 
 def _plot(text: str) -> str:
     if not text.lower().endswith((".png", ".svg", ".pdf")):
-        raise argparse.ArgumentTypeError(f"{text} does not end in .png, .svg or .pdf")
+        raise argparse.ArgumentTypeError("expected a name that ends in .png, .svg or .pdf")
     return text

@@ -24,9 +24,12 @@ def _flag(default: Any, text: str, **extra: Any) -> Any:
 class ModelArguments:
     """The LLM, the tower and the projector between them."""
 
-    model_name_or_path: str = field(metadata={"help": "base LLM: hub id or local folder; required"})
+    model_name_or_path: str = field(metadata={"help": "base LLM: hub id or local folder; required", "metavar": "LLM"})
     vision_tower: str = field(
-        metadata={"help": "vision tower: hub id or local folder; required, but not loaded with a cache"}
+        metadata={
+            "help": "vision tower: hub id or local folder; required, but not loaded with a cache",
+            "metavar": "TOWER",
+        }
     )
     version: str = _flag("plain", "conversation template; stage 1 has one: plain")
     mm_projector_type: str = _flag("linear", "linear, or mlp2x_gelu for LLaVA-1.5")
@@ -50,7 +53,9 @@ class ModelArguments:
 class DataArguments:
     """Records, and where their features come from."""
 
-    data_path: str = field(metadata={"help": "records: LLaVA's JSON list or JSON lines; required"})
+    data_path: str = field(
+        metadata={"help": "records: LLaVA's JSON list or JSON lines; required", "metavar": "RECORDS"}
+    )
     image_folder: str | None = _flag(None, "folder of the images; needed without --feature_cache")
     feature_cache: str | None = _flag(None, "cache that phase one wrote; without it the tower runs in every step")
     image_aspect_ratio: str = _flag("square", "square or pad")
@@ -71,7 +76,9 @@ class DataArguments:
 class ProjectorTrainingArguments(TrainingArguments):
     """HF Trainer's arguments with LLaVA's defaults and old spellings, and this project's own flags."""
 
-    output_dir: str | None = _flag(None, "folder of the run: checkpoints, mm_projector.bin, config.json; required")
+    output_dir: str | None = _flag(
+        None, "folder of the run: checkpoints, mm_projector.bin, config.json; required", metavar="FOLDER"
+    )
     resume_from_checkpoint: str | None = _flag(
         None,
         "a checkpoint's folder; True: the newest one, which must exist; False: there must be none (default: the newest "

@@ -35,7 +35,7 @@ def _parse_and_run(argv: Sequence[str] | None) -> int:
     # First, since importing the modules below may fail with other releases.
     require_supported("transformers", "deepspeed", "torch")
     from llava_twophase.cpu import limit_torch_threads
-    from llava_twophase.train.command_line import UsageError, parse_command
+    from llava_twophase.train.command_line import parse_command
 
     limit_torch_threads()
     parsed = parse_command(argv)
@@ -44,10 +44,7 @@ def _parse_and_run(argv: Sequence[str] | None) -> int:
 
         error = parsed.error(find_input_problems(parsed.arguments, parsed.faulty))
         assert error is not None
-        if not isinstance(error, UsageError):
-            raise error
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise error
     # HF Trainer, accelerate and DeepSpeed are imported only now, so that --help answers sooner.
     from llava_twophase.train.run import run
 

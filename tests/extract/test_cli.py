@@ -14,26 +14,77 @@ REQUIRED = ["--data_path", "r.json", "--image_folder", "i", "--vision_tower", "t
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--batch_size", "0"], "not positive"),
+        (["--batch_size", "0"], "--batch_size 0: expected a whole number of at least 1"),
         (
             ["--batchsize", "4", "--workers=2"],
-            "--batchsize is not a flag; did you mean --batch_size?\n  --workers is not",
+            "--batchsize is not a flag; did you mean --batch_size?\n"
+            "  --workers is not a flag; did you mean --num_workers?",
         ),
         (["--feature-cache", "c"], "--feature-cache is not a flag; did you mean --feature_cache?"),
-        (["--mm_vision_select_feature", "cls"], "invalid choice"),
+        (
+            ["--mm_vision_select_feature", "cls"],
+            "--mm_vision_select_feature cls: expected one of patch, cls_patch",
+        ),
         (["--json"], "--json needs --plan"),
         (["--llm", "13B"], "--llm needs --plan"),
         (["--plan", "--runs", "3"], "--runs needs --llm"),
-        (["--num_workers", "-1"], "negative"),
+        (["--num_workers", "-1"], "--num_workers -1: expected a whole number of at least 0"),
     ],
 )
-def test_main_exits_with_2_on_wrong_usage(capsys, flags, message):
-    with pytest.raises(SystemExit) as stop:
-        main([*REQUIRED, *flags])
-    assert stop.value.code == 2
+def test_main_exits_with_2_on_wrong_usage(capsys, image_set, tmp_path, flags, message):
+    inputs = {
+        "--data_path": image_set.json,
+        "--image_folder": image_set.folder,
+        "--vision_tower": "owner/tower",
+        "--feature_cache": tmp_path / "cache",
+    }
+    assert main([*(str(part) for flag in inputs.items() for part in flag), *flags]) == 2
     error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) <= 3 and error.startswith("usage: llava-extract-features --data_path RECORDS")
+    assert message in error and error.startswith("error: ")
+    *_, usage = lines = error.splitlines()
+    assert len(lines) <= 4 and usage.startswith("usage: llava-extract-features --data_path RECORDS")
+
+
+def test_main_reports_wrong_flags_and_wrong_inputs_in_one_message(capsys, tmp_path):
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    inputs = {
+        "--data_path": "/no.json",
+        "--image_folder": "/no/images",
+        "--vision_tower": tmp_path / "tower",
+        "--feature_cache": tmp_path / "other",
+    }
+    flags = ["--batchsize", "4", "--num_workers", "-1", "--compute_dtype", "fp8", "--images_per_shard", "many"]
+    flags += ["--mm_vision_select_layer", "last", "--json", "--device", "cuda:x"]
+    assert main([*(str(part) for flag in inputs.items() for part in flag), *flags]) == 2
+    error = capsys.readouterr().err
+    for problem in (
+        "--batchsize is not a flag; did you mean --batch_size?",
+        "--num_workers -1: expected a whole number of at least 0",
+        "--compute_dtype fp8: expected one of bf16, fp16, fp32",
+        "--images_per_shard many: expected a whole number of at least 1",
+        "--mm_vision_select_layer last: expected a whole number",
+        "--json needs --plan",
+        "--device cuda:x cannot be used",
+        "--data_path /no.json does not exist",
+        "--image_folder /no/images is neither a folder nor",
+        f"--vision_tower {tmp_path}/tower has no image processor",
+        f"{tmp_path}/other exists and is not a feature cache",
+    ):
+        assert problem in error
+    assert "error: 11 problems were found" in error and error.count("usage:") == 1
+
+
+def test_main_reports_wrong_inputs_together_and_exits_with_1(capsys, image_set, tmp_path):
+    (tmp_path / "file").touch()
+    inputs = {"--data_path": image_set.json, "--image_folder": tmp_path, "--vision_tower": "./tower"}
+    flags = ["--feature_cache", str(tmp_path / "file" / "cache"), "--storage_dtype", "fp16"]
+    assert main([*(str(part) for flag in inputs.items() for part in flag), *flags]) == 1
+    error = capsys.readouterr().err
+    assert "4 problems were found" in error and "usage:" not in error
+    assert "cannot hold bf16 features exactly" in error and "--vision_tower ./tower: there is no such folder" in error
+    assert "cannot be written" in error and f"images is in --image_folder {tmp_path}" in error
 
 
 def test_make_config_uses_the_defaults_of_the_parser():

@@ -16,7 +16,7 @@ def inspect(*arguments, expect=0):
     with redirect_stdout(stdout), redirect_stderr(stderr):
         try:
             code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse
+        except SystemExit as stop:  # --help
             code = stop.code
     found = SimpleNamespace(stdout=stdout.getvalue(), stderr=stderr.getvalue())
     assert code == expect, f"exit code {code}, not {expect}\n{found.stdout}\n{found.stderr}"

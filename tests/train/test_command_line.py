@@ -2,8 +2,9 @@
 
 import pytest
 
+from llava_twophase.command_line import UsageError
 from llava_twophase.errors import UserError
-from llava_twophase.train.command_line import UsageError, parse_arguments, parse_command
+from llava_twophase.train.command_line import parse_arguments, parse_command
 from train.recipe import recipe
 
 
