@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -42,6 +43,8 @@ def short_repr(value: object, length: int = 80) -> str:
 def run_command(command: Callable[[], int], interrupted: str = RESUMABLE) -> int:
     """Run the body of a command, and print a ``UserError`` as one message on stderr.
 
+    Progress bars, those of libraries too, are shown on a terminal only: in a log file each update would be a line.
+
     Args:
         command: Does the work and returns the exit code.
         interrupted: Printed after Ctrl-C.
@@ -49,6 +52,8 @@ def run_command(command: Callable[[], int], interrupted: str = RESUMABLE) -> int
     Returns:
         The exit code: 1 after a ``UserError``, 2 if it is a ``UsageError``, 130 after Ctrl-C.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported, so commands import it later
     try:
         return command()
     except UserError as error:

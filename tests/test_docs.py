@@ -132,7 +132,8 @@ def test_quickstart_leads_from_images_to_captions(tmp_path, monkeypatch, plain_s
     commands = [(script, words) for script, words in our_commands("docs/quickstart.md") if "my-images" in words]
     assert len(commands) == 4
     for script, words in commands:
-        run(["python", ROOT / script, *(models.get(word, word) for word in words)], cwd=tmp_path)
+        done = run(["python", ROOT / script, *(models.get(word, word) for word in words)], cwd=tmp_path)
+        assert "%|" not in done.stderr  # no progress bar in a log file, of no library
     samples = tmp_path / "my-projector" / "samples"
     steps = re.findall(r'href="(step-\d+\.html)"', (samples / "index.html").read_text(encoding="utf-8"))
     assert len(steps) == 2

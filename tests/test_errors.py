@@ -1,5 +1,7 @@
 """Errors for users: one message on stderr and an exit code, never a traceback."""
 
+import os
+
 import pytest
 
 from llava_twophase.errors import RESUMABLE, UserError, combined_error, run_command, short_repr
@@ -36,6 +38,16 @@ def test_run_command_returns_130_after_ctrl_c(capsys):
 
     assert run_command(interrupt) == 130 and run_command(interrupt, "stopped") == 130
     assert capsys.readouterr().err == f"{RESUMABLE}\nstopped\n"
+
+
+@pytest.mark.parametrize(("terminal", "chosen", "found"), [(False, None, "1"), (True, None, None), (False, "", "")])
+def test_run_command_shows_progress_bars_on_a_terminal_only(terminal, chosen, found, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("TQDM_DISABLE", chosen)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    run_command(lambda: 0)
+    assert os.environ.get("TQDM_DISABLE") == found
 
 
 def test_run_command_does_not_hide_bugs():

@@ -178,14 +178,15 @@ def _load(tower_class: Any, name: str, config: PretrainedConfig, dtype: torch.dt
 @contextmanager
 def _quiet() -> Iterator[None]:
     # transformers reports the weights of the layers above select_layer, which are not built, as unexpected.
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _attention(dtype: torch.dtype) -> str:

@@ -98,10 +98,11 @@ def test_resume_with_other_settings_is_refused_before_the_llm_loads(
     result = run(["python", *checkpoint_command(*inputs, max_steps=3, learning_rate=5e-4, data_seed=7)], expect=1)
     assert "learning_rate: the checkpoint has 0.001, this run 0.0005" in result.stderr
     assert "data_seed: the checkpoint has 42, this run 7" in result.stderr
-    result = run([*torchrun(), *make], expect=1)
+    bars = {"TQDM_DISABLE": ""}  # shown, although stderr is not a terminal: one is "Loading weights"
+    result = run([*torchrun(), *make], expect=1, **bars)
     assert "world_size: the checkpoint has 1, this run 2" in result.stderr
     assert all("Loading weights" not in line for line in result.stderr.splitlines())
-    longer = run(["python", *checkpoint_command(*inputs, max_steps=4)])
+    longer = run(["python", *checkpoint_command(*inputs, max_steps=4)], **bars)
     assert f"resuming from {inputs[-1] / 'checkpoint-3'}" in longer.stderr and "Loading weights" in longer.stderr
     assert [path.name for path in complete_checkpoints(inputs[-1])] == ["checkpoint-4"]
 
