@@ -84,7 +84,8 @@ def read_manifest(cache: Path) -> Manifest:
     """
     path = cache / MANIFEST
     if not path.is_file():
-        raise UserError(f"{cache} is not a feature cache: it has no {MANIFEST}")
+        problem = f"has no {MANIFEST}" if cache.is_dir() else "is not a folder" if cache.exists() else "does not exist"
+        raise UserError(f"{cache} is not a feature cache: it {problem}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

@@ -71,9 +71,9 @@ def find_projector(
     vision_tower = vision_tower or config.get("mm_vision_tower")
     absent = [flag for flag, value in (("--model_name_or_path", llm), ("--vision_tower", vision_tower)) if not value]
     if absent:
-        raise UserError(
-            f"{run}: config.json beside it does not say which models it belongs to; give {' and '.join(absent)}"
-        )
+        where = path.with_name("config.json")
+        found = f"{where} does not name its models" if config else f"there is no {where} that names its models"
+        raise UserError(f"{run}: {found}; give {' and '.join(absent)}")
     recorded = {
         "select_layer": config.get("mm_vision_select_layer", -2),
         "select_feature": config.get("mm_vision_select_feature", "patch"),

@@ -41,3 +41,8 @@ def test_read_manifest_reports_damage_in_one_line(kind, tmp_path):
 def test_read_manifest_refuses_a_folder_without_one(tmp_path):
     with pytest.raises(UserError, match=r"is not a feature cache: it has no manifest\.json"):
         read_manifest(tmp_path)
+    with pytest.raises(UserError, match="nowhere is not a feature cache: it does not exist"):
+        read_manifest(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is not a feature cache: it is not a folder"):
+        read_manifest(tmp_path / "file")

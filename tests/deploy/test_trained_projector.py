@@ -26,7 +26,7 @@ def test_find_projector_prefers_given_models(trained):
 
 def test_find_projector_of_a_bare_file_needs_the_models(trained, tmp_path):
     bare = shutil.copy(trained.run / "mm_projector.bin", tmp_path / "mm_projector.bin")
-    with pytest.raises(UserError, match="give --model_name_or_path and --vision_tower"):
+    with pytest.raises(UserError, match="there is no .*config.json .*; give --model_name_or_path and --vision_tower"):
         find_projector(bare)
     projector = find_projector(bare, llm="a", vision_tower="b")
     assert (projector.projector_type, projector.select_layer, projector.llm_dtype) == ("mlp2x_gelu", -2, None)
