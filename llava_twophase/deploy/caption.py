@@ -16,6 +16,7 @@ from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.errors import UserError
 from llava_twophase.files import replace_file
 from llava_twophase.html import Card, Page
+from llava_twophase.text import counted
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def caption(projector: TrainedProjector, images: Sequence[str], placement: Place
         if options.html is not None:
             cards.append(Card(title=image.name, lines=[text or f"error: {error}"], panels=thumbnail(image.read)))
     if options.html is not None:
-        page = Page("Captions", f"{len(named)} images by {projector.path}", f"llava-twophase {__version__}")
+        page = Page("Captions", f"{counted(len(named), 'image')} by {projector.path}", f"llava-twophase {__version__}")
         page.cards(cards)
         with replace_file(Path(options.html)) as file:
             file.write(page.to_bytes())

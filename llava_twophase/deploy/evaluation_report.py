@@ -23,6 +23,7 @@ from llava_twophase.errors import UserError
 from llava_twophase.files import replace_file
 from llava_twophase.html import Card, Page, mark_differences
 from llava_twophase.records import Record, load_records
+from llava_twophase.text import counted
 from llava_twophase.vision.images import BadImage
 from llava_twophase.vision.sources import ImageSource, open_images
 
@@ -136,7 +137,7 @@ def _report(results: Mapping[str, Sequence[RecordResult]], options: EvaluationOp
 
 def _print(report: Mapping[str, Any], options: EvaluationOptions) -> None:
     console = Console()
-    print(f"{report['evaluated_records']} records of {options.data_path}; mean and 95 % interval")
+    print(f"{counted(report['evaluated_records'], 'record')} of {options.data_path}; mean and 95 % interval")
     for name, metrics in report["runs"].items():
         table = Table(title=name, title_justify="left", box=None, show_header=False, pad_edge=False)
         for key, value in metrics.items():
@@ -161,8 +162,10 @@ def _page(
     options: EvaluationOptions,
     images: ImageSource | None,
 ) -> Page:
-    lead = f"{report['evaluated_records']} held-out records of {options.data_path}, {len(results)} run(s)"
-    page = Page("Evaluation of trained projectors", lead, f"llava-twophase {__version__}")
+    records, runs = counted(report["evaluated_records"], "held-out record"), counted(len(results), "run")
+    page = Page(
+        "Evaluation of trained projectors", f"{records} of {options.data_path}, {runs}", f"llava-twophase {__version__}"
+    )
     page.text(LIMITS)
     page.section("Runs")
     page.text("Mean over the records with a 95 % bootstrap interval.")

@@ -19,6 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, Lla
 
 from llava_twophase.errors import UserError
 from llava_twophase.extract.calibrate import Rates
+from llava_twophase.text import counted
 
 # Hidden width, MLP width, layers, heads, key-value heads: SmolLM2-135M, Qwen2.5-0.5B, TinyLlama, Vicuna-7B and -13B.
 SIZES = {
@@ -75,7 +76,7 @@ class BreakEven:
 
     def text(self) -> str:
         """Return the figures and the conclusion in lines."""
-        runs = f"{self.runs} run{'s' if self.runs > 1 else ''}"
+        runs = counted(self.runs, "run")
         cached, on_the_fly = _duration(self.run_seconds), _duration(self.run_seconds_on_the_fly)
         saved = round(100 * self.saved, 1) + 0  # no "-0.0"
         return "\n".join(

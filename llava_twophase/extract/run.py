@@ -47,6 +47,7 @@ from llava_twophase.extract.tower import (
 )
 from llava_twophase.files import explain_os_errors, require_free_space, require_writable
 from llava_twophase.records import Record
+from llava_twophase.text import counted
 from llava_twophase.vision.tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -192,8 +193,9 @@ def _begin(session: CacheSession, manifest: Manifest, work: _Work) -> None:
         new_plan = {"first_shard": plan.first_shard, "digest": plan.digest, **software_plan(manifest, used)}
     session.begin(manifest, plan.sealed, new_plan)
     logger.info(
-        "%s: %d images cached, %d to encode into %d shards of %s, %.3f GB",
-        work.cache, plan.cached, len(plan.keys), len(plan.work), config.storage_dtype, size / 1e9,
+        "%s: %s cached, %d to encode into %s of %s, %.3f GB",
+        work.cache, counted(plan.cached, "image"), len(plan.keys), counted(len(plan.work), "shard"),
+        config.storage_dtype, size / 1e9,
     )  # fmt: skip
 
 
@@ -249,12 +251,14 @@ def _options(config: ExtractConfig) -> Options:
 def _report(manifest: Manifest, work: _Work, seconds: float, timings: Timings, done: Counter[str]) -> None:
     rate = len(work.plan.keys) / max(seconds, 1e-9)
     logger.info(
-        "%s: complete, %d images in %d shards (%.1f images/s)", work.cache, manifest.rows, len(manifest.shards), rate
-    )
+        "%s: complete, %s in %s (%.1f images/s)",
+        work.cache, counted(manifest.rows, "image"), counted(len(manifest.shards), "shard"), rate,
+    )  # fmt: skip
     logger.info("%s%s", "" if work.messages.ranks.world_size == 1 else "rank 0: ", timings.describe())
     if done["high_bit_depth"]:
         logger.warning(
-            "%d images have more than 8 bits per channel; their values are clipped, as in LLaVA", done["high_bit_depth"]
+            "values of %s with more than 8 bits per channel were clipped, as in LLaVA",
+            counted(done["high_bit_depth"], "image"),
         )
     _report_quarantine(list(read_quarantine(work.cache).values()))
     duplicates = describe_duplicate_images(FeatureCache(work.cache))
@@ -266,5 +270,9 @@ def _report_quarantine(entries: Sequence[Quarantined]) -> None:
     if entries:
         first = entries[0]
         logger.warning(
-            "%d images are quarantined, see %s; the first: %s: %s", len(entries), QUARANTINE, first.key, first.reason
+            "%s quarantined, see %s; the first: %s: %s",
+            counted(len(entries), "image"),
+            QUARANTINE,
+            first.key,
+            first.reason,
         )

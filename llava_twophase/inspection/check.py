@@ -23,6 +23,7 @@ from llava_twophase.errors import UserError
 from llava_twophase.inspection import output
 from llava_twophase.inspection.rows import CheckedRows
 from llava_twophase.records import image_keys, load_records
+from llava_twophase.text import counted
 
 if TYPE_CHECKING:
     from llava_twophase.vision.sources import ImageSource
@@ -46,7 +47,7 @@ def run_verify(path: str, records: str | None, sources: str | None, as_json: boo
             rows = CheckedRows(path)
             if keys:
                 problems += without_features(rows, keys)
-                checked.append(f"all {len(keys):,} images of {records} there")
+                checked.append(f"all {len(keys):,} images of {records} have features")
             if sources:
                 problems += changed_sources(rows, rows.open_images(sources))
                 checked.append(_checked_sources(rows, sources))
@@ -154,11 +155,11 @@ def _print_verify(path: str, problems: Iterable[Problem], checked: list[str], ou
         output.print_line(f"... and {len(found) - _SHOWN_PROBLEMS:,} more; --json lists all", out)
     wrong = sum(not problem.note for problem in found)
     if wrong:
-        output.print_line(f"{path}: {wrong:,} problem{'s' if wrong > 1 else ''} found", out)
+        output.print_line(f"{path}: {counted(wrong, 'problem')} found", out)
     else:
         manifest = read_manifest(Path(path))
-        counted = f"{manifest.rows:,} images in {len(manifest.shards):,} shards"
-        output.print_line(f"{path}: {counted}, {', '.join(checked)}", out, "green")
+        size = f"{counted(manifest.rows, 'image')} in {counted(len(manifest.shards), 'shard')}"
+        output.print_line(f"{path}: {size}, {', '.join(checked)}", out, "green")
 
 
 def _print_repair(path: str, repair: Repair, dry_run: bool, out: Console) -> None:
@@ -167,7 +168,7 @@ def _print_repair(path: str, repair: Repair, dry_run: bool, out: Console) -> Non
         moved = f"; {'would move' if dry_run else 'moved'} to {DAMAGED}/" if file in repair.aside else ""
         output.print_line(f"{SHARDS}/{file}: extract it again: {why}{moved}", out)
     done = "nothing to do" if not repair.changed else f"{'would rebuild' if dry_run else 'rebuilt'} {MANIFEST}"
-    counted = f"{manifest.rows:,} images in {len(manifest.shards):,} intact shards"
-    output.print_line(f"{path}: {done}: {counted}, {len(repair.lost):,} to extract again", out)
+    size = f"{counted(manifest.rows, 'image')} in {counted(len(manifest.shards), 'intact shard')}"
+    output.print_line(f"{path}: {done}: {size}, {len(repair.lost):,} to extract again", out)
     if not manifest.complete:
         output.print_line("run the extraction command again: it adds what is missing, if anything is", out)

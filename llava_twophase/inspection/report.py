@@ -23,7 +23,7 @@ from llava_twophase.inspection.summary import INCOMPLETE, summarize
 from llava_twophase.inspection.summary import in_words as summary_in_words
 from llava_twophase.plots import missing_matplotlib
 from llava_twophase.records import Record, load_records
-from llava_twophase.text import format_bytes
+from llava_twophase.text import counted, format_bytes
 from llava_twophase.vision.images import BadImage
 from llava_twophase.vision.sources import ImageSource
 
@@ -97,7 +97,7 @@ def _add_sample(
     features = rows.values(picked)
     finite = np.isfinite(features).all((1, 2))
     picked, features = picked[finite], features[finite]
-    page.section(f"A sample of {len(picked):,} images")
+    page.section(f"A sample of {counted(len(picked), 'image')}")
     maps, legend = None, "All images share one PCA basis: a colour means the same in each of them."
     try:
         if len(picked):

@@ -15,6 +15,7 @@ from llava_twophase.errors import UserError
 from llava_twophase.inspection import output
 from llava_twophase.inspection.pictures import patch_grid
 from llava_twophase.inspection.rows import CheckedRows
+from llava_twophase.text import counted
 
 OUTLIER_CHANNEL = 6.0
 """A channel is an outlier from this multiple of the median channel's root mean square."""
@@ -226,7 +227,7 @@ def in_words(values: dict[str, Any]) -> dict[str, dict[str, str]]:
             "mean norm": number(values["token_norm"]),
             "1st, 50th, 99th percentile": f"{number(low)}, {number(middle)}, {number(high)}",
             f"over {OUTLIER_TOKEN:g} times the median": f"{values['outlier_tokens']:,} in "
-            f"{values['outlier_token_images']:,} images{', most at ' if places else ''}{places}",
+            f"{counted(values['outlier_token_images'], 'image')}{', most at ' if places else ''}{places}",
             "cosine, adjacent patches": number(values["adjacent_patch_cosine"]),
             "cosine, half an image apart": number(values["distant_patch_cosine"]),
         },
@@ -234,7 +235,7 @@ def in_words(values: dict[str, Any]) -> dict[str, dict[str, str]]:
             "constant": f"{len(constant):,}" + _examples(constant),
             "cosine to the nearest other": number(values["nearest_image_cosine"]),
             "nearly equal pairs": f"{values['nearly_equal_pairs']:,}{': ' if near else ''}{near}",
-            "duplicate images": f"{duplicates:,} pairs"
+            "duplicate images": counted(duplicates, "pair")
             + (f", features differ by at most {number(apart)}" if duplicates else ""),
         },
     }

@@ -14,7 +14,7 @@ from llava_twophase.cache.format import FORMAT, MANIFEST, QUANTISED, SCHEMA, SHA
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.inspection import output
-from llava_twophase.text import format_bytes
+from llava_twophase.text import counted, format_bytes
 
 INCOMPLETE = "INCOMPLETE: the extraction was interrupted or is running; run the same extraction command again."
 _TOWERS = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP", "dinov2": "DINOv2"}
@@ -110,7 +110,7 @@ def made_by(cache: FeatureCache) -> str:
     kept = _FEATURES.get(str(feature), f"({feature})" if feature is not None else f"(select_feature {_MISSING})")
     dtype, layer = _recorded(made, "compute_dtype", "a dtype"), _recorded(made, "select_layer", "a layer")
     seen = _seen(made.get("image_aspect_ratio"))
-    return f"{_tower(cache)} saw {seen} in {dtype}; kept is its hidden state {layer} {kept}: {shape}."
+    return f"{_tower(cache)} saw {seen} in {dtype}; its hidden state {layer} {kept} was kept: {shape}."
 
 
 _MISSING = f"{output.NOT_RECORDED} in the fingerprint"
@@ -186,9 +186,7 @@ def _print(values: dict[str, Any], out: Console) -> None:
 
 def _versions(software: dict[str, dict[str, int]]) -> dict[str, str]:
     return {
-        name: ", ".join(
-            f"{version} in {count:,} shard{'s' if count > 1 else ''}" for version, count in versions.items()
-        )
+        name: ", ".join(f"{version} in {counted(count, 'shard')}" for version, count in versions.items())
         for name, versions in software.items()
     }
 
@@ -205,6 +203,5 @@ def _age(cache: FeatureCache) -> int:
 def _ago(seconds: int) -> str:
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= length:
-            count = seconds // length
-            return f"{count:,} {unit}{'s' if count > 1 else ''}"
+            return counted(seconds // length, unit)
     return "less than a minute"

@@ -64,7 +64,7 @@ def test_extract_with_skip_and_no_bad_image_gives_the_same_cache(server, command
 def test_extract_with_skip_quarantines_bad_images(server, command, broken, image_set, tmp_path):
     cache = tmp_path / "cache"
     log = server.run(command(image_folder=broken, on_bad_image="skip"))
-    assert "complete, 24 images in 4 shards" in log and "5 images are quarantined" in log
+    assert "complete, 24 images in 4 shards" in log and "5 images quarantined" in log
     assert list(FeatureCache(cache).keys()) == [key for key in image_set.keys if key not in BAD]
     assert verify(cache) == []
     lines = (cache / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
@@ -97,7 +97,7 @@ def test_second_run_tries_only_changed_images(server, command, broken, image_set
     server.run(skipping)
     before = files(cache)
     log = server.run(skipping)
-    assert "nothing to do" in log and "5 images are quarantined" in log
+    assert "nothing to do" in log and "5 images quarantined" in log
     assert files(cache) == before
     for key in (BAD[0], BAD[3]):  # one fixed, one added
         shutil.copy(image_set.folder / key, broken / key)

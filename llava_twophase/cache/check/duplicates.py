@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.text import counted
 
 _EXAMPLES = 5
 
@@ -79,4 +80,5 @@ def describe_duplicate_images(cache: FeatureCache) -> str | None:
     listed = ", ".join(f"{keys[row]} ({count} keys)" for row, count in examples.items())
     more = ", ..." if len(groups) > _EXAMPLES else ""
     total = sum(map(len, groups))
-    return f"{total} of {len(cache)} keys are duplicates of {len(groups)} image files, byte for byte: {listed}{more}"
+    files = counted(len(groups), "image file")
+    return f"{total:,} of {len(cache):,} keys are duplicates of {files}, byte for byte: {listed}{more}"
