@@ -12,7 +12,8 @@ from llava_twophase.lazy import lazy_exports
 if TYPE_CHECKING:
     from llava_twophase.cache.reader import FeatureCache
     from llava_twophase.cache.writer import CacheWriter
-    from llava_twophase.deploy.captioner import Captioner, load_projector
+    from llava_twophase.deploy.captioner import Captioner
+    from llava_twophase.deploy.trained_projector import load_projector
     from llava_twophase.records import load_records
 
 __all__ = ["CacheWriter", "Captioner", "FeatureCache", "load_projector", "load_records"]
@@ -24,7 +25,7 @@ __getattr__, __dir__ = lazy_exports(
         "CacheWriter": "cache.writer",
         "Captioner": "deploy.captioner",
         "FeatureCache": "cache.reader",
-        "load_projector": "deploy.captioner",
+        "load_projector": "deploy.trained_projector",
         "load_records": "records",
     },
 )

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from llava_twophase import __version__
+from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.deploy.captioner import Captioner, Placement
 from llava_twophase.deploy.inputs import NamedImage, list_images, thumbnail
 from llava_twophase.deploy.trained_projector import TrainedProjector
-from llava_twophase.errors import UserError
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import replace_file
 from llava_twophase.html import Card, Page
 from llava_twophase.text import counted
@@ -45,9 +44,10 @@ def caption(projector: TrainedProjector, images: Sequence[str], placement: Place
         0, or 1 where some images could not be used.
 
     Raises:
-        UserError: Nothing can be captioned: a path does not exist or a model cannot be loaded.
+        UserError: An image does not exist or a model cannot be loaded; nothing was captioned.
     """
     named = list_images(images, options.image_folder)
+    _require_existing(named, options.feature_cache)
     captioner = Captioner.load(projector, placement, feature_cache=options.feature_cache)
     cards, failed = [], 0
     for image, text, error in _captions(captioner, named, options.batch_size):
@@ -67,19 +67,28 @@ def caption(projector: TrainedProjector, images: Sequence[str], placement: Place
     return 1 if failed else 0
 
 
+def _require_existing(images: Sequence[NamedImage], feature_cache: str | None) -> None:
+    missing = [image.name for image in images if not image.exists]
+    if feature_cache is not None:
+        missing = FeatureCache(feature_cache).missing(missing)
+    if missing:
+        where = "" if feature_cache is None else f", and are not in {feature_cache}"
+        raise combined_error(missing, f"{len(missing)} of {len(images)} images do not exist{where}")
+
+
 def _captions(
     captioner: Captioner, images: Sequence[NamedImage], batch_size: int
 ) -> Iterator[tuple[NamedImage, str, str | None]]:
     """Yield image, caption and error in order; an image that cannot be used has an error instead of a caption."""
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
-        rows, errors = [], {}
+        prepared, errors = [], {}
         for place, image in enumerate(part):
             try:
-                cached = captioner.cache is not None and image.name in captioner.cache
-                rows.append(captioner.features([image.name if cached else image.read()])[0].float())
+                is_cached = captioner.images.has(image.name)
+                prepared.append(captioner.images.prepare(image.name if is_cached else image.read()))
             except UserError as error:
                 errors[place] = str(error)
-        texts = iter(captioner.caption_features(torch.stack(rows)) if rows else [])
+        texts = iter(captioner.caption_features(captioner.images.encode(prepared)) if prepared else [])
         for place, image in enumerate(part):
             yield (image, "", errors[place]) if place in errors else (image, next(texts), None)

@@ -100,21 +100,20 @@ def _sample(records: Sequence[Record], options: EvaluationOptions) -> list[Recor
 
 def _features(captioner: Captioner, images: ImageSource | None) -> Callable[[Sequence[str]], torch.Tensor]:
     def read(keys: Sequence[str]) -> torch.Tensor:
-        cache = captioner.cache
-        inputs: list[str | bytes] = []
-        for key in keys:
-            if cache is not None and key in cache:
-                inputs.append(key)
-            elif images is None:
-                raise UserError(f"image {key} is not in the feature cache; give --image_folder too, or extract it")
-            else:
-                try:
-                    inputs.append(images.read(key))
-                except BadImage as error:
-                    raise UserError(f"image {key}: {error}") from None
-        return captioner.features(inputs)
+        return captioner.features([_input(captioner, images, key) for key in keys])
 
     return read
+
+
+def _input(captioner: Captioner, images: ImageSource | None, key: str) -> str | bytes:
+    if captioner.images.has(key):
+        return key
+    if images is None:
+        raise UserError(f"image {key} is not in the feature cache; give --image_folder too, or extract it")
+    try:
+        return images.read(key)
+    except BadImage as error:
+        raise UserError(f"image {key}: {error}") from None
 
 
 def _report(results: Mapping[str, Sequence[RecordResult]], options: EvaluationOptions) -> dict[str, Any]:

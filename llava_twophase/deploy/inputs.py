@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava_twophase.deploy.image_features import read_image_file
 from llava_twophase.errors import UserError
 from llava_twophase.records import image_keys, load_records
 from llava_twophase.vision.images import BadImage, decode
@@ -28,10 +30,12 @@ class NamedImage:
     Attributes:
         name: What to print: the path as given, or the image key.
         read: Returns the bytes of the file; raises ``UserError`` if it cannot be read.
+        exists: Whether there is a file; a missing file can only be an image key of the feature cache.
     """
 
     name: str
     read: Callable[[], bytes]
+    exists: bool = True
 
 
 def list_images(paths: Sequence[str], image_folder: str | None = None) -> list[NamedImage]:
@@ -45,7 +49,7 @@ def list_images(paths: Sequence[str], image_folder: str | None = None) -> list[N
         The images, files of a folder or archive in the order of their names.
 
     Raises:
-        UserError: A path does not exist, or a folder or archive has no images.
+        UserError: A folder or archive has no images, or cannot be read.
     """
     return [image for path in paths for image in _expand(path, image_folder)]
 
@@ -79,7 +83,7 @@ def _expand(path: str, image_folder: str | None) -> Iterator[NamedImage]:
         for name in sorted(names):
             yield NamedImage(f"{path}/{name}", _reader(images, name))
     else:
-        yield NamedImage(path, lambda: _read_file(given))
+        yield NamedImage(path, lambda: _read_file(given), os.path.lexists(path))
 
 
 def _names(path: Path) -> list[str]:
@@ -106,6 +110,6 @@ def _reader(images: ImageSource | None, key: str) -> Callable[[], bytes]:
 
 def _read_file(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        return read_image_file(path)
+    except BadImage as error:
+        raise UserError(f"{path}: {error}") from None

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from llava_twophase.errors import UserError
-from llava_twophase.train.model.projector import FILE, projector_type, read_projector
+from llava_twophase.train.model.projector import FILE, build_projector, projector_type, read_projector
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -89,6 +90,31 @@ def find_projector(
         tower_dtype=_tower_dtype(arguments, cache),
         **recorded,
     )
+
+
+def load_projector(run: str | Path | TrainedProjector, **overrides: Any) -> nn.Module:
+    """Load a trained projector as a module, without its LLM and tower.
+
+    Args:
+        run: An ``--output_dir``, a projector file, or what ``find_projector`` returned.
+        overrides: As for ``find_projector``.
+
+    Returns:
+        A module ``[B, L, D] -> [B, L, H]`` on the CPU, in the dtype of its file.
+
+    Raises:
+        UserError: The file cannot be read, or its shapes do not form the projector that its configuration says.
+    """
+    projector = run if isinstance(run, TrainedProjector) else find_projector(run, **overrides)
+    weights = projector.weights()
+    matrices = [tensor for tensor in weights.values() if tensor.ndim == 2]
+    module = build_projector(projector.projector_type, matrices[0].shape[1], matrices[-1].shape[0])
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != expected:
+        raise UserError(f"{projector.path} has {found}, but a {projector.projector_type} projector has {expected}")
+    module.to(matrices[0].dtype).load_state_dict(weights)
+    return module.requires_grad_(False)
 
 
 def _projector_file(run: Path) -> Path:

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoTokenizer
 from llava_twophase.errors import UserError
 from llava_twophase.hub import download_advice
 from llava_twophase.model_names import require_model_folder
-from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.model.llm_config import require_llm
 
 _FLAG = "--model_name_or_path"
@@ -23,13 +22,16 @@ _SAMPLED_FROM = 1 << 26
 _STRETCH, _BLOCK = 1 << 22, 1 << 12
 
 
-def load_config_and_tokenizer(arguments: Arguments) -> tuple[Any, Any]:
+def load_config_and_tokenizer(name: str, cache_dir: str | None = None) -> tuple[Any, Any]:
     """Load the LLM's configuration and tokenizer.
+
+    Args:
+        name: ``--model_name_or_path``.
+        cache_dir: Folder of hub downloads.
 
     Raises:
         UserError: There is no such folder or hub id, the files cannot be read, or it is not an LLM.
     """
-    name, cache_dir = arguments.model.model_name_or_path, arguments.training.cache_dir
     require_model_folder(_FLAG, name, "an LLM")
     config = require_llm(name, _load(AutoConfig, name, cache_dir))
     return config, _load(AutoTokenizer, name, cache_dir)

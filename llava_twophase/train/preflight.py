@@ -109,6 +109,10 @@ def find_input_problems(arguments: Arguments, skip: Collection[str] = ()) -> lis
     return _check(arguments, skip)[1]
 
 
+def _load_text(arguments: Arguments) -> tuple[Any, Any]:
+    return load_config_and_tokenizer(arguments.model.model_name_or_path, arguments.training.cache_dir)
+
+
 def _check(arguments: Arguments, skip: Collection[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """Run all checks; return the results by name, and the problems."""
     checks: list[tuple[str, Callable[[Arguments], Any], tuple[str, ...]]] = [
@@ -121,7 +125,7 @@ def _check(arguments: Arguments, skip: Collection[str] = ()) -> tuple[dict[str, 
         ("output", require_output, ("output_dir",)),
         ("records", _load_records, ("data_path", "eval_data_path", "eval_fraction", "image_folder")),
         ("source", open_source, ("feature_cache", "image_folder", "vision_tower", "mm_vision_select_layer")),
-        ("text", load_config_and_tokenizer, ("model_name_or_path",)),
+        ("text", _load_text, ("model_name_or_path",)),
         ("projector", _require_projector, ("mm_projector_type", "pretrain_mm_mlp_adapter")),
         ("generation_config", require_generation_config, ("model_name_or_path",)),
     ]

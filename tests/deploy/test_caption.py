@@ -53,3 +53,10 @@ def test_list_images_reads_archives(trained, tmp_path):
 def test_list_images_refuses_a_folder_without_images(tmp_path):
     with pytest.raises(UserError, match="has no images"):
         inputs.list_images([str(tmp_path)])
+
+
+def test_caption_reports_missing_images_before_the_llm_loads(trained, tmp_path):
+    command = use_command("caption", trained.run, tmp_path / "a.jpg", trained.keys[0], feature_cache=trained.cache)
+    done = run(["python", *command], expect=1)
+    assert "1 of 2 images do not exist, and are not in" in done.stderr and done.stdout == ""
+    assert "Loading weights" not in done.stderr

@@ -51,7 +51,7 @@ def test_captioner_of_a_linear_projector(trained, tmp_path):
 
 
 def test_captioner_refuses_an_image_that_cannot_be_read(captioner, tmp_path):
-    with pytest.raises(UserError, match=r"absent\.jpg cannot be read"):
+    with pytest.raises(UserError, match=r"absent\.jpg: .*[Nn]o such file"):
         captioner(tmp_path / "absent.jpg")
     (tmp_path / "page.jpg").write_text("<html>", encoding="utf-8")
     with pytest.raises(UserError, match=r"page\.jpg: "):
@@ -88,3 +88,34 @@ def test_load_projector_refuses_weights_of_another_type(trained, tmp_path):
     torch.save({"model.mm_projector.0.weight": torch.zeros(4, 4)}, tmp_path / "p.bin")
     with pytest.raises(UserError, match="a mlp1x_gelu projector has"):
         load_projector(tmp_path / "p.bin", llm="a", vision_tower="b")
+
+
+def test_captioner_refuses_a_cache_of_another_layer(trained, monkeypatch):
+    monkeypatch.setattr("llava_twophase.deploy.captioner.read_causal_lm", lambda *_: pytest.fail("loaded the LLM"))
+    with pytest.raises(UserError, match="select_layer: the cache has -2, this run -1"):
+        Captioner.load(trained.run, feature_cache=trained.cache, select_layer=-1)
+
+
+@pytest.mark.parametrize("wrong", ["width", "cache", "device", "llm"])
+def test_captioner_finds_problems_before_the_llm_loads(wrong, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_twophase.deploy.captioner.read_causal_lm", lambda *_: pytest.fail("loaded the LLM"))
+    state = {"weight": torch.zeros(48, 32), "bias": torch.zeros(48)}
+    torch.save({f"model.mm_projector.{name}": tensor for name, tensor in state.items()}, tmp_path / "p.bin")
+    models = {"llm": str(trained.llm), "vision_tower": str(trained.tower)}
+    calls = {
+        "width": lambda: Captioner.load(tmp_path / "p.bin", **models),
+        "cache": lambda: Captioner.load(trained.run, feature_cache=tmp_path),
+        "device": lambda: Captioner.load(trained.run, Placement(device="cuda:99")),
+        "llm": lambda: Captioner.load(trained.run, llm=str(trained.tower)),
+    }
+    with pytest.raises(UserError):
+        calls[wrong]()
+
+
+def test_captioner_checks_the_llms_embedding_input(trained, monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        "llava_twophase.deploy.captioner.check_embedding_input", lambda name, llm: checked.append((name, llm.training))
+    )
+    Captioner.load(trained.run)
+    assert checked == [(str(trained.llm), False)]

@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-from llava_twophase import Captioner, FeatureCache, load_records
+from llava_twophase import FeatureCache, load_records
 from llava_twophase.deploy.export_hf import export_hf
 from llava_twophase.deploy.hf import CachedFeatureCollator, drop_vision_tower, encoder_outputs
 from llava_twophase.deploy.trained_projector import find_projector
+from llava_twophase.vision.preprocess import Preprocessor
+from llava_twophase.vision.tower import VisionTower
 
 peft = pytest.importorskip("peft")
 # peft 0.21 asks transformers 5.24 for a property under its old name.
@@ -45,8 +47,7 @@ def test_collator_masks_everything_except_the_caption(exported, trained):
 def test_lora_step_from_the_cache_equals_one_from_pixels(exported, trained):
     samples, batch = batch_of(exported, trained)
     features = batch.pop("features")
-    captioner = Captioner.load(trained.run)
-    tower = captioner._load_tower()
+    tower = VisionTower(str(trained.tower), Preprocessor(str(trained.tower)))
     crops = [tower.preprocessor.crop(picture(trained, sample)) for sample in samples]
     pixels = tower.preprocessor.pixel_values(torch.stack([torch.from_numpy(crop) for crop in crops]))
     results = []
@@ -73,6 +74,6 @@ def test_drop_vision_tower_frees_its_weights(exported):
 
 
 def picture(trained, sample):
-    from llava_twophase.deploy.captioner import open_image
+    from llava_twophase.deploy.image_features import open_image
 
     return open_image(trained.images / sample["image"])

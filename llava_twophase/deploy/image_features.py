@@ -1,0 +1,114 @@
+"""Patch features of images for a trained projector: from a feature cache, else from the vision tower.
+
+Shapes: B images, S side of the crop, L patch tokens, D tower width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.deploy.trained_projector import TrainedProjector
+from llava_twophase.errors import UserError
+from llava_twophase.train.data.tower_check import TowerSettings, check_settings
+from llava_twophase.vision.images import BadImage, decode
+from llava_twophase.vision.preprocess import Preprocessor
+from llava_twophase.vision.sources import ImageFolder
+from llava_twophase.vision.tower import VisionTower
+
+ImageInput = str | Path | bytes | Image.Image
+"""A path or an image key of the cache, the bytes of an image file, or a PIL image."""
+
+
+class ImageFeatures:
+    """Gives the features that a projector was trained on.
+
+    Args:
+        projector: The trained projector.
+        device: Where the tower runs, and where features go.
+        cache: Cache whose images are not encoded.
+
+    Raises:
+        UserError: The cache was made with a tower or settings that differ from the projector's.
+    """
+
+    def __init__(self, projector: TrainedProjector, device: torch.device, cache: FeatureCache | None = None) -> None:
+        self._projector = projector
+        self._device = device
+        self.cache = cache
+        self._tower: VisionTower | None = None
+        if cache is not None:
+            settings = TowerSettings(
+                vision_tower=projector.vision_tower,
+                select_layer=projector.select_layer,
+                select_feature=projector.select_feature,
+                image_aspect_ratio=projector.image_aspect_ratio,
+            )
+            check_settings(cache, settings)
+
+    def has(self, key: str) -> bool:
+        """Return whether the cache has an image, so that the tower is not needed for it."""
+        return self.cache is not None and key in self.cache
+
+    def prepare(self, image: ImageInput) -> torch.Tensor:
+        """Read one image.
+
+        Returns:
+            Its row of the cache, ``[L, D]``, or its crop, ``uint8 [S, S, 3]``, for ``encode``.
+
+        Raises:
+            UserError: The image cannot be used.
+        """
+        if self.cache is not None and isinstance(image, str) and image in self.cache:
+            return self.cache.read_tensor([image])[0].float()
+        try:
+            return torch.from_numpy(self._load_tower().preprocessor.crop(open_image(image)))
+        except BadImage as error:
+            raise UserError(f"{image if isinstance(image, (str, Path)) else 'the image'}: {error}") from None
+
+    def encode(self, prepared: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the features of prepared images, float32 ``[B, L, D]``; the tower runs once for all crops."""
+        crops = [tensor for tensor in prepared if tensor.dtype == torch.uint8]
+        encoded = iter(self._load_tower().encode(torch.stack(crops)).float() if crops else ())
+        rows = [next(encoded) if tensor.dtype == torch.uint8 else tensor.to(self._device) for tensor in prepared]
+        return torch.stack(rows)
+
+    def _load_tower(self) -> VisionTower:
+        if self._tower is None:
+            projector = self._projector
+            self._tower = VisionTower(
+                name=projector.vision_tower,
+                preprocessor=Preprocessor(projector.vision_tower, projector.image_aspect_ratio),
+                select_layer=projector.select_layer,
+                select_feature=projector.select_feature,
+                dtype=getattr(torch, projector.tower_dtype or "float32"),
+                device=self._device,
+            )
+        return self._tower
+
+
+def open_image(image: ImageInput) -> Image.Image:
+    """Decode an image as training does.
+
+    Raises:
+        BadImage: It cannot be read or decoded.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    return decode(image if isinstance(image, bytes) else read_image_file(Path(image)))
+
+
+def read_image_file(path: Path) -> bytes:
+    """Read an image file with the limits of an image folder: no device, no pipe, no file of another kind.
+
+    Raises:
+        BadImage: It cannot be read.
+    """
+    try:
+        return ImageFolder(path.parent).read(path.name)
+    except UserError:  # its folder does not exist
+        raise BadImage("cannot be read: No such file or directory") from None
