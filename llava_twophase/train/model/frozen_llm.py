@@ -10,7 +10,7 @@ Shapes: B samples, b of a micro-batch, T ids, L patch tokens, H width, V vocabul
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from llava_twophase.train.model.activation_checkpointing import activation_check
 from llava_twophase.train.model.activation_memory import analytic_estimate, free_memory, measure_activations
 from llava_twophase.train.model.last_layer import LastLayer, decoder_layers
 from llava_twophase.train.model.load_llm import LoadedLLM
+from llava_twophase.train.model.loss_with_gradient import loss_with_gradient
 from llava_twophase.train.model.micro_batches import (
     MicroBatch,
     MicroBatching,
@@ -128,8 +129,7 @@ class FrozenLLM:
 
         if not with_gradient:
             return run(projected)[0]
-        loss: torch.Tensor = _Loss.apply(projected, run, self._scale)  # type: ignore[no-untyped-call]
-        return loss
+        return loss_with_gradient(projected, run, self._scale)
 
     def splice(self, features: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Replace the image token of ``[b, T]`` ids by ``[b, L, H]`` features: ``[b, N, H]``."""
@@ -246,13 +246,8 @@ class FrozenLLM:
             checkpoint_every=self._checkpoint_every,
         )
         logger.info(
-            "a batch of %d goes through the LLM in %s: about %.1f GB, at most %.1f GB for the longest sample (%d "
-            "positions), %.1f GB are free (--micro_batch_size and --recompute override it; the losses are the same)",
-            size,
-            choice,
-            choice.memory.needed(choice.samples, length, choice.checkpoint_every) / 1e9,
-            choice.peak(lengths[1]) / 1e9,
-            lengths[1] - 1 + features.shape[1],
+            "%s, %.1f GB are free (--micro_batch_size and --recompute override it; the losses are the same)",
+            choice.describe(size, lengths),
             -negative_free / 1e9,
         )
         return choice
@@ -280,21 +275,3 @@ class FrozenLLM:
     def _lower_scale(self, gradient: torch.Tensor) -> None:
         # The overflow reaches the trainer's own scaler, which skips the step; the next batch gets a smaller scale.
         self._scale = torch.where(torch.isfinite(gradient).all(), self._scale, self._scale / 2)
-
-
-class _Loss(torch.autograd.Function):
-    """Compute loss and gradient together in the forward pass; the backward pass only multiplies."""
-
-    @staticmethod
-    def forward(ctx: Any, projected: torch.Tensor, run: Callable[..., Any], scale: torch.Tensor) -> torch.Tensor:
-        loss, gradient = run(projected)
-        ctx.save_for_backward(gradient, scale)
-        ctx.dtype = projected.dtype
-        result: torch.Tensor = loss
-        return result
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        gradient, scale = ctx.saved_tensors
-        return gradient.to(ctx.dtype) * (grad_output / scale), None, None

@@ -100,6 +100,22 @@ class MicroBatching:
         micro_batches = (self.next([length] * self.samples) for length in range(1, longest + 1))
         return max(self.memory.needed(*micro_batch) for micro_batch in micro_batches)
 
+    def describe(self, batch: int, lengths: tuple[int, int]) -> str:
+        """Return one line for the log.
+
+        Args:
+            batch: Samples of a batch, which may be fewer than a micro-batch could hold.
+            lengths: Numbers of ids of the longest sample of the first batch, and of the data set.
+        """
+        first, longest = lengths
+        used = replace(self, samples=min(self.samples, batch))
+        return (
+            f"a batch of {batch} goes through the LLM in {used}: about "
+            f"{self.memory.needed(used.samples, first, self.checkpoint_every) / 1e9:.1f} GB, at most "
+            f"{used.peak(longest) / 1e9:.1f} GB for the longest sample "
+            f"({longest - 1 + self.memory.image_tokens} positions)"
+        )
+
     def _steps(self) -> list[int]:
         """Return this choice and those that recompute more layers."""
         current = self.checkpoint_every

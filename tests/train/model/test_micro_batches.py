@@ -83,6 +83,19 @@ def test_peak_is_the_largest_need_of_any_micro_batch():
     assert choice.peak(1000) <= choice.limit
 
 
+@pytest.mark.parametrize(("batch", "used"), [(1, "1 sample,"), (5, "5 samples,"), (20, "8 samples,")])
+def test_describe_counts_no_more_samples_than_the_batch_has(batch, used):
+    """Sizes are powers of two: for a batch of 5 a micro-batch may hold 8."""
+    memory = replace(MEMORY, layer=10**6, image_tokens=7)
+    choice = choose(10**12, first=100, longest=1000, memory=memory, batch=batch)
+    assert choice.samples >= min(batch, 8)
+    samples = int(used.split()[0])
+    said = choice.describe(batch, (100, 1000))
+    assert said.startswith(f"a batch of {batch} goes through the LLM in micro-batches of {used} no activation")
+    assert f"about {memory.needed(samples, 100, 0) / 1e9:.1f} GB, at most " in said
+    assert said.endswith("GB for the longest sample (1006 positions)")
+
+
 def test_after_out_of_memory_halves_then_recomputes_then_gives_up():
     choice, steps = choose(10**6), []
     while choice is not None:
