@@ -76,7 +76,7 @@ def require_output(arguments: Arguments) -> None:
     """Create ``--output_dir``.
 
     Raises:
-        UserError: It cannot be created or written.
+        UserError: It cannot be created or written, or a folder has the name of a file that the run would write.
     """
     folder = output_folder(arguments)
     try:
@@ -85,6 +85,10 @@ def require_output(arguments: Arguments) -> None:
         raise UserError(f"--output_dir {folder} cannot be created: {error.strerror or error}") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"--output_dir {folder} is not writable; give another one")
+    # mm_projector.bin, config.json, loss.png and the like; the folders of a run have no suffix.
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".bin", ".json", ".png") and path.is_dir():
+            raise UserError(f"--output_dir {folder} has a folder {path.name}, expected a file: rm -r {path}")
 
 
 def require_space(arguments: Arguments, weights: int) -> None:

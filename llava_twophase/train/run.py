@@ -21,7 +21,7 @@ from llava_twophase.train.loop.checkpoints import CheckpointKeeper, explain_disk
 from llava_twophase.train.loop.generated_captions import CaptionSamples
 from llava_twophase.train.loop.interruption import StopOnSignal
 from llava_twophase.train.loop.output_lock import output_lock
-from llava_twophase.train.loop.resume import RunLength, find_start, write_finished
+from llava_twophase.train.loop.resume import RunLength, find_start, restore_config, write_finished
 from llava_twophase.train.loop.trackers import start_trackers
 from llava_twophase.train.loop.trainer import ProjectorTrainer
 from llava_twophase.train.model.frozen_llm import FrozenLLM
@@ -63,7 +63,10 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
     training, identity = arguments.training, run_identity(arguments, inputs)
     length = RunLength(training.max_steps, training.num_train_epochs)
     start = find_start(folder, training.resume_from_checkpoint, identity, length)
+    config = llava_config(inputs.config, arguments, inputs.width)
     if start.finished:
+        if start.config_is_damaged:
+            on_main_rank(lambda: restore_config(folder, config))
         return None
     warn_about_stage_2(arguments)
     trainer_arguments = arguments.for_trainer()
@@ -82,7 +85,6 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
     trainer.save_state()
     with gathered(inputs.projector):
         if trainer.is_world_process_zero():
-            config = llava_config(inputs.config, arguments, inputs.width)
             path = write_artefacts(folder, inputs.projector, config, arguments, inputs.source.fingerprint)
             write_finished(
                 folder,

@@ -34,6 +34,15 @@ def test_require_output_refuses_a_file(parse, tmp_path):
         environment.require_output(arguments)
 
 
+def test_require_output_refuses_a_folder_in_the_place_of_a_file(parse, tmp_path):
+    """It would be found only when the run is over and writes its artefacts."""
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    environment.require_output(parse())
+    (tmp_path / "out" / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"has a folder config.json, expected a file: rm -r .*config.json"):
+        environment.require_output(parse())
+
+
 def test_require_space_counts_checkpoints(parse):
     with pytest.raises(UserError, match="2 checkpoints need"):
         environment.require_space(parse(), 10**15)

@@ -1,6 +1,7 @@
 """A run that has ended: its command changes no file, and a longer one continues it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,21 @@ def test_run_that_was_killed_before_its_artefacts_writes_them_without_a_step(tra
     assert not (train.folder / "out" / "checkpoint-5").exists()
     finished = json.loads((train.folder / "out" / "finished.json").read_text(encoding="utf-8"))
     assert (finished["step"], finished["steps_per_epoch"]) == (4, 3)
+
+
+def test_rerun_writes_a_missing_config_again_and_loads_no_llm(train, caplog):
+    """Without a checkpoint: it follows from the LLM's configuration and the flags."""
+    assert train(max_steps=2, save_strategy="no") == (0, True)
+    before = contents(train.folder / "out")
+    config, record = train.folder / "out" / "config.json", Path("finished.json")
+    content = config.read_bytes()
+    config.unlink()
+    assert train(max_steps=2, save_strategy="no") == (0, False)
+    assert "is damaged: config.json is missing" in caplog.text
+    after = contents(train.folder / "out")
+    assert config.read_bytes() == content and after[record][0] == before[record][0]
+    unchanged = set(before) - {record, Path("config.json")}
+    assert {name: after[name] for name in unchanged} == {name: before[name] for name in unchanged}
 
 
 def test_damaged_checkpoint_is_reported_with_the_older_one(train, capsys):

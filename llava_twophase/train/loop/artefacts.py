@@ -13,11 +13,14 @@ from transformers import PretrainedConfig
 from llava_twophase.files import replace_file
 from llava_twophase.plots import loss_figure, missing_matplotlib
 from llava_twophase.train.arguments import Arguments
-from llava_twophase.train.model.projector import save_projector
+from llava_twophase.train.model.projector import FILE, save_projector
 from llava_twophase.train.stage_2 import LLAVA_MODEL_TYPES, LLAVA_NEXT_MODEL_TYPES
 
 logger = logging.getLogger(__name__)
 
+CONFIG = "config.json"
+ARTEFACTS = (CONFIG, FILE)
+"""The files that LLaVA reads. A finished run has all of them."""
 MODEL_TYPES = LLAVA_MODEL_TYPES | LLAVA_NEXT_MODEL_TYPES
 
 
@@ -89,7 +92,7 @@ def write_artefacts(
     Returns:
         The projector's file, which is written last.
     """
-    write_json(folder / "config.json", config)
+    write_json(folder / CONFIG, config)
     write_json(folder / "arguments.json", arguments.to_dict())
     if features is not None:
         write_json(folder / "feature_cache.json", {"path": arguments.data.feature_cache, "fingerprint": features})

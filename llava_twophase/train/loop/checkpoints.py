@@ -24,7 +24,7 @@ from llava_twophase.cache.fingerprint import normalize
 from llava_twophase.errors import UserError
 from llava_twophase.files import explain_os_errors
 from llava_twophase.train.loop.artefacts import write_json
-from llava_twophase.train.loop.checksums import content_checksum, damaged_files, file_checksums
+from llava_twophase.train.loop.checksums import damaged_files, file_checksums, read_checked_json, write_checked_json
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.micro_batches import MicroBatching
 
@@ -83,7 +83,7 @@ class CheckpointKeeper(TrainerCallback):
             (folder / FINISHED).unlink(missing_ok=True)
             for checkpoint in complete_checkpoints(folder):
                 if checkpoint_step(checkpoint) > state.global_step:
-                    (checkpoint / MARKER).unlink()
+                    remove_marker(checkpoint)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -106,7 +106,7 @@ class CheckpointKeeper(TrainerCallback):
             return
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"
-        (checkpoint / MARKER).unlink(missing_ok=True)
+        remove_marker(checkpoint)
         if self._frozen is not None and self._frozen.micro_batching is not None:
             write_json(checkpoint / _MICRO_BATCHING, asdict(self._frozen.micro_batching))
         files = [path for path in checkpoint.rglob("*") if path.is_file()]
@@ -117,7 +117,7 @@ class CheckpointKeeper(TrainerCallback):
         )
         for old in self._surplus(complete_checkpoints(folder), state.best_model_checkpoint):
             # The marker is removed first: an interrupted removal leaves no checkpoint that looks complete.
-            (old / MARKER).unlink()
+            remove_marker(old)
             shutil.rmtree(old)
 
     def _surplus(self, complete: list[Path], best: str | None) -> list[Path]:
@@ -132,7 +132,7 @@ class CheckpointKeeper(TrainerCallback):
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """List the checkpoints that have a marker, oldest step first."""
     found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    return [path for path in sorted(found, key=checkpoint_step) if (path / MARKER).is_file()]
+    return [path for path in sorted(found, key=checkpoint_step) if (path / MARKER).exists()]
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -142,28 +142,30 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def write_marker(checkpoint: Path, record: CheckpointRecord) -> None:
-    """Write a checkpoint's ``complete.json``, with a checksum of its own content."""
-    content = asdict(record)
-    write_json(checkpoint / MARKER, {**content, "xxh3_128": content_checksum(content)})
+    """Write a checkpoint's ``complete.json``."""
+    write_checked_json(checkpoint / MARKER, asdict(record))
 
 
 def read_record(checkpoint: Path) -> CheckpointRecord:
     """Read a checkpoint's ``complete.json``.
 
     Raises:
-        UserError: It is not there, or does not hold what this version writes.
+        UserError: It is missing or damaged, or was written by another version.
     """
+    content = read_checked_json(checkpoint / MARKER)
     try:
-        content = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-        stored = content.pop("xxh3_128")
-        record = CheckpointRecord(content["identity"], content["steps_per_epoch"], content["files"])
-    except FileNotFoundError:
-        raise UserError(f"{MARKER} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{MARKER} is damaged, or was written by an earlier version") from None
-    if content_checksum(content) != stored:
-        raise UserError(f"{MARKER} differs from its checksum")
-    return record
+        return CheckpointRecord(**content)
+    except TypeError:
+        raise UserError(f"{MARKER} was written by another version") from None
+
+
+def remove_marker(checkpoint: Path) -> None:
+    """Remove a checkpoint's ``complete.json``, if it has one."""
+    marker = checkpoint / MARKER
+    if marker.is_dir():  # damaged
+        shutil.rmtree(marker)
+    else:
+        marker.unlink(missing_ok=True)
 
 
 def checkpoint_problems(checkpoint: Path, content: bool = True) -> list[str]:

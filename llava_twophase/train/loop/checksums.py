@@ -9,13 +9,17 @@ from typing import Any
 
 import xxhash
 
+from llava_twophase.errors import UserError
+from llava_twophase.train.loop.artefacts import write_json
+
 _BLOCK = 2**22
+_CHECKSUM = "xxh3_128"
 
 
 def file_checksums(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Return size and XXH3-128 of files, by their path relative to a folder."""
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": _digest(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, _CHECKSUM: _digest(path)}
         for path in sorted(files)
     }
 
@@ -37,7 +41,7 @@ def damaged_files(folder: Path, expected: dict[str, dict[str, Any]], content: bo
             size = (folder / name).stat().st_size
             if size != stored["bytes"]:
                 problems.append(f"{name} has {size} bytes, expected {stored['bytes']}")
-            elif content and _digest(folder / name) != stored["xxh3_128"]:
+            elif content and _digest(folder / name) != stored[_CHECKSUM]:
                 problems.append(f"{name} differs from its checksum")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
@@ -46,8 +50,31 @@ def damaged_files(folder: Path, expected: dict[str, dict[str, Any]], content: bo
     return problems
 
 
-def content_checksum(content: dict[str, Any]) -> str:
-    """Return the XXH3-128 of a JSON object, which does not depend on the order of its keys."""
+def write_checked_json(path: Path, content: dict[str, Any]) -> None:
+    """Write or replace a JSON file that holds a checksum of its own content."""
+    write_json(path, {**content, _CHECKSUM: _content_checksum(content)})
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Read what ``write_checked_json`` wrote.
+
+    Raises:
+        UserError: The file is missing or damaged; the message has its name.
+    """
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        stored = content.pop(_CHECKSUM)
+    except FileNotFoundError:
+        raise UserError(f"{path.name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path.name} is damaged, or was written by an earlier version") from None
+    if _content_checksum(content) != stored:
+        raise UserError(f"{path.name} differs from its checksum")
+    return content
+
+
+def _content_checksum(content: dict[str, Any]) -> str:
+    # Does not depend on the order of the keys.
     return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -5,9 +5,8 @@ Rank 0 decides; the other ranks only check that they see the same files.
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from llava_twophase.cache.fingerprint import differences, normalize
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.train.loop.agreement import on_all_ranks, on_main_rank
-from llava_twophase.train.loop.artefacts import write_json
+from llava_twophase.train.loop.artefacts import ARTEFACTS, CONFIG, write_json
 from llava_twophase.train.loop.checkpoints import (
     FINISHED,
     MARKER,
@@ -24,8 +23,7 @@ from llava_twophase.train.loop.checkpoints import (
     complete_checkpoints,
     read_record,
 )
-from llava_twophase.train.loop.checksums import damaged_files, file_checksums
-from llava_twophase.train.model.projector import FILE
+from llava_twophase.train.loop.checksums import damaged_files, file_checksums, read_checked_json, write_checked_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +50,33 @@ class Start:
     """Where a run starts.
 
     Attributes:
-        finished: The run has ended before; there is nothing to do.
+        finished: The run has ended before; there is nothing to train.
+        config_is_damaged: The finished run's ``config.json`` is damaged or missing, and nothing else is.
         checkpoint: The checkpoint to resume from; None to start from the beginning.
     """
 
     finished: bool = False
+    config_is_damaged: bool = False
     checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class _FinishedRun:
+    """The content of ``finished.json``.
+
+    Attributes:
+        identity: What a command must have in common with the run to be the same one.
+        step: Optimizer steps trained.
+        steps_per_epoch: Optimizer steps of an epoch.
+        resume_from_checkpoint: The run's own flag.
+        files: Size and checksum of each artefact.
+    """
+
+    identity: dict[str, Any]
+    step: int
+    steps_per_epoch: int
+    resume_from_checkpoint: str | None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def find_start(folder: Path, asked: str | None, identity: dict[str, Any], length: RunLength) -> Start:
@@ -92,21 +111,34 @@ def write_finished(
         steps_per_epoch: Optimizer steps of an epoch.
         asked: ``--resume_from_checkpoint`` of this run.
     """
-    content = {
-        "resume_from_checkpoint": asked,
-        "identity": normalize(identity),
-        "step": step,
-        "steps_per_epoch": steps_per_epoch,
-        "files": file_checksums(folder, [folder / FILE]),
-    }
-    write_json(folder / FINISHED, content)
+    _write_record(folder, _FinishedRun(normalize(identity), step, steps_per_epoch, asked))
+
+
+def restore_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write the ``config.json`` of a finished run again.
+
+    Args:
+        folder: The run's folder.
+        config: As ``llava_config`` returns it.
+    """
+    write_json(folder / CONFIG, config)
+    _write_record(folder, _FinishedRun(**read_checked_json(folder / FINISHED)))
+    logger.info("wrote %s", folder / CONFIG)
+
+
+def _write_record(folder: Path, record: _FinishedRun) -> None:
+    record = replace(record, files=file_checksums(folder, [folder / name for name in ARTEFACTS]))
+    write_checked_json(folder / FINISHED, asdict(record))
 
 
 def _find_start(folder: Path, asked: str | None, identity: dict[str, Any], length: RunLength) -> Start:
     wanted = None if asked is None else {"true": "True", "false": "False"}.get(asked.lower(), asked)
-    if _is_finished(folder, wanted, identity, length):
-        return Start(finished=True)
     complete = complete_checkpoints(folder)
+    record = _read_finished(folder, wanted)
+    if record is not None and not (complete and differences(record.identity, identity)):  # reported below
+        start = _start_of_finished(folder, record, identity, length, bool(complete))
+        if start is not None:
+            return start
     if wanted == "False":
         _require_no_checkpoint(folder, complete)
         return Start()
@@ -125,38 +157,51 @@ def _find_start(folder: Path, asked: str | None, identity: dict[str, Any], lengt
     return Start(checkpoint=chosen)
 
 
-def _is_finished(folder: Path, wanted: str | None, identity: dict[str, Any], length: RunLength) -> bool:
+def _read_finished(folder: Path, wanted: str | None) -> _FinishedRun | None:
+    """Read ``finished.json``; return None without one, or if an earlier checkpoint is asked for."""
     path = folder / FINISHED
-    if not path.is_file():
-        return False
+    if not path.exists():
+        return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found, trained, files = record["identity"], record["step"], record["files"]
-        planned = length.steps(record["steps_per_epoch"])
-        same_start = wanted in (None, "True", "False", record["resume_from_checkpoint"])
-    except (OSError, ValueError, KeyError, TypeError):
-        logger.warning("%s is damaged; the artefacts are written again", path)
-        return False
-    if not same_start:
-        return False  # the user wants to go back to an earlier checkpoint
-    if differences(found, identity) and complete_checkpoints(folder):
-        return False  # reported for the checkpoint
-    _require_same(found, identity, f"the finished run in {folder}", "the finished run")
-    problems = damaged_files(folder, files)
-    if problems:
-        logger.warning("the finished run in %s is damaged: %s; it is written again", folder, "; ".join(problems))
-        return False
-    if planned < trained:
+        record = _FinishedRun(**read_checked_json(path))
+    except (UserError, TypeError) as error:
+        logger.warning("%s: %s; the artefacts are written again", folder, error)
+        return None
+    return record if wanted in (None, "True", "False", record.resume_from_checkpoint) else None
+
+
+def _start_of_finished(
+    folder: Path, record: _FinishedRun, identity: dict[str, Any], length: RunLength, has_checkpoints: bool
+) -> Start | None:
+    """Return where a command starts whose run has ended; None if the checkpoints decide."""
+    _require_same(record.identity, identity, f"the finished run in {folder}", "the finished run")
+    planned = length.steps(record.steps_per_epoch)
+    if planned < record.step:
         raise UserError(
-            f"--output_dir {folder} holds a finished run of {trained} steps, and this command trains {planned}; "
+            f"--output_dir {folder} holds a finished run of {record.step} steps, and this command trains {planned}; "
             "give another --output_dir"
         )
-    if planned == trained:
-        logger.info("the run in %s is finished after %d steps: nothing to train, no file was changed", folder, trained)
-        return True
-    if not complete_checkpoints(folder):
-        logger.warning("%s has no checkpoint of the finished run; training starts from the beginning", folder)
-    return False
+    if planned > record.step:
+        if not has_checkpoints:
+            logger.warning("%s has no checkpoint of the finished run; training starts from the beginning", folder)
+        return None
+    damaged = {name: line for name, stored in record.files.items() for line in damaged_files(folder, {name: stored})}
+    if not damaged:
+        logger.info(
+            "the run in %s is finished after %d steps: nothing to train, no file was changed", folder, record.step
+        )
+        return Start(finished=True)
+    problem = f"the finished run in {folder} is damaged: {'; '.join(damaged.values())}"
+    if set(damaged) == {CONFIG}:
+        logger.warning("%s; it is written again, nothing is trained", problem)
+        return Start(finished=True, config_is_damaged=True)
+    if not has_checkpoints:
+        raise UserError(
+            f"{problem}; there is no checkpoint to write it again from: restore it from a copy, or train again from "
+            f"the beginning after: rm {folder / FINISHED}"
+        )
+    logger.warning("%s; it is written again from the last checkpoint", problem)
+    return None
 
 
 def _require_no_checkpoint(folder: Path, complete: list[Path]) -> None:
@@ -170,7 +215,7 @@ def _require_no_checkpoint(folder: Path, complete: list[Path]) -> None:
 def _require_complete(checkpoint: Path) -> None:
     if not checkpoint.is_dir():
         raise UserError(f"--resume_from_checkpoint {checkpoint}: there is no such folder; expected True, False or one")
-    if not (checkpoint / MARKER).is_file():
+    if not (checkpoint / MARKER).exists():
         raise UserError(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: it has no {MARKER}")
 
 

@@ -21,6 +21,7 @@ from llava_twophase.train.loop.checkpoints import (
     read_record,
     saved_micro_batching,
 )
+from llava_twophase.train.loop.checksums import write_checked_json
 from llava_twophase.train.model.activation_memory import ActivationMemory
 from llava_twophase.train.model.micro_batches import MicroBatching
 from train.loop.checkpoint_files import IDENTITY, write
@@ -68,6 +69,14 @@ def test_on_save_records_identity_and_checksums_of_all_files(tmp_path):
     assert checkpoint_problems(checkpoint) == []
 
 
+def test_on_save_replaces_a_marker_that_is_a_folder(tmp_path):
+    checkpoint = write(tmp_path, 3, complete=False)
+    (checkpoint / MARKER).mkdir()
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    CheckpointKeeper(IDENTITY, None).on_save(arguments, TrainerState(global_step=3), TrainerControl())
+    assert checkpoint_problems(checkpoint) == []
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -89,7 +98,7 @@ def change_a_digit(path):
         (lambda folder: (folder / MARKER).write_text(""), "complete.json is damaged"),
         (lambda folder: (folder / MARKER).write_text("[]"), "complete.json is damaged"),
         (lambda folder: change_a_digit(folder / MARKER), "complete.json differs from its checksum"),
-        (lambda folder: (folder / MARKER).write_text("[]"), "complete.json is damaged"),
+        (lambda folder: write_checked_json(folder / MARKER, {"step": 3}), "complete.json was written by another"),
         (lambda folder: (folder / MARKER).write_text('{"world_size": 1}'), "written by an earlier version"),
     ],
 )

@@ -1,12 +1,13 @@
 """Where a run starts: from a checkpoint, from the beginning, or not at all."""
 
 import json
+import shutil
 
 import pytest
 
 from llava_twophase.errors import UserError
 from llava_twophase.train.loop.checkpoints import FINISHED, MARKER
-from llava_twophase.train.loop.resume import RunLength, Start, find_start, write_finished
+from llava_twophase.train.loop.resume import RunLength, Start, find_start, restore_config, write_finished
 from train.loop.checkpoint_files import IDENTITY, write
 
 LENGTH = RunLength(max_steps=20, epochs=3.0)
@@ -18,6 +19,7 @@ def start(folder, asked=None, identity=IDENTITY, length=LENGTH):
 
 def finish(folder, step=20, steps_per_epoch=10, asked=None):
     (folder / "mm_projector.bin").write_bytes(b"weights")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
     write_finished(folder, IDENTITY, step, steps_per_epoch, asked)
 
 
@@ -93,10 +95,15 @@ def test_find_start_reports_a_damaged_checkpoint_and_offers_the_older_one(tmp_pa
     assert f"--resume_from_checkpoint {older}" in message and f"rm -r {damaged}" in message
 
 
-@pytest.mark.parametrize("content", ["", "null", "{"])
+@pytest.mark.parametrize("content", ["", "null", "{", None])
 def test_find_start_reports_a_damaged_marker_of_the_only_checkpoint(tmp_path, content):
+    """Without content, a folder has its name."""
     checkpoint = write(tmp_path, 3)
-    (checkpoint / MARKER).write_text(content, encoding="utf-8")
+    if content is None:
+        (checkpoint / MARKER).unlink()
+        (checkpoint / MARKER).mkdir()
+    else:
+        (checkpoint / MARKER).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="complete.json is damaged.* there is no older checkpoint"):
         start(tmp_path)
 
@@ -133,10 +140,55 @@ def test_find_start_refuses_to_shorten_or_change_a_finished_run(tmp_path):
         start(tmp_path, identity={**IDENTITY, "world_size": 1})
 
 
-def test_find_start_repeats_the_end_of_a_run_whose_projector_is_damaged(tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda path: path.unlink(), "mm_projector.bin is missing"),
+        (lambda path: path.write_bytes(b"weight"), "mm_projector.bin has 6 bytes, expected 7"),
+        (lambda path: path.write_bytes(b"Weights"), "mm_projector.bin differs from its checksum"),
+    ],
+)
+def test_find_start_writes_a_damaged_projector_again_from_the_last_checkpoint(tmp_path, caplog, damage, problem):
     finish(tmp_path)
     newest = write(tmp_path, 20)
-    (tmp_path / "mm_projector.bin").write_bytes(b"weight")
+    damage(tmp_path / "mm_projector.bin")
     assert start(tmp_path) == Start(checkpoint=newest)
-    (tmp_path / FINISHED).write_text(json.dumps({"step": 20}), encoding="utf-8")
+    assert f"{problem}; it is written again from the last checkpoint" in caplog.text
+    shutil.rmtree(newest)
+    with pytest.raises(UserError, match=f"{problem}; there is no checkpoint .* after: rm .*finished.json"):
+        start(tmp_path)
+    (tmp_path / FINISHED).unlink()
+    assert start(tmp_path) == Start()
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{")])
+def test_find_start_has_a_damaged_config_written_again_without_training(tmp_path, caplog, damage, checkpoint):
+    finish(tmp_path)
+    if checkpoint:
+        write(tmp_path, 20)
+    damage(tmp_path / "config.json")
+    assert start(tmp_path) == Start(finished=True, config_is_damaged=True)
+    assert "is damaged: config.json" in caplog.text
+    restore_config(tmp_path, {"mm_hidden_size": 1024})
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == {"mm_hidden_size": 1024}
+    assert start(tmp_path) == Start(finished=True)
+
+
+def test_find_start_treats_config_and_projector_alike_if_both_are_damaged(tmp_path):
+    finish(tmp_path)
+    newest = write(tmp_path, 20)
+    for name in ("config.json", "mm_projector.bin"):
+        (tmp_path / name).unlink()
     assert start(tmp_path) == Start(checkpoint=newest)
+
+
+@pytest.mark.parametrize("content", ["", "null", '{"step": 20}', None])
+def test_find_start_repeats_the_end_of_a_run_whose_record_is_damaged(tmp_path, caplog, content):
+    finish(tmp_path)
+    newest = write(tmp_path, 20)
+    record = tmp_path / FINISHED
+    changed = record.read_text(encoding="utf-8").replace('"step": 20', '"step": 30')
+    record.write_text(changed if content is None else content, encoding="utf-8")
+    assert start(tmp_path) == Start(checkpoint=newest)
+    assert "finished.json" in caplog.text and "the artefacts are written again" in caplog.text
