@@ -9,11 +9,26 @@ from typing import Any
 
 from transformers.training_args import OptimizerNames
 
+from llava_twophase.cache.fingerprint import differences
 from llava_twophase.compat import zero_stage
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.llm_files import llm_identity
 from llava_twophase.train.preflight import TrainingInputs
+
+# What to change where two values of a field differ; other fields have the name of their flag.
+_FLAGS = {
+    "world_size": "number of processes",
+    "records_sha256": "--data_path, --eval_fraction or --drop_quarantined",
+    "tokenizer": "tokenizer of --model_name_or_path",
+    "features": "--feature_cache, or --vision_tower and its flags",
+    "llm": "--model_name_or_path",
+    "dtype": "--bf16 or --fp16",
+    "zero_stage": "--deepspeed",
+    "learning_rate": "--learning_rate or --mm_projector_lr",
+    "adam": "--adam_beta1, --adam_beta2 or --adam_epsilon",
+    "warmup_steps": "--warmup_steps or --warmup_ratio",
+}
 
 
 def run_identity(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:
@@ -22,6 +37,19 @@ def run_identity(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]
     The length of the run is not part of it: a run may be continued for longer.
     """
     return {**_data(arguments, inputs), **_model(arguments), **_optimization(arguments)}
+
+
+def identity_differences(found: dict[str, Any], expected: dict[str, Any], name: str) -> list[str]:
+    """Compare the identities of two runs; return one line for each field that differs, with its flag.
+
+    Args:
+        found: The identity of the earlier run.
+        expected: The identity of this run.
+        name: What to call the earlier run in the result.
+    """
+    lines = differences(found, expected, names=(name, "this run"))
+    fields = [line.partition(":")[0].partition(".")[0] for line in lines]
+    return [f"{line} ({_FLAGS.get(field, f'--{field}')})" for line, field in zip(lines, fields, strict=True)]
 
 
 def _data(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:

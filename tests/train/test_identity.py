@@ -1,13 +1,16 @@
 """What a resume must not change."""
 
+import re
 import shutil
+from dataclasses import fields
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from commands import train_command
+from llava_twophase.train.arguments import DataArguments, ModelArguments, ProjectorTrainingArguments
 from llava_twophase.train.command_line import parse_arguments
-from llava_twophase.train.identity import run_identity
+from llava_twophase.train.identity import identity_differences, run_identity
 from llava_twophase.train.preflight import prepare_inputs
 
 
@@ -47,6 +50,19 @@ def identity(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path_factory):
 def test_run_identity_has_what_decides_the_outcome(identity, flag, value, field):
     one, other = identity(), identity(**{flag: value})
     assert {name for name in one if one[name] != other[name]} == {field}
+
+
+def test_identity_differences_names_flags_that_exist(identity):
+    expected = identity()
+    lines = identity_differences(dict.fromkeys(expected, "another"), expected, "the checkpoint")
+    groups = (ModelArguments, DataArguments, ProjectorTrainingArguments)
+    known = {f"--{field.name}" for group in groups for field in fields(group)}
+    named = {line.partition(":")[0].partition(".")[0]: set(re.findall(r"--\w+", line)) for line in lines}
+    assert named.keys() == expected.keys()
+    assert {flag for flags in named.values() for flag in flags} <= known
+    assert {field for field, flags in named.items() if not flags} == {"world_size"}
+    assert named["records_sha256"] == {"--data_path", "--eval_fraction", "--drop_quarantined"}
+    assert any(re.fullmatch(r"seed: the checkpoint has 'another', this run 42 \(--seed\)", line) for line in lines)
 
 
 def test_run_identity_ignores_length_paths_and_speed(identity, tiny_llama, tmp_path):

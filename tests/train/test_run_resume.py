@@ -96,8 +96,8 @@ def test_resume_with_other_settings_is_refused_before_the_llm_loads(
     make = checkpoint_command(*inputs, max_steps=3)
     run(["python", *make])
     result = run(["python", *checkpoint_command(*inputs, max_steps=3, learning_rate=5e-4, data_seed=7)], expect=1)
-    assert "learning_rate: the checkpoint has 0.001, this run 0.0005" in result.stderr
-    assert "data_seed: the checkpoint has 42, this run 7" in result.stderr
+    assert "learning_rate: the checkpoint has 0.001, this run 0.0005 (--learning_rate or --mm_" in result.stderr
+    assert "data_seed: the checkpoint has 42, this run 7 (--data_seed)" in result.stderr
     bars = {"TQDM_DISABLE": ""}  # shown, although stderr is not a terminal: one is "Loading weights"
     result = run([*torchrun(), *make], expect=1, **bars)
     assert "world_size: the checkpoint has 1, this run 2" in result.stderr

@@ -13,6 +13,7 @@ from typing import Any
 
 from llava_twophase.cache.fingerprint import differences, normalize
 from llava_twophase.errors import UserError, combined_error
+from llava_twophase.train.identity import identity_differences
 from llava_twophase.train.loop.agreement import on_all_ranks, on_main_rank
 from llava_twophase.train.loop.artefacts import ARTEFACTS, CONFIG, write_json
 from llava_twophase.train.loop.checkpoints import (
@@ -253,7 +254,7 @@ def _require_continuation(checkpoint: Path, identity: dict[str, Any], length: Ru
 
 
 def _require_same(found: dict[str, Any], identity: dict[str, Any], what: str, name: str) -> None:
-    different = differences(found, identity, names=(name, "this run"))
+    different = identity_differences(found, identity, name)
     if different:
         raise combined_error(
             different, f"{what} cannot be continued with other settings; use its own, or another --output_dir"

@@ -72,7 +72,7 @@ def test_find_start_refuses_other_settings_field_by_field(tmp_path):
     write(tmp_path, 3)
     with pytest.raises(UserError) as caught:
         start(tmp_path, identity={"world_size": 1, "features": {"select_layer": -1}})
-    assert "world_size: the checkpoint has 2, this run 1" in str(caught.value)
+    assert "world_size: the checkpoint has 2, this run 1 (number of processes)" in str(caught.value)
     assert "features.select_layer: the checkpoint has -2, this run -1" in str(caught.value)
 
 
