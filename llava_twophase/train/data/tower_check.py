@@ -30,6 +30,11 @@ logger = logging.getLogger(__name__)
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 # Seconds; CLIP-L/14-336 takes more than this.
 _WORTH_KEEPING = 1.0
+_FLAGS = {
+    "select_layer": "--mm_vision_select_layer",
+    "select_feature": "--mm_vision_select_feature",
+    "image_aspect_ratio": "--image_aspect_ratio",
+}
 _COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -68,7 +73,8 @@ def check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
     found = {name: fingerprint[name] for name in given.keys() & fingerprint.keys()}
     if "select_layer" in found:
         found["select_layer"] = _from_the_end(found["select_layer"], layers)
-    different = differences(found, {name: given[name] for name in found})
+    lines = differences(found, {name: given[name] for name in found})
+    different = [f"{line} ({_FLAGS[line.partition(':')[0]]})" for line in lines]
     compared = None if different else compare_with_tower(fingerprint, settings)
     different += compared or []
     if different:

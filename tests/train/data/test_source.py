@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 import unicodedata
 
 import numpy as np
@@ -69,13 +70,22 @@ def test_cached_features_refuses_a_row_with_a_flipped_bit(source_of):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (TowerSettings("my/tower", -1, "patch", "square"), "select_layer: the cache has -2, this run -1"),
-        (TowerSettings("my/tower", -2, "cls_patch", "square"), "select_feature: the cache has 'patch'"),
-        (TowerSettings("my/tower", -2, "patch", "pad"), "image_aspect_ratio: the cache has 'square', this run 'pad'"),
+        (
+            TowerSettings("my/tower", -1, "patch", "square"),
+            "select_layer: the cache has -2, this run -1 (--mm_vision_select_layer)",
+        ),
+        (
+            TowerSettings("my/tower", -2, "cls_patch", "square"),
+            "select_feature: the cache has 'patch', this run 'cls_patch' (--mm_vision_select_feature)",
+        ),
+        (
+            TowerSettings("my/tower", -2, "patch", "pad"),
+            "image_aspect_ratio: the cache has 'square', this run 'pad' (--image_aspect_ratio)",
+        ),
     ],
 )
-def test_cached_features_refuses_other_settings(source_of, settings, problem):
-    with pytest.raises(UserError, match=problem):
+def test_cached_features_refuses_other_settings_with_their_flags(source_of, settings, problem):
+    with pytest.raises(UserError, match=re.escape(problem)):
         source_of(FINGERPRINT, settings)
 
 
