@@ -1,4 +1,4 @@
-"""Write the module tree of docs/architecture.md from git's files and the first sentence of each module's docstring.
+"""Write the module tree of docs/modules.md from git's files and the first sentence of each module's docstring.
 
 python tests/docs_tree.py
 """
@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "architecture.md"
+PAGE = ROOT / "docs" / "modules.md"
 TOP = {"llava_twophase": "", "pipelines": "the commands, DeepSpeed configurations and recipes"}
 TESTS = "mirrors the package; tests/benchmarks/ measures, tests/golden/ holds what LLaVA computed"
 # Files without a docstring.
