@@ -13,8 +13,9 @@ from transformers import HfArgumentParser
 
 from llava_twophase.command_line import CommandParser, problems_error
 from llava_twophase.errors import UserError
-from llava_twophase.train.arguments import Arguments, DataArguments, ModelArguments, ProjectorTrainingArguments
+from llava_twophase.train.arguments import Arguments, ProjectorTrainingArguments
 from llava_twophase.train.flag_checks import flag_problems
+from llava_twophase.train.flags import DataArguments, ModelArguments
 
 EXAMPLE = """\
 example, LLaVA's recipe from a feature cache:

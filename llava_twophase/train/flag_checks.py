@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from llava_twophase.compat import deepspeed_mismatches, zero_stage
-from llava_twophase.train.arguments import Arguments, DataArguments, ModelArguments, ProjectorTrainingArguments
+from llava_twophase.train.arguments import Arguments, ProjectorTrainingArguments
 from llava_twophase.train.data.conversation import TEMPLATES
+from llava_twophase.train.flags import DataArguments, ModelArguments
 
 # A flag that the check concerns, whether its value is refused, and the message.
 Check = tuple[str, bool, str]

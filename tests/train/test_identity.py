@@ -8,8 +8,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from commands import train_command
-from llava_twophase.train.arguments import DataArguments, ModelArguments, ProjectorTrainingArguments
+from llava_twophase.train.arguments import ProjectorTrainingArguments
 from llava_twophase.train.command_line import parse_arguments
+from llava_twophase.train.flags import DataArguments, ModelArguments
 from llava_twophase.train.identity import identity_differences, run_identity
 from llava_twophase.train.preflight import prepare_inputs
 

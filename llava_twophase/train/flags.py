@@ -1,0 +1,113 @@
+"""The flags of phase two as dataclasses, without HF Trainer's: importing this module loads no torch.
+
+``arguments.py`` adds HF Trainer's flags, and ``help.py`` shows the flags by subject.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _flag(default: Any, text: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass
+class ModelArguments:
+    """The LLM, the tower and the projector between them."""
+
+    model_name_or_path: str = field(metadata={"help": "base LLM: hub id or local folder; required", "metavar": "LLM"})
+    vision_tower: str = field(
+        metadata={
+            "help": "vision tower: hub id or local folder; required, but not loaded with a cache",
+            "metavar": "TOWER",
+        }
+    )
+    version: str = _flag("plain", "conversation template; stage 1 has one: plain")
+    mm_projector_type: str = _flag("linear", "linear, or mlp2x_gelu for LLaVA-1.5")
+    tune_mm_mlp_adapter: bool = _flag(False, "must be True: stage 1 trains the projector alone")
+    mm_tunable_parts: str | None = _flag(None, "LLaVA-NeXT's name for --tune_mm_mlp_adapter True: mm_mlp_adapter")
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "projector file to start from")
+    mm_vision_select_layer: int = _flag(-2, "hidden state of the tower")
+    mm_vision_select_feature: str = _flag("patch", "patch, or cls_patch to keep the CLS token")
+    mm_patch_merge_type: str = _flag("flat", "stage 1 has one: flat")
+    mm_use_im_start_end: bool = _flag(False, "must be False: it needs trained embeddings")
+    mm_use_im_patch_token: bool = _flag(False, "must be False: it needs trained embeddings")
+    compute_dtype: str | None = _flag(
+        None, "on-the-fly tower: bf16, fp16 or fp32 (default: bf16 with --bf16, else fp16, as LLaVA)"
+    )
+    attn_implementation: str | None = _flag(None, "the LLM's attention: sdpa, flash_attention_2, eager")
+    freeze_backbone: bool = _flag(False, "accepted: the LLM is always frozen here")
+    mpt_attn_impl: str | None = _flag(None, "accepted and ignored: for MPT models only")
+
+
+@dataclass
+class DataArguments:
+    """Records, and where their features come from."""
+
+    data_path: str = field(
+        metadata={"help": "records: LLaVA's JSON list or JSON lines; required", "metavar": "RECORDS"}
+    )
+    image_folder: str | None = _flag(None, "folder of the images; needed without --feature_cache")
+    feature_cache: str | None = _flag(None, "cache that phase one wrote; without it the tower runs in every step")
+    image_aspect_ratio: str = _flag("square", "square or pad")
+    eval_data_path: str | None = _flag(None, "records to evaluate on; needs --eval_strategy")
+    eval_fraction: float = _flag(0.0, "fraction of --data_path to hold out and evaluate on")
+    sample_captions: int = _flag(0, "captions to write at each evaluation, with thumbnails, as HTML and to the tracker")
+    drop_quarantined: bool = _flag(
+        False, "drop records whose image is in the cache's quarantine.jsonl; otherwise they are an error"
+    )
+    drop_unk_tokens: bool = _flag(
+        False, "drop <unk> from captions, as LLaVA's padding mask does by accident; for exact comparisons with it"
+    )
+    lazy_preprocess: bool = _flag(True, "accepted: captions are always tokenised when needed")
+    is_multimodal: bool = _flag(True, "accepted: every record has an image here")
+
+
+@dataclass
+class TrainingFlags:
+    """Flags of the training loop: those that HF Trainer does not have, and those with another default or help text."""
+
+    output_dir: str | None = _flag(
+        None, "folder of the run: checkpoints, mm_projector.bin, config.json; required", metavar="FOLDER"
+    )
+    resume_from_checkpoint: str | None = _flag(
+        None,
+        "a checkpoint's folder; True: the newest one, which must exist; False: there must be none (default: the newest "
+        "one, if there is one)",
+    )
+    enable_jit_checkpoint: bool = _flag(
+        False, "has no effect: SIGTERM and SIGUSR1 always write a checkpoint and end the run"
+    )
+    ddp_find_unused_parameters: bool | None = _flag(False, "has no effect: every step uses the complete projector")
+    eval_strategy: str = _flag("no", "no, steps or epoch", aliases=["--evaluation_strategy"])
+    warmup_ratio: float = _flag(0.0, "fraction of all steps for warm-up; the same as a fraction in --warmup_steps")
+    optim: str = _flag("adamw_torch", "optimizer, as in HF Trainer")
+    average_tokens_across_devices: bool = _flag(
+        False, "False: LLaVA's loss, the mean of each device's batch; True: the mean over the tokens of the whole batch"
+    )
+    logging_nan_inf_filter: bool = _flag(False, "True would hide a loss that is not finite; here it ends the run")
+    remove_unused_columns: bool = _flag(False, "has no effect: samples hold only the model's inputs")
+    model_max_length: int = _flag(2048, "longest sequence, the image's positions included")
+    group_by_modality_length: bool = _flag(False, "batches of similar text length, as LLaVA groups them")
+    micro_batch_size: str = _flag(
+        "auto", "samples of one pass through the LLM; auto: by free memory. Neither this nor --recompute changes a loss"
+    )
+    recompute: str = _flag(
+        "auto",
+        "activation checkpointing: 0 for no layer, k for every k-th layer; auto: by free memory, also with "
+        "--gradient_checkpointing True",
+    )
+    mm_projector_lr: float | None = _flag(None, "learning rate of the projector; overrides --learning_rate")
+    freeze_mm_mlp_adapter: bool = _flag(False, "must be False: nothing would be trained")
+    cache_dir: str | None = _flag(None, "where hub downloads are kept")
+    bits: int = _flag(16, "bits of the frozen LLM's weights: 16, or 8 or 4 with bitsandbytes on a GPU")
+    double_quant: bool = _flag(True, "only with --bits 4")
+    quant_type: str = _flag("nf4", "only with --bits 4")
+    lora_enable: bool = _flag(False, "must be False: stage 1 trains the projector alone")
+    lora_r: int = _flag(64, "accepted: has no effect without LoRA")
+    lora_alpha: int = _flag(16, "accepted: has no effect without LoRA")
+    lora_dropout: float = _flag(0.05, "accepted: has no effect without LoRA")
+    lora_weight_path: str = _flag("", "accepted: has no effect without LoRA")
+    lora_bias: str = _flag("none", "accepted: has no effect without LoRA")
