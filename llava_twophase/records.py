@@ -36,6 +36,11 @@ class Record:
     caption: str
     prompt: str
 
+    def to_llava(self) -> dict[str, Any]:
+        """Return the entry of LLaVA's data file that this record is read from; its id is the image key."""
+        turns = [{"from": "human", "value": self.prompt}, {"from": "gpt", "value": self.caption}]
+        return {"id": self.image, "image": self.image, "conversations": turns}
+
 
 def load_records(path: str | Path, flag: str = "--data_path", image_folder: str | Path | None = None) -> list[Record]:
     """Read and check a data file.

@@ -53,7 +53,9 @@ class DataArguments:
     feature_cache: str | None = _flag(None, "cache that phase one wrote; without it the tower runs in every step")
     image_aspect_ratio: str = _flag("square", "square or pad")
     eval_data_path: str | None = _flag(None, "records to evaluate on; needs --eval_strategy")
-    eval_fraction: float = _flag(0.0, "fraction of --data_path to hold out and evaluate on")
+    eval_fraction: float = _flag(
+        0.0, "fraction of --data_path to hold out and evaluate on; held_out.json in --output_dir lists its records"
+    )
     sample_captions: int = _flag(0, "captions to write at each evaluation, with thumbnails, as HTML and to the tracker")
     drop_quarantined: bool = _flag(
         False, "drop records whose image is in the cache's quarantine.jsonl; otherwise they are an error"
@@ -63,6 +65,11 @@ class DataArguments:
     )
     lazy_preprocess: bool = _flag(True, "accepted: captions are always tokenised when needed")
     is_multimodal: bool = _flag(True, "accepted: every record has an image here")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the run holds records of ``--data_path`` out; ``--eval_data_path`` takes precedence."""
+        return self.eval_fraction > 0 and self.eval_data_path is None
 
 
 @dataclass

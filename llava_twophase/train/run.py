@@ -16,7 +16,7 @@ from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.environment import output_folder
 from llava_twophase.train.identity import run_identity
 from llava_twophase.train.loop.agreement import on_all_ranks, on_main_rank
-from llava_twophase.train.loop.artefacts import llava_config, write_artefacts
+from llava_twophase.train.loop.artefacts import llava_config, write_artefacts, write_held_out
 from llava_twophase.train.loop.checkpoints import CheckpointKeeper, explain_disk_errors, saved_micro_batching
 from llava_twophase.train.loop.generated_captions import CaptionSamples
 from llava_twophase.train.loop.interruption import StopOnSignal
@@ -69,6 +69,8 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
             on_main_rank(lambda: restore_config(folder, config))
         return None
     warn_about_stage_2(arguments)
+    if arguments.data.holds_out:
+        on_main_rank(lambda: write_held_out(folder, inputs.eval_records))
     trainer_arguments = arguments.for_trainer()
     trackers = on_main_rank(lambda: start_trackers(trainer_arguments, folder))
     try:

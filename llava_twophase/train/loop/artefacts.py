@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PretrainedConfig
 
 from llava_twophase.files import replace_file
 from llava_twophase.plots import loss_figure, missing_matplotlib
+from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.model.projector import FILE, save_projector
 from llava_twophase.train.stage_2 import LLAVA_MODEL_TYPES, LLAVA_NEXT_MODEL_TYPES
@@ -19,6 +21,8 @@ from llava_twophase.train.stage_2 import LLAVA_MODEL_TYPES, LLAVA_NEXT_MODEL_TYP
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
+HELD_OUT = "held_out.json"
+"""The records that ``--eval_fraction`` holds out, in LLaVA's layout."""
 ARTEFACTS = (CONFIG, FILE)
 """The files that LLaVA reads. A finished run has all of them."""
 MODEL_TYPES = LLAVA_MODEL_TYPES | LLAVA_NEXT_MODEL_TYPES
@@ -100,6 +104,16 @@ def write_artefacts(
     return save_projector(projector, folder)
 
 
+def write_held_out(folder: Path, records: Sequence[Record]) -> None:
+    """Write the records that ``--eval_fraction`` holds out, for evaluations after the run.
+
+    Args:
+        folder: The output folder.
+        records: The held-out records, in the order of the data file.
+    """
+    write_json(folder / HELD_OUT, [record.to_llava() for record in records])
+
+
 def draw_losses(state: Path, picture: Path) -> None:
     """Draw the loss over the steps if matplotlib is installed."""
     reason = missing_matplotlib()
@@ -110,7 +124,7 @@ def draw_losses(state: Path, picture: Path) -> None:
     loss_figure({"loss": history}).savefig(picture, dpi=120)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write or replace a JSON file."""
     with replace_file(path, "w") as file:
         json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)

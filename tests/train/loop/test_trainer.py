@@ -138,6 +138,7 @@ def test_finished_run_has_all_of_its_files(evaluated):
         "feature_cache.json",
         "trainer_state.json",
         "loss.png",
+        "held_out.json",
     ):
         assert (output / name).is_file(), name
     arguments = json.loads((output / "arguments.json").read_text(encoding="utf-8"))
