@@ -77,14 +77,29 @@ class CommandParser(argparse.ArgumentParser):
         self._parsing = False
         super().__init__(*args, **{"allow_abbrev": False, "exit_on_error": False, **kwargs})
 
+    @property
+    def arguments(self) -> Sequence[argparse.Action]:
+        """All arguments, in the order in which they were added."""
+        return self._arguments
+
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """Add an argument; the values of a flag are converted and checked by this class."""
+        return self._add(super().add_argument, names, options)
+
+    def subject(self, title: str) -> Callable[..., argparse.Action]:
+        """Return an ``add_argument`` whose arguments ``--help`` shows under a title."""
+        group = self.add_argument_group(title)
+        return lambda *names, **options: self._add(group.add_argument, names, options)
+
+    def _add(
+        self, add: Callable[..., argparse.Action], names: Sequence[Any], options: dict[str, Any]
+    ) -> argparse.Action:
         if names[0].startswith("-") and options.get("action", "store") == "store":
             choices = options.pop("choices", None)
             if choices is not None:
                 options["metavar"] = "{" + ",".join(map(str, choices)) + "}"
             options["type"] = self._collecting(names[0], options.get("type", str), choices)
-        action = super().add_argument(*names, **options)
+        action = add(*names, **options)
         self._options |= dict.fromkeys(action.option_strings, action)
         self._arguments.append(action)
         return action

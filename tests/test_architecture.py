@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from helpers import ROOT, SCRIPTS, run
+from helpers import ROOT, SCRIPTS, project, run
 
 PACKAGE = ROOT / "llava_twophase"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")])
@@ -242,13 +242,15 @@ def test_importing_the_package_loads_no_torch():
     assert run(["python", "-c", code]).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("name", ["extract", "inspection"])
-def test_help_loads_no_torch(name):
+@pytest.mark.parametrize("entry", [*project()["scripts"].values(), "llava_twophase.deploy.cli:main evaluate"])
+def test_help_loads_no_torch(entry):
+    entry, *subcommand = entry.split()
+    module, _, function = entry.partition(":")
     code = f"""
 import sys
-from llava_twophase.{name}.cli import main
+from {module} import {function}
 try:
-    code = main(["--help"])
+    code = {function}([*{subcommand}, "--help"])
 except SystemExit as stop:
     code = stop.code
 print(code or 0, sorted({{"torch", "transformers"}} & set(sys.modules)))

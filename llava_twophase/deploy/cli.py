@@ -57,11 +57,14 @@ def build_parser() -> CommandParser:
 
 
 def _add_caption(commands: Any) -> None:
-    add = _subcommand(commands, "caption", "caption images", "caption runs/a photo.jpg holiday/ --html captions.html")
-    _add_run(add)
-    add("images", metavar="IMAGE", nargs="+", help="image file, folder, .zip, .tar, or a .json/.jsonl file of records")
-    _add_sources(add)
-    _add_placement(add)
+    example = "caption runs/a photo.jpg holiday/ --html captions.html"
+    parser = _subcommand(commands, "caption", "caption images", example)
+    _add_run(parser)
+    images = "image file, folder, .zip, .tar, or a .json/.jsonl file of records"
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help=images)
+    _add_sources(parser)
+    _add_placement(parser)
+    add = parser.subject("captions")
     add("--batch_size", type=Integer(1), default=8, help="images of one batch (default: 8)")
     add("--html", metavar="FILE", help="also write a page with thumbnails")
     add("--json", action="store_true", help="print one JSON object per image")
@@ -69,17 +72,19 @@ def _add_caption(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     example = "evaluate runs/a runs/b --data_path held_out.json --feature_cache caches/clip-l-336 --html report.html"
-    add = _subcommand(commands, "evaluate", "measure runs on held-out records", example)
-    add(
+    parser = _subcommand(commands, "evaluate", "measure runs on held-out records", example)
+    parser.add_argument(
         "runs",
         metavar="RUN",
         nargs="+",
         help="--output_dir of a training run, or a projector file; several are compared",
     )
-    add("--data_path", required=True, help="held-out records, LLaVA's JSON list or JSON lines")
-    _add_models(add)
-    _add_sources(add)
-    _add_placement(add)
+    data_path = "held-out records, LLaVA's JSON list or JSON lines"
+    parser.add_argument("--data_path", required=True, help=data_path)
+    _add_models(parser)
+    _add_sources(parser)
+    _add_placement(parser)
+    add = parser.subject("evaluation")
     add("--batch_size", type=Integer(1), default=8, help="rows of one forward pass (default: 8)")
     add("--limit", type=Integer(1), default=256, help="records to evaluate, drawn at random (default: 256)")
     add("--candidates", type=Integer(2), default=10, help="captions that each image is ranked against (default: 10)")
@@ -89,12 +94,12 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    add = _subcommand(
+    parser = _subcommand(
         commands, "export", "write the model in another system's format", "export runs/a exported --to hf"
     )
-    _add_run(add)
-    add("out", metavar="OUT", help="folder (hf) or file (gguf) to write")
-    add(
+    _add_run(parser)
+    parser.add_argument("out", metavar="OUT", help="folder (hf) or file (gguf) to write")
+    parser.add_argument(
         "--to",
         required=True,
         choices=("hf", "gguf"),
@@ -103,28 +108,30 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_handover(commands: Any) -> None:
-    add = _subcommand(commands, "handover", "check what LLaVA's stage 2 needs, print its command", "handover runs/a")
-    _add_run(add)
-    add("--json", action="store_true", help="print one JSON object")
+    text = "check what LLaVA's stage 2 needs, print its command"
+    parser = _subcommand(commands, "handover", text, "handover runs/a")
+    _add_run(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _subcommand(commands: Any, name: str, text: str, example: str) -> Any:
-    parser = commands.add_parser(
+def _subcommand(commands: Any, name: str, text: str, example: str) -> CommandParser:
+    parser: CommandParser = commands.add_parser(
         name,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"example:\n  llava-use-projector {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    return parser.add_argument
+    return parser
 
 
-def _add_run(add: Any) -> None:
-    add("run", metavar="RUN", help="--output_dir of a training run, or a projector file")
-    _add_models(add)
+def _add_run(parser: CommandParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="--output_dir of a training run, or a projector file")
+    _add_models(parser)
 
 
-def _add_models(add: Any) -> None:
+def _add_models(parser: CommandParser) -> None:
+    add = parser.subject("models")
     add("--model_name_or_path", help="base LLM (default: that of config.json next to the projector)")
     add("--vision_tower", help="vision tower (default: that of config.json)")
     add("--mm_vision_select_layer", type=int, help="hidden state of the tower (default: config.json's, else -2)")
@@ -132,12 +139,14 @@ def _add_models(add: Any) -> None:
     add("--image_aspect_ratio", choices=("square", "pad"), help="default: config.json's, else square")
 
 
-def _add_sources(add: Any) -> None:
+def _add_sources(parser: CommandParser) -> None:
+    add = parser.subject("images and features")
     add("--image_folder", help="folder, .zip or .tar of the records' images")
     add("--feature_cache", help="feature cache; images that it has need no vision tower")
 
 
-def _add_placement(add: Any) -> None:
+def _add_placement(parser: CommandParser) -> None:
+    add = parser.subject("device and precision")
     add("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the LLM (default: as trained, else fp32)")
     add(

@@ -55,13 +55,14 @@ def build_parser() -> CommandParser:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_data_flags(parser.add_argument)
-    _add_work_flags(parser.add_argument)
-    _add_plan_flags(parser.add_argument)
+    _add_input_flags(parser.subject("images and cache"))
+    _add_feature_flags(parser.subject("features"))
+    _add_work_flags(parser.subject("work"))
+    _add_plan_flags(parser.subject("plan"))
     return parser
 
 
-def _add_data_flags(add: Callable[..., Any]) -> None:
+def _add_input_flags(add: Callable[..., Any]) -> None:
     add("--data_path", required=True, metavar="RECORDS", help="records: LLaVA's JSON list, or JSON lines")
     add(
         "--image_folder",
@@ -81,6 +82,9 @@ def _add_data_flags(add: Callable[..., Any]) -> None:
         metavar="CACHE",
         help="directory of the cache; it is created, resumed or extended",
     )
+
+
+def _add_feature_flags(add: Callable[..., Any]) -> None:
     add(
         "--mm_vision_select_layer", type=int, default=-2, help="hidden state to store (default: -2, the second to last)"
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from llava_twophase.distributed import ranks_from_environment
 from llava_twophase.errors import run_command
+from llava_twophase.train.help import help_text
 from llava_twophase.versions import require_supported
 
 
@@ -25,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse_and_run(argv: Sequence[str] | None) -> int:
+    tokens = set(sys.argv[1:] if argv is None else argv)
+    if tokens & {"-h", "--help", "--help-all"}:
+        _print_help(everything="--help-all" in tokens)
+        return 0
     import torch
 
     level = logging.INFO if ranks_from_environment().is_main else logging.WARNING
@@ -45,7 +50,15 @@ def _parse_and_run(argv: Sequence[str] | None) -> int:
         error = parsed.error(find_input_problems(parsed.arguments, parsed.faulty))
         assert error is not None
         raise error
-    # HF Trainer, accelerate and DeepSpeed are imported only now, so that --help answers sooner.
     from llava_twophase.train.run import run
 
     return run(parsed.arguments)
+
+
+def _print_help(everything: bool) -> None:
+    if everything:
+        from llava_twophase.train.command_line import build_parser
+
+        print(help_text(build_parser().arguments))
+    else:
+        print(help_text())

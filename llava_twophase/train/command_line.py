@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -17,16 +16,6 @@ from llava_twophase.train.arguments import Arguments, ProjectorTrainingArguments
 from llava_twophase.train.flag_checks import flag_problems
 from llava_twophase.train.flags import DataArguments, ModelArguments
 
-EXAMPLE = """\
-example, LLaVA's recipe from a feature cache:
-  deepspeed pipelines/train_projector.py --deepspeed pipelines/zero2.json \\
-      --model_name_or_path lmsys/vicuna-13b-v1.5 --version plain \\
-      --data_path blip_laion_cc_sbu_558k.json --feature_cache caches/clip-l-336 \\
-      --vision_tower openai/clip-vit-large-patch14-336 --mm_projector_type mlp2x_gelu \\
-      --tune_mm_mlp_adapter True --bf16 True --output_dir checkpoints/llava-v1.5-13b-pretrain \\
-      --num_train_epochs 1 --per_device_train_batch_size 32 --learning_rate 1e-3 --weight_decay 0. \\
-      --warmup_ratio 0.03 --lr_scheduler_type cosine --model_max_length 2048
-"""
 _GROUPS = (ModelArguments, DataArguments, ProjectorTrainingArguments)
 # Names that other trainers use, which no measure of similarity finds.
 _OTHER_NAMES = {
@@ -71,6 +60,13 @@ class ParsedCommand:
         return problems_error(problems, self.usage if self.usage_problems else None)
 
 
+def build_parser() -> CommandParser:
+    """Return the command's argument parser, with all flags of HF Trainer; ``help.py`` prints its help."""
+    parser = _Parser(_GROUPS, prog="llava-train-projector", add_help=False)
+    parser.require("--output_dir")
+    return parser
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """Parse and check a command line.
 
@@ -96,14 +92,7 @@ def parse_command(argv: Sequence[str] | None = None) -> ParsedCommand:
     Args:
         argv: Arguments without the program's name; ``sys.argv`` by default.
     """
-    parser = _Parser(
-        _GROUPS,
-        prog="llava-train-projector",
-        description="Phase two: train mm_projector against a frozen LLM, from a feature cache or on the fly.",
-        epilog=EXAMPLE,
-        formatter_class=_HelpFormatter,
-    )
-    parser.require("--output_dir")
+    parser = build_parser()
     tokens = sys.argv[1:] if argv is None else argv
     found = vars(parser.collect(tokens))
     values = {name: value for name, value in found.items() if name not in parser.faulty}
@@ -128,10 +117,6 @@ def parse_command(argv: Sequence[str] | None = None) -> ParsedCommand:
         faulty=frozenset(parser.faulty | {flag for flag, _ in refused}),
         usage=parser.usage_line(),
     )
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults and keeps the line breaks of the example."""
 
 
 class _Parser(CommandParser, HfArgumentParser):
