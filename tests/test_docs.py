@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import docs_towers
 import docs_tree
 from cache.make import make_cache
 from helpers import ROOT, SCRIPTS, fenced_blocks, run
@@ -150,6 +151,11 @@ def test_pages_are_short(page):
 def test_modules_page_tree_is_current():
     (block,) = docs_tree.BLOCK.findall(text("docs/modules.md"))
     assert block == docs_tree.tree(), "run: python tests/docs_tree.py"
+
+
+@pytest.mark.parametrize("page", docs_towers.BLOCKS)
+def test_tower_tables_are_made_from_the_families(page):
+    assert text(page) == docs_towers.with_blocks(page, text(page)), "run: python tests/docs_towers.py"
 
 
 def test_tree_describes_every_file():

@@ -74,7 +74,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
         "--vision_tower",
         required=True,
         metavar="TOWER",
-        help="CLIP, SigLIP or DINOv2 tower: hub id or local folder",
+        help="vision tower, such as CLIP, SigLIP or DINOv2 (docs/towers.md has all): hub id or local folder",
     )
     add(
         "--feature_cache",

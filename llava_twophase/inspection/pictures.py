@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isqrt
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from llava_twophase.errors import UserError
+from llava_twophase.patch_grid import grid_shape
 from llava_twophase.text import printable
 
 # Dark blue over grey to yellow: lightness grows evenly, and colour-blind readers can tell the colours apart.
@@ -135,14 +135,10 @@ def patch_grid(features: np.ndarray, select_feature: object) -> np.ndarray:
     Raises:
         UserError: The tokens form no square.
     """
-    count = len(features)
-    side = isqrt(count)
-    if side * side != count and select_feature != "patch":
-        features = features[1:]
-        side = isqrt(count - 1)
-    if side * side != len(features):
-        raise UserError(f"{count} tokens form no square grid of patches, so they cannot be shown")
-    return features.reshape(side, side, -1)
+    grid = grid_shape(len(features), select_feature)
+    if grid is None:
+        raise UserError(f"{len(features)} tokens form no square grid of patches, so they cannot be shown")
+    return features[len(features) - grid[0] * grid[1] :].reshape(*grid, -1)
 
 
 def pca_colours(grids: np.ndarray) -> np.ndarray:

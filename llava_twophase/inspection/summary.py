@@ -15,9 +15,9 @@ from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.inspection import output
 from llava_twophase.text import counted, format_bytes
+from llava_twophase.vision.families import FAMILIES
 
 INCOMPLETE = "INCOMPLETE: the extraction was interrupted or is running; run the same extraction command again."
-_TOWERS = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP", "dinov2": "DINOv2"}
 _CROPS = {"square": "the centre square of each image", "pad": "each image padded to a square"}
 _FEATURES = {"patch": "without the CLS token", "cls_patch": "with the CLS token"}
 # What a cache of the extraction command records; a cache that a user's program wrote may record less, or other fields.
@@ -123,7 +123,8 @@ def _tower(cache: FeatureCache) -> str:
     name = cache.manifest.provenance.get("vision_tower")
     layers = tower.get("num_hidden_layers")
     of_layers = f" of {layers} layers" if layers is not None else ""
-    known = f"A {_TOWERS.get(str(kind), str(kind))} tower" if kind is not None else f"A tower (model_type {_MISSING})"
+    title = FAMILIES[str(kind)].title.partition(",")[0] if str(kind) in FAMILIES else str(kind)
+    known = f"A {title} tower" if kind is not None else f"A tower (model_type {_MISSING})"
     return f"{known}{f' ({name})' if name else ''}{of_layers}"
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor
 
 from llava_twophase.errors import UserError
 from llava_twophase.hub import download_advice, use_cache_if_unreachable
@@ -31,6 +32,9 @@ SETTINGS = (
     "do_resize", "size", "resample", "do_center_crop", "crop_size",
     "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
 )  # fmt: skip
+# Image processors without a Pillow version, and the Pillow processor that takes the same settings. DINOv3's resizes
+# float images with torchvision: the values differ by at most 1/255 before normalisation. The fingerprint has the class.
+_PILLOW_VERSIONS = {"DINOv3ViTImageProcessor": "ViTImageProcessorPil"}
 # The largest image that resizing or padding may make as a whole; of a larger one only the crop is computed.
 _MAX_PIXELS = 1 << 25
 # Longer images are refused: padding them to a square makes sums of a million pixels for each pixel of the crop.
@@ -167,9 +171,14 @@ class Preprocessor:
 def _load_processor(vision_tower: str) -> Any:
     require_tower_folder(str(vision_tower))
     use_cache_if_unreachable([str(vision_tower)])
-    from_pretrained: Any = AutoImageProcessor.from_pretrained
     try:
-        processor = from_pretrained(vision_tower, backend="pil")
+        settings, _ = BaseImageProcessor.get_image_processor_dict(vision_tower)
+        kind = str(settings.get("image_processor_type")).removesuffix("Fast")
+        if kind in _PILLOW_VERSIONS:
+            processor: Any = getattr(transformers, _PILLOW_VERSIONS[kind]).from_pretrained(vision_tower)
+        else:
+            from_pretrained: Any = AutoImageProcessor.from_pretrained
+            processor = from_pretrained(vision_tower, backend="pil")
     except Exception as error:  # any type: the file may hold anything
         raise UserError(
             f"--vision_tower {vision_tower}: no image processor could be loaded: {type(error).__name__}: {error}"

@@ -11,25 +11,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, CLIPVisionModel, Dinov2Model, PretrainedConfig, SiglipVisionModel
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from llava_twophase.errors import UserError
+from llava_twophase.vision.families import FAMILIES, TowerFamily, refusal
 from llava_twophase.vision.preprocess import Preprocessor
 
 SELECT_FEATURES = ("patch", "cls_patch")
-# Per tower: its class, the name of the norm after its last layer, and the number of leading tokens other than patches.
-# LLaVA reads hidden states before that norm, so it is removed.
-_TOWERS: dict[str, tuple[Any, str, int]] = {
-    "clip_vision_model": (CLIPVisionModel, "post_layernorm", 1),
-    "siglip_vision_model": (SiglipVisionModel, "post_layernorm", 0),
-    "dinov2": (Dinov2Model, "layernorm", 1),
-}
 # Larger batches are not faster on a CPU. Two images use all cores, and their activations stay in the caches and in
 # memory that the allocator keeps (CLIP-L/14-336 in bf16 on two cores: 0.71 of the matmul rate, with eight images 0.65).
 _CPU_IMAGES = 2
-# Fields of a tower's configuration that change a feature value; no tower has all of them.
+# Fields of a tower's configuration that change a feature value; no tower has all of them. A family may add others.
 _CONFIG_FIELDS = (
     "model_type", "hidden_size", "intermediate_size", "mlp_ratio", "num_attention_heads", "num_channels",
     "image_size", "patch_size", "hidden_act", "layer_norm_eps", "qkv_bias", "use_swiglu_ffn",
@@ -37,7 +32,7 @@ _CONFIG_FIELDS = (
 
 
 class VisionTower:
-    """A frozen CLIP, SigLIP or DINOv2 tower that turns crops into patch features.
+    """A frozen vision tower of one of ``FAMILIES`` that turns crops into patch features.
 
     It is deliberately not an ``nn.Module``: code that iterates over parameters must not save, cast or train it.
 
@@ -45,11 +40,13 @@ class VisionTower:
         name: Hub id or folder.
         preprocessor: The processor half that runs on the device.
         select_layer: Which hidden state, as in LLaVA: -2 is the second to last.
-        select_feature: ``patch`` drops the CLS token where there is one, ``cls_patch`` keeps it.
+        select_feature: ``patch`` drops the CLS token where there is one, ``cls_patch`` keeps it. Register tokens are
+            always dropped.
         dtype: Compute dtype.
         device: Where it runs.
 
     Attributes:
+        grid: Rows and columns of patches, (24, 24) for CLIP-L/14-336.
         feature_shape: Tokens and width of one image's features, (576, 1024) for CLIP-L/14-336 patches.
 
     Raises:
@@ -72,14 +69,17 @@ class VisionTower:
         self.dtype = dtype
         self.device = torch.device(device)
         config = _vision_config(name)
-        tower_class, norm, leading_tokens = _TOWERS[config.model_type]
-        self._skip = leading_tokens if select_feature == "patch" else 0
-        grid = _grid(name, config, preprocessor.image_size)
-        self.feature_shape = (grid * grid + leading_tokens - self._skip, config.hidden_size)
+        family = FAMILIES[config.model_type]
+        self._prefix = family.prefix_tokens(config)
+        self._keep_cls = select_feature == "cls_patch" and family.leading_tokens > 0
+        side = _grid_side(name, family, config, preprocessor.image_size)
+        self.grid = (side, side)
+        self.feature_shape = (side * side + self._keep_cls, config.hidden_size)
         depth = _depth(config.num_hidden_layers, select_layer)
+        fields = (*_CONFIG_FIELDS, *family.config_fields)
         self._fingerprint = {
             "tower": {
-                **{field: getattr(config, field) for field in _CONFIG_FIELDS if hasattr(config, field)},
+                **{field: getattr(config, field) for field in fields if hasattr(config, field)},
                 "num_hidden_layers": config.num_hidden_layers,
                 "attention": _attention(dtype),
             },
@@ -91,10 +91,10 @@ class VisionTower:
             "compute_dtype": str(dtype).removeprefix("torch."),
         }
         config.num_hidden_layers = depth
-        if hasattr(config, "vision_use_head"):
-            config.vision_use_head = False
-        self._model = _load(tower_class, name, config, dtype)
-        setattr(self._model, norm, nn.Identity())
+        for option, value in family.without_head.items():
+            setattr(config, option, value)
+        self._model = _load(family, name, config, dtype)
+        setattr(self._model, family.norm, nn.Identity())
         self._model.requires_grad_(False).eval().to(self.device)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -120,8 +120,11 @@ class VisionTower:
 
     def _encode(self, crops: torch.Tensor) -> torch.Tensor:
         pixels = self.preprocessor.pixel_values(crops, self.dtype)  # [B, 3, S, S]
-        hidden: torch.Tensor = self._model(pixel_values=pixels).last_hidden_state  # [B, L, D]
-        return hidden[:, self._skip :]
+        hidden: torch.Tensor = self._model(pixel_values=pixels).last_hidden_state  # [B, P + G * G, D]
+        patches = hidden[:, self._prefix :]
+        if not self._keep_cls:
+            return patches
+        return hidden if self._prefix == 1 else torch.cat([hidden[:, :1], patches], dim=1)
 
 
 def _vision_config(name: str) -> PretrainedConfig:
@@ -130,15 +133,13 @@ def _vision_config(name: str) -> PretrainedConfig:
     except Exception as error:  # of all kinds, as the file may hold anything
         raise UserError(f"--vision_tower {name} could not be loaded: {type(error).__name__}: {error}") from error
     config: PretrainedConfig = getattr(found, "vision_config", found)
-    if config.model_type not in _TOWERS:
-        kinds = ", ".join(_TOWERS)
-        raise UserError(f"--vision_tower {name} is a {config.model_type}; supported towers: {kinds}")
+    if config.model_type not in FAMILIES:
+        raise UserError(f"--vision_tower {name} {refusal(config.model_type)}")
     return config
 
 
-def _grid(name: str, config: PretrainedConfig, image_size: int) -> int:
-    # DINOv2 interpolates its position table to any grid, the others have one size.
-    fits = image_size % config.patch_size == 0 if config.model_type == "dinov2" else image_size == config.image_size
+def _grid_side(name: str, family: TowerFamily, config: PretrainedConfig, image_size: int) -> int:
+    fits = image_size % config.patch_size == 0 if family.any_size else image_size == config.image_size
     if not fits:
         raise UserError(
             f"--vision_tower {name}: its processor crops to {image_size} px, "
@@ -158,12 +159,17 @@ def _depth(num_hidden_layers: int, select_layer: int) -> int:
     return depth
 
 
-def _load(tower_class: Any, name: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+def _load(family: TowerFamily, name: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     try:
         with _quiet():
             model: nn.Module
-            model, info = tower_class.from_pretrained(
-                name, config=config, dtype=dtype, attn_implementation=_attention(dtype), output_loading_info=True
+            model, info = getattr(transformers, family.model_class).from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation=_attention(dtype),
+                output_loading_info=True,
+                **family.init,
             )
     except Exception as error:  # of all kinds, as above
         raise UserError(
