@@ -1,14 +1,15 @@
-"""Read a data file that is a JSON list or JSON Lines, with errors that give file, line and column.
+"""Read a data file that is a JSON list or JSON Lines, with errors by file, line and column; prepare values for JSON.
 
-The form is recognised by content, not by the name of the file.
+The form of a data file is recognised by content, not by its name.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,14 @@ def _too_long_number(text: str, limit: int) -> int:
         if match[0][0] != '"':
             return match.start()
     return 0
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value with None for each NaN and infinity, which JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return value

@@ -22,6 +22,7 @@ from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.errors import UserError
 from llava_twophase.files import replace_file
 from llava_twophase.html import Card, Page, mark_differences
+from llava_twophase.json_file import finite
 from llava_twophase.records import Record, load_records
 from llava_twophase.text import counted
 from llava_twophase.vision.images import BadImage
@@ -83,9 +84,8 @@ def evaluate_runs(runs: Mapping[str, TrainedProjector], placement: Placement, op
         with replace_file(Path(options.html)) as file:
             file.write(_page(report, results, options, images).to_bytes())
     if options.json:
-        print(
-            json.dumps({**report, "records": {name: [asdict(row) for row in rows] for name, rows in results.items()}})
-        )
+        rows = {name: [asdict(row) for row in results[name]] for name in results}
+        print(json.dumps(finite({**report, "records": rows}), allow_nan=False))
     else:
         _print(report, options)
     return 0

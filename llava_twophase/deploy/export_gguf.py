@@ -13,6 +13,7 @@ Two faults of llama.cpp concern these files:
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.deploy.weights import model_folder, stream_tensors
 from llava_twophase.errors import UserError
-from llava_twophase.files import replace_file
+from llava_twophase.files import explain_os_errors, replace_file
 
 POSITION_NOTE = (
     "llama.cpp places the CLS token after the patches (ggml-org/llama.cpp#25814, open): each patch gets its "
@@ -77,7 +78,9 @@ def export_gguf(projector: TrainedProjector, out: str | Path) -> Path:
     layers = _layers(config, projector.select_layer)
     processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
     path = Path(out)
-    with replace_file(path) as file:
+    logging.getLogger("gguf").setLevel(logging.WARNING)
+    again = "run the same command again"
+    with explain_os_errors(path.absolute().parent, "--out", lambda: again), replace_file(path) as file:
         writer = GGUFWriter(None, "clip")
         writer.add_type("mmproj")
         writer.add_name(path.stem)
@@ -90,10 +93,12 @@ def export_gguf(projector: TrainedProjector, out: str | Path) -> Path:
         for name, tensor in _tensors(folder, weights, layers):
             writer.add_tensor(name, tensor.numpy())
         writer.open_output_file(Path(file.name))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
     return path
 
 
@@ -116,14 +121,18 @@ def _add_vision_keys(writer: Any, config: Any, *, layers: int, mean: list[float]
 
 
 def _require_expressible(projector: TrainedProjector, config: Any, weights: dict[str, torch.Tensor]) -> None:
-    if config.model_type != "clip_vision_model":
-        raise UserError(f"the vision tower is a {config.model_type}; llama.cpp's LLaVA projector goes with CLIP only")
-    if projector.projector_type != "mlp2x_gelu":
-        raise UserError(f"the projector is {projector.projector_type}; llama.cpp's type 'mlp' is mlp2x_gelu only")
-    if projector.select_feature != "patch":
-        raise UserError("the projector was trained with cls_patch; llama.cpp drops the CLS token")
-    if config.hidden_act not in ("gelu", "quick_gelu"):
-        raise UserError(f"the tower's activation is {config.hidden_act}; llama.cpp knows gelu and quick_gelu")
+    tower, kind, act = config.model_type, projector.projector_type, getattr(config, "hidden_act", None)
+    problem = None
+    if tower != "clip_vision_model":
+        problem = f"the vision tower is a {tower}; llama.cpp's LLaVA projector goes with CLIP only"
+    elif kind != "mlp2x_gelu":
+        problem = f"the projector is {kind}; llama.cpp's type 'mlp' is mlp2x_gelu only"
+    elif projector.select_feature != "patch":
+        problem = "the projector was trained with cls_patch; llama.cpp drops the CLS token"
+    elif act not in ("gelu", "quick_gelu"):
+        problem = f"the tower's activation is {act}; llama.cpp knows gelu and quick_gelu"
+    if problem is not None:
+        raise UserError(f"{problem}; use --to hf")
     width = weights["0.weight"].shape[1]
     if width != config.hidden_size:
         raise UserError(

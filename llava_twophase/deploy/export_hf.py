@@ -16,37 +16,31 @@ What the folder holds and why:
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from safetensors import SafetensorError
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from llava_twophase.constants import IMAGE_TOKEN
+from llava_twophase.deploy.hf_parts import HfParts, load_parts, require_expressible
 from llava_twophase.deploy.trained_projector import TrainedProjector
-from llava_twophase.deploy.weights import SafetensorsWriter, model_folder, stream_tensors
+from llava_twophase.deploy.weights import SafetensorsWriter, stream_tensors, weight_files
 from llava_twophase.errors import UserError
+from llava_twophase.files import explain_os_errors, require_free_space, sync_folder
+from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 
 _PAD_TOKEN = "<pad>"
 # The embedding is extended to a multiple of this, as transformers' resize_token_embeddings(pad_to_multiple_of=64) does.
 _VOCABULARY_MULTIPLE = 64
-# Towers that transformers' LLaVA can hold, and whether they have a CLS token.
-_TOWERS = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}
-
-
-@dataclass(frozen=True)
-class _Parts:
-    projector: TrainedProjector
-    llm_folder: Path
-    tower_folder: Path
-    text_config: Any
-    vision_config: Any
 
 
 def export_hf(projector: TrainedProjector, out: str | Path) -> Path:
-    """Write the model folder.
+    """Write the model folder: into ``OUT.tmp``, which is renamed at the end.
 
     Args:
         projector: The trained projector; its LLM and tower are read from their folders or from the hub's cache.
@@ -61,10 +55,23 @@ def export_hf(projector: TrainedProjector, out: str | Path) -> Path:
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; give another one")
-    parts = _load_parts(projector)
+    parts = load_parts(projector)
     weights = projector.weights()
-    _require_expressible(parts, weights)
-    folder.mkdir(parents=True, exist_ok=True)
+    require_expressible(parts, weights)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(path.stat().st_size for path in (*weight_files(parts.llm_folder), *weight_files(parts.tower_folder)))
+    require_free_space(folder, needed, "the exported weights", "free some space or give --out on another disk")
+    work = folder.absolute().with_name(f"{folder.absolute().name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)  # of an export that was interrupted
+    with explain_os_errors(work.parent, "--out", lambda: "run the same command again", also=(SafetensorError,)):
+        work.mkdir()
+        _write_folder(parts, weights, work)
+        work.replace(folder)  # an empty folder is replaced, too
+        sync_folder(work.parent)
+    return folder
+
+
+def _write_folder(parts: HfParts, weights: dict[str, torch.Tensor], folder: Path) -> None:
     tokenizer, image_id = _write_tokenizer(parts, folder)
     rows = _vocabulary_rows(parts.text_config.vocab_size, len(tokenizer))
     _write_config(parts, folder, image_id=image_id, vocab_size=rows, pad_id=tokenizer.pad_token_id)
@@ -73,50 +80,17 @@ def export_hf(projector: TrainedProjector, out: str | Path) -> Path:
     for name, tensor in _tensors(parts, weights, rows):
         writer.add(name, tensor)
     writer.close()
-    return folder
 
 
-def _load_parts(projector: TrainedProjector) -> _Parts:
-    llm = model_folder(projector.llm, "--model_name_or_path")
-    tower = model_folder(projector.vision_tower, "--vision_tower")
-    try:
-        text, vision = AutoConfig.from_pretrained(llm), AutoConfig.from_pretrained(tower)
-    except Exception as error:  # of any class, because a config file can hold anything
-        raise UserError(f"{llm} or {tower}: config.json cannot be loaded: {error}") from None
-    return _Parts(projector, llm, tower, text.get_text_config(), getattr(vision, "vision_config", vision))
-
-
-def _require_expressible(parts: _Parts, weights: dict[str, torch.Tensor]) -> None:
-    kind, tower = parts.projector.projector_type, parts.vision_config.model_type
-    if kind != "mlp2x_gelu":
-        raise UserError(f"the projector is {kind}; transformers' LLaVA has mlp2x_gelu only, so it cannot be exported")
-    if tower not in _TOWERS:
-        raise UserError(f"the vision tower is a {tower}; transformers' LLaVA takes {', '.join(_TOWERS)}")
-    if parts.projector.select_feature == "cls_patch" and not _TOWERS[tower]:
-        raise UserError(f"a {tower} has no CLS token, so cls_patch cannot be exported")
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    hidden, width = parts.text_config.hidden_size, parts.vision_config.hidden_size
-    expected = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
-    if found != expected:
-        raise UserError(
-            f"{parts.projector.path} has {found}, but {parts.projector.llm} and {parts.projector.vision_tower} need "
-            f"{expected}; give the models that it was trained with"
-        )
-
-
-def _strategy(parts: _Parts) -> str:
-    # "default" drops the first token, so a tower without CLS needs "full".
-    drops_cls = parts.projector.select_feature == "patch" and _TOWERS[parts.vision_config.model_type]
-    return "default" if drops_cls else "full"
-
-
-def _write_tokenizer(parts: _Parts, folder: Path) -> tuple[Any, int]:
+def _write_tokenizer(parts: HfParts, folder: Path) -> tuple[Any, int]:
     tokenizer: Any = AutoTokenizer.from_pretrained(parts.llm_folder)
     if not tokenizer.is_fast:
         raise UserError(f"{parts.llm_folder}: its tokenizer has no tokenizer.json form; convert it first")
+    bos = load_caption_tokenizer(str(parts.llm_folder), tokenizer).bos
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": _PAD_TOKEN})
+    _set_prompt(tokenizer, bos)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     special = ("bos_token", "eos_token", "unk_token", "pad_token")
     config = {
@@ -133,23 +107,34 @@ def _write_tokenizer(parts: _Parts, folder: Path) -> tuple[Any, int]:
     return tokenizer, int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
-def _write_config(parts: _Parts, folder: Path, *, image_id: int, vocab_size: int, pad_id: int) -> None:
+def _set_prompt(tokenizer: Any, bos: int | None) -> None:
+    # The projector was trained with a BOS, or none, in front of the image, whatever the tokenizer adds.
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    start = [] if bos is None else [bos]
+    if tokenizer(IMAGE_TOKEN).input_ids == [*start, image_id]:
+        return
+    token = tokenizer.convert_ids_to_tokens(start)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*token, "$A"], pair=[*token, "$A", *token, "$B"], special_tokens=list(zip(token, start, strict=True))
+    )
+
+
+def _write_config(parts: HfParts, folder: Path, *, image_id: int, vocab_size: int, pad_id: int) -> None:
     text, vision = parts.text_config.to_dict(), parts.vision_config.to_dict()
     rope = text.get("rope_parameters") or {}
     if "rope_theta" in rope:
         text["rope_theta"] = rope["rope_theta"]
     text.update(vocab_size=vocab_size, pad_token_id=pad_id)
     dtype = next(_llm_tensors(parts))[1].dtype
-    grid = parts.vision_config.image_size // parts.vision_config.patch_size
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": image_id,
-        "image_seq_length": grid * grid + (parts.projector.select_feature == "cls_patch"),
+        "image_seq_length": parts.image_tokens,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": parts.projector.select_layer,
-        "vision_feature_select_strategy": _strategy(parts),
+        "vision_feature_select_strategy": parts.strategy,
         "tie_word_embeddings": bool(parts.text_config.tie_word_embeddings),
         "text_config": text,
         "vision_config": vision,
@@ -165,8 +150,8 @@ def _write_config(parts: _Parts, folder: Path, *, image_id: int, vocab_size: int
     _write_json(folder / "generation_config.json", {"do_sample": False, **token_ids})
 
 
-def _write_processor(parts: _Parts, folder: Path) -> None:
-    processor: Any = AutoImageProcessor.from_pretrained(parts.tower_folder, backend="pil")
+def _write_processor(parts: HfParts, folder: Path) -> None:
+    processor = parts.processor
     settings = {name: value for name, value in processor.to_dict().items() if not name.startswith("_")}
     settings["image_processor_type"] = type(processor).__name__.removesuffix("Pil").removesuffix("Fast")
     settings.pop("backend", None)
@@ -179,13 +164,13 @@ def _write_processor(parts: _Parts, folder: Path) -> None:
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TOKEN,
         "patch_size": parts.vision_config.patch_size,
-        "num_additional_image_tokens": int(_TOWERS[parts.vision_config.model_type]),
-        "vision_feature_select_strategy": _strategy(parts),
+        "num_additional_image_tokens": int(parts.has_cls),
+        "vision_feature_select_strategy": parts.strategy,
     }
     _write_json(folder / "processor_config.json", content)
 
 
-def _tensors(parts: _Parts, weights: dict[str, torch.Tensor], rows: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(parts: HfParts, weights: dict[str, torch.Tensor], rows: int) -> Iterator[tuple[str, torch.Tensor]]:
     tied = bool(parts.text_config.tie_word_embeddings)
     # Each tensor keeps its own dtype, so a float32 projector loses nothing beside an LLM in bfloat16.
     for name, tensor in _llm_tensors(parts):
@@ -199,13 +184,13 @@ def _tensors(parts: _Parts, weights: dict[str, torch.Tensor], rows: int) -> Iter
     yield from _tower_tensors(parts)
 
 
-def _llm_tensors(parts: _Parts) -> Iterator[tuple[str, torch.Tensor]]:
+def _llm_tensors(parts: HfParts) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in stream_tensors(parts.llm_folder):
         if "rotary_emb.inv_freq" not in name:  # computed; old LLaMA files store it
             yield name, tensor
 
 
-def _tower_tensors(parts: _Parts) -> Iterator[tuple[str, torch.Tensor]]:
+def _tower_tensors(parts: HfParts) -> Iterator[tuple[str, torch.Tensor]]:
     clip_like = parts.vision_config.model_type != "dinov2"
     for name, tensor in stream_tensors(parts.tower_folder):
         if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_")):

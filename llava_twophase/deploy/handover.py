@@ -14,6 +14,7 @@ from typing import Any
 from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.deploy.weights import model_folder
 from llava_twophase.errors import UserError
+from llava_twophase.train.model.projector import projector_type
 from llava_twophase.train.stage_2 import (
     LLAVA_MODEL_TYPES,
     LLAVA_NEXT_MODEL_TYPES,
@@ -106,6 +107,13 @@ def _check_projector(projector: TrainedProjector, base: dict[str, Any], vision: 
     hidden, width = base.get("hidden_size"), vision.get("hidden_size")
     first, last = next(iter(shapes.values())), list(shapes.values())[-1]
     found = f"{projector.projector_type}, {first[1]} -> {last[0]}"
+    stored = projector_type(projector.weights())
+    if stored != projector.projector_type:
+        return Check(
+            "projector",
+            found,
+            f"{projector.path} holds a {stored}; correct mm_projector_type of config.json or give the right file",
+        )
     if (first[1], last[0]) == (width, hidden):
         return Check("projector", found)
     return Check(

@@ -27,13 +27,10 @@ class Estimate:
 
 
 METRICS: Mapping[str, tuple[str, Callable[[RecordResult], float]]] = {
-    "loss": ("loss with the right image (nats per token)", lambda result: result.loss),
+    "loss": ("loss with the right image (nats/token)", lambda result: result.loss),
     "loss_shuffled": ("loss with another record's image", lambda result: result.loss_shuffled),
     "loss_without": ("loss without an image", lambda result: result.loss_without),
-    "gain": (
-        "loss reduction by the right image, compared with another's",
-        lambda result: result.loss_shuffled - result.loss,
-    ),
+    "gain": ("loss with another image minus right one", lambda result: result.loss_shuffled - result.loss),
     "recall_at_1": ("right caption ranked first", lambda result: float(result.rank == 0)),
     "exact": (
         "generated caption equals the true one",

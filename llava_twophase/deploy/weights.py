@@ -7,14 +7,17 @@ an index.
 from __future__ import annotations
 
 import json
+import pickle
+import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llava_twophase.errors import UserError
@@ -59,20 +62,65 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no model.safetensors or pytorch_model.bin; expected a Hugging Face model folder")
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """List the names of a model folder's tensors, in the order of its files.
+
+    Raises:
+        UserError: The folder has no weight files, or one of them cannot be read.
+    """
+    return [name for path in weight_files(folder) for name in _names(path)]
+
+
 def stream_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over names and tensors of a model folder; each tensor is a copy, the files are memory-mapped."""
+    """Iterate over names and tensors of a model folder; each tensor is a copy, the files are memory-mapped.
+
+    Raises:
+        UserError: The folder has no weight files, or one of them cannot be read.
+    """
     for path in weight_files(folder):
+        with _explained(path):
+            yield from _tensors(path)
+
+
+def _names(path: Path) -> list[str]:
+    with _explained(path):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-            for name in names:
-                # Opened for each tensor: pages of an open mapping stay in this process's memory.
-                with safe_open(path, framework="pt") as file:
-                    yield name, file.get_tensor(name).clone()
-        else:
-            names = list(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-            for name in names:
-                yield name, torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name].clone()
+                return list(file.keys())
+        return list(_load(path))
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    names = _names(path)
+    if path.suffix == ".safetensors":
+        for name in names:
+            # Opened for each tensor: pages of an open mapping stay in this process's memory.
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(name).clone()
+            yield name, tensor
+    elif _is_mappable(path):
+        for name in names:
+            yield name, _load(path)[name].clone()
+    else:
+        yield from _load(path).items()
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mappable(path))
+    return state
+
+
+def _is_mappable(path: Path) -> bool:
+    # torch's format from before 1.6 is no zip file and is read into memory as a whole.
+    return zipfile.is_zipfile(path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read as weights: {error}; download the model again") from None
 
 
 @dataclass

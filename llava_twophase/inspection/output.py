@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from llava_twophase.errors import UserError
 from llava_twophase.files import replace_file
+from llava_twophase.json_file import finite
 from llava_twophase.text import printable
 
 _BAR = 40
@@ -44,7 +44,7 @@ def print_result(values: Mapping[str, Any], as_json: bool, print_text: Callable[
     """
     out = console()
     if as_json:
-        out.out(json.dumps(_finite(values), allow_nan=False), highlight=False)
+        out.out(json.dumps(finite(values), allow_nan=False), highlight=False)
     else:
         print_text(out)
 
@@ -152,13 +152,3 @@ def print_written(path: str, text: str) -> None:
         print_line(f"wrote {path}: {text}", console())
     else:
         print(printable(f"wrote {path}: {text}"), file=sys.stderr)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return value

@@ -8,7 +8,11 @@ import torch
 from commands import use_command
 from helpers import run
 from llava_twophase import Captioner, FeatureCache, load_records
+from llava_twophase.deploy.captioner import Placement
 from llava_twophase.deploy.evaluate import EvaluationSettings, caption_losses, evaluate, other_positions
+from llava_twophase.deploy.evaluation_report import EvaluationOptions, evaluate_runs
+from llava_twophase.deploy.statistics import METRICS
+from llava_twophase.deploy.trained_projector import find_projector
 from llava_twophase.errors import UserError
 from llava_twophase.train.data.collator import collate
 
@@ -88,6 +92,25 @@ def test_evaluate_command_compares_runs_and_writes_a_page(trained, tmp_path):
     assert all(value["low"] == value["value"] == value["high"] == 0 for value in difference.values())
     text = page.read_text(encoding="utf-8")
     assert "They do not predict how good a model is" in text and "data:image/jpeg" in text
+
+
+def test_evaluate_runs_prints_one_line_for_each_metric_at_80_columns(trained, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    options = EvaluationOptions(
+        data_path=str(trained.records),
+        image_folder=None,
+        feature_cache=str(trained.cache),
+        limit=4,
+        html=None,
+        json=False,
+        settings=EvaluationSettings(batch_size=4, candidates=3),
+    )
+    projector = find_projector(trained.run)
+    evaluate_runs({"a" * 60: projector, "b" * 60: projector}, Placement(), options)
+    lines = capsys.readouterr().out.splitlines()[1:]  # the first has the path of the records
+    assert max(map(len, lines)) <= 80
+    for text, _ in METRICS.values():
+        assert len([line for line in lines if text in line and "[" in line]) == 3  # two runs and their difference
 
 
 def test_evaluate_command_needs_images(trained):

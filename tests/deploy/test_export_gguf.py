@@ -47,7 +47,7 @@ def test_export_gguf_keys(mmproj):
 
 def test_export_gguf_refuses_other_towers(trained, tiny_siglip, tmp_path):
     projector = find_projector(trained.run, vision_tower=str(tiny_siglip))
-    with pytest.raises(UserError, match="goes with CLIP only"):
+    with pytest.raises(UserError, match="goes with CLIP only; use --to hf"):
         export_gguf(projector, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
@@ -60,6 +60,14 @@ def test_export_gguf_refuses_cls_features(trained, tmp_path):
 def test_export_command_tells_llama_cpps_faults(trained, tmp_path):
     done = run(["python", *use_command("export", trained.run, tmp_path / "out.gguf", to="gguf")])
     assert "convert_hf_to_gguf.py" in done.stdout and "25814" in done.stderr and "pads images" in done.stderr
+    assert "n_tensors" not in done.stderr
+
+
+def test_export_gguf_reports_a_full_disk(trained, small_disk):
+    disk = small_disk("size=8k")
+    with pytest.raises(UserError, match="the disk of --out .* is full: free some space, then run the same command"):
+        export_gguf(find_projector(trained.run), disk / "out.gguf")
+    assert list(disk.iterdir()) == []
 
 
 @pytest.mark.skipif(not CYLLAMA.is_dir(), reason="needs the wheel cyllama: make peers")

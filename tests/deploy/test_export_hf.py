@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from commands import use_command
 from helpers import run
@@ -16,10 +18,12 @@ from llava_twophase import Captioner, FeatureCache
 from llava_twophase.deploy.captioner import Placement
 from llava_twophase.deploy.export_hf import export_hf
 from llava_twophase.deploy.hf import encoder_outputs
+from llava_twophase.deploy.hf_parts import LLMS
 from llava_twophase.deploy.trained_projector import find_projector
 from llava_twophase.errors import UserError
 from llava_twophase.train.model.projector import build_projector, save_projector
 from pipelines.demo.fetch import cache_folder
+from train.model.llms import FAMILIES, build_family
 
 OLD_TRANSFORMERS = Path(sys.prefix) / "peers" / "transformers-4.57"
 KEYS = 4
@@ -151,6 +155,97 @@ def test_export_hf_refuses_other_projectors(trained, tmp_path):
     with pytest.raises(UserError, match="has mlp2x_gelu only"):
         export_hf(projector, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def write_llm(kind, like, folder):
+    """An LLM of a family with the tokenizer of another one, and a projector for it."""
+    vocabulary = len(AutoTokenizer.from_pretrained(like))
+    build_family(kind, vocab_size=vocabulary).save_pretrained(folder / "llm")
+    for path in like.glob("*token*"):
+        shutil.copy(path, folder / "llm")
+    save_projector(build_projector("mlp2x_gelu", 32, 64), folder)
+    return folder / "llm"
+
+
+@pytest.mark.parametrize("kind", LLMS)
+@torch.no_grad()
+def test_export_hf_of_each_family_gives_the_same_logits(kind, trained, tmp_path):
+    llm = write_llm(kind, trained.llm, tmp_path)
+    projector = find_projector(tmp_path / "mm_projector.bin", llm=str(llm), vision_tower=str(trained.tower))
+    exported = export_hf(projector, tmp_path / "model")
+    captioner = Captioner.load(projector, Placement(dtype="fp32"))
+    captioner.model.llm.set_attn_implementation("eager")
+    model, info = LlavaForConditionalGeneration.from_pretrained(
+        exported, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    path = trained.images / trained.keys[0]
+    processor = AutoProcessor.from_pretrained(exported, backend="pil")
+    inputs = processor(images=Image.open(path).convert("RGB"), text="<image>", return_tensors="pt")
+    logits, ours = model.eval()(**inputs).logits[:, -1], our_logits(captioner, captioner.features([path]))
+    assert torch.equal(logits[:, : ours.shape[1]], ours)
+
+
+@pytest.mark.parametrize("kind", sorted({*FAMILIES, "cohere"} - set(LLMS)))
+def test_export_hf_refuses_families_that_it_would_change(kind, trained, tmp_path):
+    llm = write_llm(kind, trained.llm, tmp_path)
+    projector = find_projector(tmp_path / "mm_projector.bin", llm=str(llm), vision_tower=str(trained.tower))
+    with pytest.raises(UserError, match=f"the LLM is a {kind}; .* Use the projector with"):
+        export_hf(projector, tmp_path / "model")
+
+
+def test_export_hf_refuses_tensors_that_it_cannot_name(trained, tmp_path):
+    llm = shutil.copytree(trained.llm, tmp_path / "llm")
+    weights = load_file(llm / "model.safetensors")
+    save_file({**weights, "lm_head.bias": torch.zeros(weights["lm_head.weight"].shape[0])}, llm / "model.safetensors")
+    with pytest.raises(UserError, match=r"has the tensor lm_head\.bias"):
+        export_hf(find_projector(trained.run, llm=str(llm)), tmp_path / "model")
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_export_hf_writes_a_tokenizer_that_begins_as_in_training(adds_bos, trained, tmp_path):
+    """`add_bos_token` decides in training; transformers 5 ignores it where there is a tokenizer.json."""
+    llm = shutil.copytree(trained.llm, tmp_path / "llm")
+    settings = json.loads((llm / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (llm / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": adds_bos}), encoding="utf-8")
+    content = json.loads((llm / "tokenizer.json").read_text(encoding="utf-8"))
+    if adds_bos:
+        content["post_processor"] = None
+    (llm / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(export_hf(find_projector(trained.run, llm=str(llm)), tmp_path / "model"))
+    start = [tokenizer.bos_token_id] if adds_bos else []
+    assert tokenizer("<image>").input_ids == [*start, tokenizer.convert_tokens_to_ids("<image>")]
+    pair = tokenizer("a", "b").input_ids
+    assert pair.count(tokenizer.bos_token_id) == 2 * adds_bos
+
+
+def test_export_hf_counts_the_tokens_of_the_crop(trained, tiny_dinov2, tmp_path):
+    """DINOv2's processor crops to 224, its position embedding is made for 518."""
+    tower = shutil.copytree(tiny_dinov2, tmp_path / "tower")
+    path = tower / "preprocessor_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings.update(crop_size={"height": 28, "width": 28}, size={"shortest_edge": 28})
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    config = json.loads((tower / "config.json").read_text(encoding="utf-8"))
+    assert config["image_size"] != 28
+    exported = export_hf(find_projector(trained.run, vision_tower=str(tower)), tmp_path / "model")
+    written = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    assert written["image_seq_length"] == (28 // config["patch_size"]) ** 2
+
+
+def test_export_hf_after_a_full_disk_works_again(trained, small_disk, monkeypatch):
+    disk = small_disk("size=200k")
+    with pytest.raises(UserError, match=r"the exported weights need .* GB, but the disk"):
+        export_hf(find_projector(trained.run), disk / "model")
+    monkeypatch.setattr("llava_twophase.deploy.export_hf.require_free_space", lambda *args: None)
+    with pytest.raises(UserError, match="the disk of --out .* is full: free some space, then run the same command"):
+        export_hf(find_projector(trained.run), disk / "model")
+    assert not (disk / "model").exists()
+    subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+    monkeypatch.undo()
+    export_hf(find_projector(trained.run), disk / "model")
+    assert [path.name for path in disk.iterdir()] == ["model"]
+    assert (disk / "model" / "model.safetensors.index.json").is_file()
 
 
 def test_export_hf_refuses_a_folder_with_files(trained, tmp_path):

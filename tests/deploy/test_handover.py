@@ -32,6 +32,14 @@ def test_handover_accepts_a_llama_base(trained):
     assert "LLaVA 1.2" in found["base LLM"].found and not found["base LLM"].fix
 
 
+def test_handover_reports_weights_of_another_projector_type(trained, tmp_path):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    content = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    (run / "config.json").write_text(json.dumps({**content, "mm_projector_type": "linear"}), encoding="utf-8")
+    check = next(run_checks(find_projector(run)))
+    assert check.found.startswith("linear") and "holds a mlp2x_gelu; correct mm_projector_type" in check.fix
+
+
 @pytest.mark.parametrize(("kind", "text"), [("qwen2", "LLaVA-NeXT"), ("gpt2", "export --to hf")])
 def test_handover_says_which_llava_loads_the_base(kind, text, trained, tmp_path):
     base = edited(trained.llm, tmp_path / "llm", model_type=kind)

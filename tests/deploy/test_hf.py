@@ -8,6 +8,7 @@ from llava_twophase import FeatureCache, load_records
 from llava_twophase.deploy.export_hf import export_hf
 from llava_twophase.deploy.hf import CachedFeatureCollator, drop_vision_tower, encoder_outputs
 from llava_twophase.deploy.trained_projector import find_projector
+from llava_twophase.errors import UserError
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
 
@@ -40,8 +41,23 @@ def test_collator_masks_everything_except_the_caption(exported, trained):
     assert (batch["input_ids"] == image_id).sum(1).tolist() == [16, 16, 16]
     assert (batch["labels"][batch["input_ids"] == image_id] == -100).all()
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
-    assert (batch["labels"] != -100).any(1).all()
+    assert (batch["labels"][:, 0] == -100).all()  # BOS
+    learned = (batch["attention_mask"] == 1).sum(1) - 17
+    assert torch.equal((batch["labels"] != -100).sum(1), learned)
     assert batch["features"].shape == (3, 16, 32)
+
+
+def test_collator_learns_a_bos_token_inside_a_caption(exported, trained):
+    """GPT-2 and Qwen use one token for BOS, EOS and padding; only the one in front of the image is masked."""
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    collate = CachedFeatureCollator(tokenizer, FeatureCache(trained.cache))
+    labels = collate([{"image": trained.keys[0], "text": f"a{tokenizer.bos_token}b"}])["labels"][0]
+    assert (labels == tokenizer.bos_token_id).sum() == 1 and labels[0] == -100
+
+
+def test_encoder_outputs_refuses_features_of_another_width(exported):
+    with pytest.raises(UserError, match="the features have the width 8, but the model's projector takes 32"):
+        encoder_outputs(lora(exported), torch.zeros(1, 16, 8))
 
 
 def test_lora_step_from_the_cache_equals_one_from_pixels(exported, trained):
@@ -54,7 +70,7 @@ def test_lora_step_from_the_cache_equals_one_from_pixels(exported, trained):
     for name in ("pixels", "cache"):
         model = lora(exported)
         if name == "cache":
-            drop_vision_tower(model.get_base_model())
+            drop_vision_tower(model)
             output = model(**batch, mm_encoder_outputs=encoder_outputs(model, features))
         else:
             output = model(**batch, pixel_values=pixels)
@@ -69,7 +85,7 @@ def test_lora_step_from_the_cache_equals_one_from_pixels(exported, trained):
 def test_drop_vision_tower_frees_its_weights(exported):
     model = lora(exported)
     before = sum(parameter.numel() for parameter in model.parameters())
-    drop_vision_tower(model.get_base_model())
+    drop_vision_tower(model)
     assert sum(parameter.numel() for parameter in model.parameters()) < before
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_twophase.deploy.weights import SafetensorsWriter, stream_tensors, weight_files
+from llava_twophase.deploy.weights import SafetensorsWriter, stream_tensors, tensor_names, weight_files
 from llava_twophase.errors import UserError
 
 
@@ -53,3 +53,21 @@ def test_writer_splits_files_and_lists_all_tensors(tmp_path):
     assert index["metadata"]["total_size"] == 200
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+
+
+def test_stream_tensors_reads_the_format_of_torch_before_1_6(tmp_path):
+    tensors = {f"t{i}": torch.full((3, 2), float(i)) for i in range(3)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = dict(stream_tensors(tmp_path))
+    assert tensor_names(tmp_path) == list(tensors) == list(found)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("size", [0, 40, 300])
+def test_stream_tensors_reports_a_truncated_file(suffix, size, tmp_path):
+    write_pieces(tmp_path, suffix)
+    path = tmp_path / f"piece-0.{suffix}"
+    path.write_bytes(path.read_bytes()[:size] if size < path.stat().st_size else b"x" * size)
+    with pytest.raises(UserError, match=rf"piece-0\.{suffix} cannot be read as weights: .*; download the model again"):
+        list(stream_tensors(tmp_path))

@@ -52,7 +52,7 @@ def build_family(kind, **changes):
         "mixtral": {"num_local_experts": 4, "num_key_value_heads": 2, "intermediate_size": 96},
     }
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = AutoConfig.for_model(kind, **shape, **ids, **{**own.get(kind, {}), **changes})
+    config = AutoConfig.for_model(kind, **{**shape, **ids, **own.get(kind, {}), **changes})
     for name in _NOISE:
         if hasattr(config, name):
             setattr(config, name, 0.3)
