@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
 
 from llava_twophase.errors import UserError
@@ -79,7 +80,8 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
         stopper = StopOnSignal()
         callbacks = [keeper, stopper, *trackers, *_caption_samples(arguments, inputs, model)]
         trainer = _build_trainer(trainer_arguments, inputs, model, callbacks)
-        trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
+        with logging_redirect_tqdm():  # log lines above the progress bar, where there is one
+            trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory: {error}; {_OUT_OF_MEMORY}") from None
     if stopper.stopped_by is not None:

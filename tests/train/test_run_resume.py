@@ -38,7 +38,7 @@ def kill_at(full_command, loss_lines):
     watchdog.start()
     for chunk in iter(lambda: os.read(process.stdout.fileno(), 4096), b""):
         text += chunk
-        seen += chunk.count(b"'loss'")
+        seen += chunk.count(b": loss ")
         if seen >= loss_lines:
             break
     watchdog.cancel()

@@ -18,6 +18,7 @@ from llava_twophase.errors import UserError
 from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.data.sampler import EpochSampler
 from llava_twophase.train.loop.interruption import ignore_signals
+from llava_twophase.train.loop.log_lines import use_log_lines
 from llava_twophase.train.loop.metrics import GradientProbe, Meter, StepFlops
 from llava_twophase.train.model.llava import LlavaProjectorModel
 
@@ -32,6 +33,7 @@ class ProjectorTrainer(Trainer):
 
     def __init__(self, model: LlavaProjectorModel, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
+        use_log_lines(self)
         self._projector_model = model
         self._flops = StepFlops.of(model.llm)
         self._meter = Meter()

@@ -104,6 +104,17 @@ def test_rates_are_logged_beside_each_loss(evaluated):
     assert steps[-1]["eta_seconds"] == 0
 
 
+def test_log_on_stderr_has_one_readable_line_for_each_log(evaluated):
+    output, result = evaluated
+    lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
+    logged = history(output)
+    assert len(lines) == len(logged)
+    for line, entry in zip(lines, logged, strict=True):
+        assert line.startswith(f"step {entry['step']} of {logged[-1]['step']} (epoch {entry['epoch']:.2f}): ")
+        assert entry.get("loss") is None or f": loss {entry['loss']:.4f}, gradient norm " in line
+    assert "'loss'" not in result.stderr + result.stdout and "step " not in result.stdout
+
+
 def test_tensorboard_has_losses_and_captions(evaluated):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
