@@ -20,7 +20,7 @@ from llava_twophase.cache.shard_files import read_header
 INSPECT = ("docs/inspect.md", "docs/inspect-features.md")
 PAGES = ("README.md", "docs/extract.md", "docs/train.md", *INSPECT)
 BLOCK = re.compile(r"^```console\n\$ (llava-(?:.*\\\n)*.*)\n((?:.*\n)*?)```$", re.MULTILINE)
-PROGRESS = re.compile(r"^.*\| *\d+/\d+ \[[^\]]*\]|^Loading weights.*|^.*\[WARNING\] \[real_accelerator.*")
+PROGRESS = re.compile(r"^.*\| *\d+/\d+ \[[^\]]*\]|^Loading weights.*")
 
 
 def prepare(folder, page):
