@@ -12,10 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "modules.md"
 TOP = {"llava_twophase": "", "pipelines": "the commands, DeepSpeed configurations and recipes"}
 TESTS = "mirrors the package; tests/benchmarks/ measures, tests/golden/ holds what LLaVA computed"
-# Files without a docstring.
+# Files without a docstring, and folders of such files.
 DESCRIPTIONS = {
     "llava_twophase/py.typed": "the package has type annotations",
-    "pipelines/pretrain_13b.sh": "the published 13B recipe as two commands",
+    "pipelines/recipes/": "complete commands of common runs, as scripts",
+    "pipelines/recipes/compare_projectors.sh": "several projectors on one cache, compared and evaluated",
+    "pipelines/recipes/one_24gb_gpu.sh": "Vicuna-7B in bf16 or -13B in four bits on one GPU with 24 GB",
+    "pipelines/recipes/qwen2.5.sh": "LLaVA-Pretrain with Qwen2.5 and torchrun",
+    "pipelines/recipes/vicuna.sh": "LLaVA-1.5's published stage 1 with Vicuna and DeepSpeed",
     "pipelines/zero2.json": "DeepSpeed ZeRO-2, the default of stage 1",
     "pipelines/zero3.json": "DeepSpeed ZeRO-3, for GPUs that cannot hold the LLM",
     "pipelines/zero3_offload.json": "DeepSpeed ZeRO-3 with the LLM in host memory",
@@ -58,7 +62,8 @@ def tree_lines(folder, files, indent=""):
         last = entry == (folders or names)[-1]
         label = entry.rpartition("/")[2] + ("/" if entry in folders else "")
         source = f"{entry}/__init__.py" if entry in folders else entry
-        yield indent + ("└── " if last else "├── ") + label, describe(source) if source in files else ""
+        text = describe(source) if source in files else DESCRIPTIONS.get(f"{entry}/", "")
+        yield indent + ("└── " if last else "├── ") + label, text
         if entry in folders:
             yield from tree_lines(entry, files, indent + ("    " if last else "│   "))
 
