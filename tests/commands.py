@@ -1,6 +1,7 @@
 """The commands as argument lists, their launchers, and what a training run wrote.
 
-A keyword is a flag: `train_command(data_path=records, max_steps=3)`. A flag whose value is None is not passed.
+A keyword is a flag: `train_command(data_path=records, max_steps=3)`. A flag whose value is None is not passed, and a
+list is passed as several values.
 Lists start with the script, so a launcher goes first: `run(["python", *train_command(...)])`, `[*torchrun(2), ...]`.
 """
 
@@ -64,7 +65,12 @@ class Outcome(NamedTuple):
 
 def flag_list(values):
     """Return `{"a": 1}` as `["--a", "1"]`."""
-    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+    return [
+        part
+        for name, value in values.items()
+        if value is not None
+        for part in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
 
 
 def extract_command(**flags):

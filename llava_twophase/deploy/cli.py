@@ -134,7 +134,13 @@ def _add_models(parser: CommandParser) -> None:
     add = parser.subject("models")
     add("--model_name_or_path", help="base LLM (default: that of config.json next to the projector)")
     add("--vision_tower", help="vision tower (default: that of config.json)")
-    add("--mm_vision_select_layer", type=int, help="hidden state of the tower (default: config.json's, else -2)")
+    add(
+        "--mm_vision_select_layer",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help="hidden state of the tower, or several (default: config.json's, else -2)",
+    )
     add("--mm_vision_select_feature", choices=("patch", "cls_patch"), help="default: config.json's, else patch")
     add("--image_aspect_ratio", choices=("square", "pad"), help="default: config.json's, else square")
 

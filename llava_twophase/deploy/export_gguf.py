@@ -26,6 +26,7 @@ from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.deploy.weights import model_folder, stream_tensors
 from llava_twophase.errors import UserError
 from llava_twophase.files import explain_os_errors, replace_file
+from llava_twophase.layers import as_tuple, describe
 
 POSITION_NOTE = (
     "llama.cpp places the CLS token after the patches (ggml-org/llama.cpp#25814, open): each patch gets its "
@@ -75,7 +76,7 @@ def export_gguf(projector: TrainedProjector, out: str | Path) -> Path:
     config = getattr(config, "vision_config", config)
     weights = projector.weights()
     _require_expressible(projector, config, weights)
-    layers = _layers(config, projector.select_layer)
+    layers = _layers(config, *as_tuple(projector.select_layer))
     processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
     path = Path(out)
     logging.getLogger("gguf").setLevel(logging.WARNING)
@@ -129,6 +130,8 @@ def _require_expressible(projector: TrainedProjector, config: Any, weights: dict
         problem = f"the projector is {kind}; llama.cpp's type 'mlp' is mlp2x_gelu only"
     elif projector.select_feature != "patch":
         problem = "the projector was trained with cls_patch; llama.cpp drops the CLS token"
+    elif len(as_tuple(projector.select_layer)) > 1:
+        problem = f"the projector reads {describe(projector.select_layer)}; llama.cpp's LLaVA reads one"
     elif act not in ("gelu", "quick_gelu"):
         problem = f"the tower's activation is {act}; llama.cpp knows gelu and quick_gelu"
     if problem is not None:

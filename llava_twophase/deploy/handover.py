@@ -14,12 +14,14 @@ from typing import Any
 from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.deploy.weights import model_folder
 from llava_twophase.errors import UserError
+from llava_twophase.layers import as_tuple, describe
 from llava_twophase.train.model.projector import projector_type
 from llava_twophase.train.stage_2 import (
     LLAVA_MODEL_TYPES,
     LLAVA_NEXT_MODEL_TYPES,
     Problem,
     generation_config_problem,
+    layers_problem,
     rope_problem,
     tower_problem,
 )
@@ -78,6 +80,7 @@ def run_checks(projector: TrainedProjector) -> Iterator[Check]:
     yield _check("generation_config.json", generation_config_problem(str(llm)), "valid, or there is none")
     yield _check_tokenizer(llm, base)
     yield _check_tower(tower, vision)
+    yield _check("mm_vision_select_layer", layers_problem(projector.select_layer), describe(projector.select_layer))
     yield Check(
         "image_aspect_ratio",
         f"trained with {projector.image_aspect_ratio}; LLaVA's recipe trains stage 1 with square and stage 2 with pad",
@@ -93,7 +96,7 @@ def stage_2_command(projector: TrainedProjector) -> str:
         f"--vision_tower {projector.vision_tower}",
         f"--pretrain_mm_mlp_adapter {projector.path}",
         f"--mm_projector_type {projector.projector_type}",
-        f"--mm_vision_select_layer {projector.select_layer}",
+        f"--mm_vision_select_layer {' '.join(map(str, as_tuple(projector.select_layer)))}",
         f"--mm_vision_select_feature {projector.select_feature}",
         "--mm_use_im_start_end False --mm_use_im_patch_token False",
         "--image_aspect_ratio pad --group_by_modality_length True",
@@ -104,7 +107,7 @@ def stage_2_command(projector: TrainedProjector) -> str:
 
 def _check_projector(projector: TrainedProjector, base: dict[str, Any], vision: dict[str, Any]) -> Check:
     shapes = {name: tuple(tensor.shape) for name, tensor in projector.weights().items() if tensor.ndim == 2}
-    hidden, width = base.get("hidden_size"), vision.get("hidden_size")
+    hidden, width = base.get("hidden_size"), vision.get("hidden_size", 0) * len(as_tuple(projector.select_layer))
     first, last = next(iter(shapes.values())), list(shapes.values())[-1]
     found = f"{projector.projector_type}, {first[1]} -> {last[0]}"
     stored = projector_type(projector.weights())

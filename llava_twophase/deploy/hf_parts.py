@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.deploy.weights import model_folder, tensor_names
 from llava_twophase.errors import UserError
+from llava_twophase.layers import as_tuple
 
 # Towers that transformers' LLaVA can hold, and whether they have a CLS token.
 _TOWERS = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}
@@ -116,7 +117,8 @@ def require_expressible(parts: HfParts, weights: dict[str, torch.Tensor]) -> Non
 
 def _require_shapes(parts: HfParts, weights: dict[str, torch.Tensor]) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    hidden, width = parts.text_config.hidden_size, parts.vision_config.hidden_size
+    hidden = parts.text_config.hidden_size
+    width = parts.vision_config.hidden_size * len(as_tuple(parts.projector.select_layer))
     expected = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
     if found != expected:
         raise UserError(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llava_twophase.errors import UserError
+from llava_twophase.layers import Layers, as_layers
 from llava_twophase.train.model.projector import FILE, build_projector, projector_type, read_projector
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -26,7 +27,8 @@ class TrainedProjector:
         projector_type: ``linear`` or ``mlpNx_gelu``.
         llm: Folder or hub id of the base LLM.
         vision_tower: Folder or hub id of the vision tower.
-        select_layer: Hidden state of the tower that the projector reads; -2 is the second to last.
+        select_layer: Hidden state of the tower that the projector reads; -2 is the second to last. Several are
+            concatenated on channels.
         select_feature: ``patch`` (without the CLS token) or ``cls_patch``.
         image_aspect_ratio: ``square`` or ``pad``.
         llm_dtype: Dtype that the LLM ran in; None where it is not recorded.
@@ -37,7 +39,7 @@ class TrainedProjector:
     projector_type: str
     llm: str
     vision_tower: str
-    select_layer: int
+    select_layer: Layers
     select_feature: str
     image_aspect_ratio: str
     llm_dtype: str | None = None
@@ -81,6 +83,7 @@ def find_projector(
         "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
     }
     recorded.update({name: value for name, value in overrides.items() if value is not None})
+    recorded["select_layer"] = as_layers(recorded["select_layer"])
     return TrainedProjector(
         path=path,
         projector_type=config.get("mm_projector_type") or projector_type(read_projector(path)),

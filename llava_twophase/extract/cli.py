@@ -17,6 +17,7 @@ from llava_twophase.distributed import ranks_from_environment
 from llava_twophase.errors import UserError, run_command
 from llava_twophase.extract.config import ExtractConfig
 from llava_twophase.extract.inputs import load_inputs
+from llava_twophase.layers import as_layers
 from llava_twophase.memory import is_out_of_memory
 from llava_twophase.records import Record
 from llava_twophase.versions import require_supported
@@ -86,7 +87,12 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
 
 def _add_feature_flags(add: Callable[..., Any]) -> None:
     add(
-        "--mm_vision_select_layer", type=int, default=-2, help="hidden state to store (default: -2, the second to last)"
+        "--mm_vision_select_layer",
+        type=int,
+        nargs="+",
+        default=[-2],
+        metavar="LAYER",
+        help="hidden state to store (default: -2, the second to last); several are concatenated on channels",
     )
     add("--mm_vision_select_feature", choices=("patch", "cls_patch"), default="patch", help="patch drops the CLS token")
     add("--image_aspect_ratio", choices=("square", "pad"), default="square", help="as in LLaVA (default: square)")
@@ -141,7 +147,7 @@ def make_config(args: argparse.Namespace) -> ExtractConfig:
         image_folder=args.image_folder,
         vision_tower=args.vision_tower,
         feature_cache=Path(args.feature_cache),
-        select_layer=args.mm_vision_select_layer,
+        select_layer=as_layers(args.mm_vision_select_layer),
         select_feature=args.mm_vision_select_feature,
         image_aspect_ratio=args.image_aspect_ratio,
         compute_dtype=COMPUTE_DTYPES[args.compute_dtype],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_twophase.layers import Layers
+
 
 @dataclass(frozen=True)
 class ExtractConfig:
@@ -15,7 +17,7 @@ class ExtractConfig:
         image_folder: What the records' image paths are relative to: a folder or an archive.
         vision_tower: Hub id or folder of the vision tower.
         feature_cache: The cache's directory.
-        select_layer: Hidden state to store.
+        select_layer: Hidden state to store, or several whose channels are concatenated.
         select_feature: ``patch`` or ``cls_patch``.
         image_aspect_ratio: ``square`` or ``pad``.
         compute_dtype: Dtype of the tower, such as ``bfloat16``.
@@ -35,7 +37,7 @@ class ExtractConfig:
     image_folder: str
     vision_tower: str
     feature_cache: Path
-    select_layer: int = -2
+    select_layer: Layers = -2
     select_feature: str = "patch"
     image_aspect_ratio: str = "square"
     compute_dtype: str = "bfloat16"

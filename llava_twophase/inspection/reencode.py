@@ -21,6 +21,7 @@ from llava_twophase.inspection import output
 from llava_twophase.inspection.compare import distance, print_worst, worst_images
 from llava_twophase.inspection.rows import CheckedRows
 from llava_twophase.inspection.summary import not_recorded
+from llava_twophase.layers import Layers, as_layers
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +131,7 @@ def load_tower(rows: CheckedRows, name: str | None, device: str) -> VisionTower:
     return tower
 
 
-def _settings(rows: CheckedRows) -> tuple[torch.dtype, int]:
+def _settings(rows: CheckedRows) -> tuple[torch.dtype, Layers]:
     import torch
 
     path, made = rows.cache.path, rows.cache.fingerprint
@@ -141,10 +142,11 @@ def _settings(rows: CheckedRows) -> tuple[torch.dtype, int]:
             "reencode needs a cache that the extraction command wrote"
         )
     dtype, layer = getattr(torch, str(made["compute_dtype"]), None), made["select_layer"]
-    if not isinstance(dtype, torch.dtype) or not isinstance(layer, int):
+    layers = layer if isinstance(layer, list) else [layer]
+    if not isinstance(dtype, torch.dtype) or not layers or not all(isinstance(number, int) for number in layers):
         found = f"compute_dtype {made['compute_dtype']!r} and select_layer {layer!r}"
         raise UserError(f"{path} records {found}; expected a torch dtype and an integer")
-    return dtype, layer
+    return dtype, as_layers(layer)
 
 
 def _add_image(

@@ -14,6 +14,7 @@ from llava_twophase.cache.format import FORMAT, MANIFEST, QUANTISED, SCHEMA, SHA
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.inspection import output
+from llava_twophase.layers import describe
 from llava_twophase.text import counted, format_bytes
 from llava_twophase.vision.families import FAMILIES
 
@@ -108,9 +109,11 @@ def made_by(cache: FeatureCache) -> str:
         return f"A program of its own made these features ({_own_name(made)}): {shape}."
     feature = made.get("select_feature")
     kept = _FEATURES.get(str(feature), f"({feature})" if feature is not None else f"(select_feature {_MISSING})")
-    dtype, layer = _recorded(made, "compute_dtype", "a dtype"), _recorded(made, "select_layer", "a layer")
+    dtype, layer = _recorded(made, "compute_dtype", "a dtype"), made.get("select_layer")
+    states = f"hidden state a layer ({_MISSING})" if layer is None else describe(layer)
+    verb = "were" if isinstance(layer, list) else "was"
     seen = _seen(made.get("image_aspect_ratio"))
-    return f"{_tower(cache)} saw {seen} in {dtype}; its hidden state {layer} {kept} was kept: {shape}."
+    return f"{_tower(cache)} saw {seen} in {dtype}; its {states} {kept} {verb} kept: {shape}."
 
 
 _MISSING = f"{output.NOT_RECORDED} in the fingerprint"

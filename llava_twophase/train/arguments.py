@@ -86,7 +86,7 @@ class Arguments:
         """Return the flags as typed and all values with defaults, ready for JSON."""
         return {
             "given": dict(self.given),
-            "model": asdict(self.model),
+            "model": {**asdict(self.model), "mm_vision_select_layer": self.model.select_layer},
             "data": asdict(self.data),
             "training": self.training.to_dict(),  # type: ignore[no-untyped-call]
         }

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from llava_twophase.layers import Layers, as_layers
+
 
 def _flag(default: Any, text: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": text, **extra})
@@ -29,7 +31,10 @@ class ModelArguments:
     tune_mm_mlp_adapter: bool = _flag(False, "must be True: stage 1 trains the projector alone")
     mm_tunable_parts: str | None = _flag(None, "LLaVA-NeXT's name for --tune_mm_mlp_adapter True: mm_mlp_adapter")
     pretrain_mm_mlp_adapter: str | None = _flag(None, "projector file to start from")
-    mm_vision_select_layer: int = _flag(-2, "hidden state of the tower")
+    mm_vision_select_layer: list[int] = field(
+        default_factory=lambda: [-2],
+        metadata={"help": "hidden state of the tower; several are concatenated on channels", "metavar": "LAYER"},
+    )
     mm_vision_select_feature: str = _flag("patch", "patch, or cls_patch to keep the CLS token")
     mm_patch_merge_type: str = _flag("flat", "stage 1 has one: flat")
     mm_use_im_start_end: bool = _flag(False, "must be False: it needs trained embeddings")
@@ -40,6 +45,11 @@ class ModelArguments:
     attn_implementation: str | None = _flag(None, "the LLM's attention: sdpa, flash_attention_2, eager")
     freeze_backbone: bool = _flag(False, "accepted: the LLM is always frozen here")
     mpt_attn_impl: str | None = _flag(None, "accepted and ignored: for MPT models only")
+
+    @property
+    def select_layer(self) -> Layers:
+        """``--mm_vision_select_layer``: a number for one layer."""
+        return as_layers(self.mm_vision_select_layer)
 
 
 @dataclass

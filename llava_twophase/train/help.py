@@ -134,7 +134,8 @@ def help_text(others: Iterable[argparse.Action] = ()) -> str:
     for subject, flags in shown.items():
         group = parser.add_argument_group(subject)
         for flag in flags:
-            default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+            shown_default = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
+            default = "" if shown_default in (None, "") else f" (default: {shown_default})"
             group.add_argument(f"--{flag.name}", *flag.aliases, metavar=flag.kind, help=flag.text + default)
     names = {f"--{flag.name}" for flags in shown.values() for flag in flags}
     rest = [action for action in others if action.option_strings[0] not in names]
@@ -158,4 +159,6 @@ def _flags_of(*groups: type[Any]) -> Iterable[Flag]:
             types = get_args(hints[item.name]) or (hints[item.name],)  # of `int | None`: int first
             kind = item.metadata.get("metavar") or _KINDS[types[0]]
             default = None if item.default is MISSING else item.default
+            if item.default_factory is not MISSING:
+                default = item.default_factory()
             yield Flag(item.name, kind, default, item.metadata["help"], item.metadata.get("aliases", ()))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
 from llava_twophase.compat import find_file
+from llava_twophase.layers import Layers, describe
 from llava_twophase.train.arguments import Arguments
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,11 @@ class Problem:
 def warn_about_stage_2(arguments: Arguments) -> None:
     """Log what LLaVA's stage 2 would read wrongly; training itself is not affected."""
     model, cache_dir = arguments.model, arguments.training.cache_dir
-    problems = [generation_config_problem(model.model_name_or_path, cache_dir), tower_problem(Path(model.vision_tower))]
+    problems = [
+        generation_config_problem(model.model_name_or_path, cache_dir),
+        tower_problem(Path(model.vision_tower)),
+        layers_problem(model.select_layer),
+    ]
     path = find_file(model.model_name_or_path, "config.json", cache_dir)
     if path is not None:
         problems.append(rope_problem(Path(path)))
@@ -103,6 +108,16 @@ def generation_config_problem(name: str, cache_dir: str | None = None) -> Proble
         lines = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- ")]
         return Problem(f"{name}: generation_config.json is contradictory: {' '.join(lines) or error}", fix)
     return None
+
+
+def layers_problem(layers: Layers) -> Problem | None:
+    """Check that a projector reads one hidden state: LLaVA's ``mm_vision_select_layer`` is a number."""
+    if isinstance(layers, int):
+        return None
+    return Problem(
+        f"the projector reads {describe(layers)}, concatenated on channels; LLaVA reads one hidden state",
+        "use: llava-use-projector export --to hf, or train on one layer",
+    )
 
 
 def tower_problem(folder: Path) -> Problem | None:

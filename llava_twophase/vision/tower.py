@@ -1,4 +1,4 @@
-"""The frozen vision tower, built only up to ``select_layer``: crops to patch features.
+"""The frozen vision tower, built only up to the deepest selected layer: crops to patch features.
 
 Shapes: B images, S the crop's side, L tokens out of the tower (577 for CLIP-L/14-336), D its width (1024).
 """
@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from llava_twophase.errors import UserError
+from llava_twophase.layers import Layers, as_tuple, from_the_end
 from llava_twophase.vision.families import FAMILIES, TowerFamily, refusal
 from llava_twophase.vision.preprocess import Preprocessor
 
@@ -39,7 +40,8 @@ class VisionTower:
     Args:
         name: Hub id or folder.
         preprocessor: The processor half that runs on the device.
-        select_layer: Which hidden state, as in LLaVA: -2 is the second to last.
+        select_layer: Which hidden state, as in LLaVA: -2 is the second to last. Several are concatenated on channels
+            in their order.
         select_feature: ``patch`` drops the CLS token where there is one, ``cls_patch`` keeps it. Register tokens are
             always dropped.
         dtype: Compute dtype.
@@ -57,7 +59,7 @@ class VisionTower:
         self,
         name: str,
         preprocessor: Preprocessor,
-        select_layer: int = -2,
+        select_layer: Layers = -2,
         select_feature: str = "patch",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -74,23 +76,26 @@ class VisionTower:
         self._keep_cls = select_feature == "cls_patch" and family.leading_tokens > 0
         side = _grid_side(name, family, config, preprocessor.image_size)
         self.grid = (side, side)
-        self.feature_shape = (side * side + self._keep_cls, config.hidden_size)
-        depth = _depth(config.num_hidden_layers, select_layer)
+        layers = as_tuple(select_layer)
+        self._depths = [_depth(config.num_hidden_layers, layer) for layer in layers]
+        if len(set(self._depths)) < len(layers):
+            raise UserError(f"--mm_vision_select_layer {' '.join(map(str, layers))}: a layer is listed twice")
+        self.feature_shape = (side * side + self._keep_cls, config.hidden_size * len(layers))
+        spelled = from_the_end(self._depths, config.num_hidden_layers)
         fields = (*_CONFIG_FIELDS, *family.config_fields)
-        self._fingerprint = {
+        self._fingerprint: dict[str, Any] = {
             "tower": {
                 **{field: getattr(config, field) for field in fields if hasattr(config, field)},
                 "num_hidden_layers": config.num_hidden_layers,
                 "attention": _attention(dtype),
             },
-            # One spelling for one layer: 23 of 24 is -2.
-            "select_layer": depth - config.num_hidden_layers - 1,
+            "select_layer": spelled[0] if len(spelled) == 1 else spelled,
             "select_feature": select_feature,
             "image_aspect_ratio": preprocessor.image_aspect_ratio,
             "processor": preprocessor.settings(),
             "compute_dtype": str(dtype).removeprefix("torch."),
         }
-        config.num_hidden_layers = depth
+        config.num_hidden_layers = max(self._depths)
         for option, value in family.without_head.items():
             setattr(config, option, value)
         self._model = _load(family, name, config, dtype)
@@ -120,11 +125,18 @@ class VisionTower:
 
     def _encode(self, crops: torch.Tensor) -> torch.Tensor:
         pixels = self.preprocessor.pixel_values(crops, self.dtype)  # [B, 3, S, S]
-        hidden: torch.Tensor = self._model(pixel_values=pixels).last_hidden_state  # [B, P + G * G, D]
+        hidden = self._hidden_states(pixels)  # [B, P + G * G, D]
         patches = hidden[:, self._prefix :]
         if not self._keep_cls:
             return patches
         return hidden if self._prefix == 1 else torch.cat([hidden[:, :1], patches], dim=1)
+
+    def _hidden_states(self, pixels: torch.Tensor) -> torch.Tensor:
+        if len(self._depths) == 1:
+            last: torch.Tensor = self._model(pixel_values=pixels).last_hidden_state
+            return last
+        states = self._model(pixel_values=pixels, output_hidden_states=self._depths).hidden_states
+        return torch.cat([states[depth] for depth in self._depths], dim=-1)
 
 
 def _vision_config(name: str) -> PretrainedConfig:

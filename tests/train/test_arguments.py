@@ -18,7 +18,7 @@ def parse(tmp_path):
 def test_published_recipe_has_llavas_values(parse):
     arguments = parse()
     training = arguments.training
-    assert arguments.model.mm_vision_select_layer == -2
+    assert arguments.model.select_layer == -2
     assert arguments.model.mm_projector_type == "mlp2x_gelu"
     assert training.bf16 and training.activation_checkpointing
     assert training.eval_strategy.value == "no"

@@ -61,6 +61,9 @@ def test_encode_is_bit_equal_to_hidden_states_at_every_layer(tmp_path, model_typ
             tower = tower_of(folder, select_layer=layer, select_feature=feature)
             assert tower.grid == (4, 4) and tower.feature_shape == tuple(expected.shape[1:])
             assert torch.equal(encode(tower), expected), (layer, feature)
+    several = tower_of(folder, select_layer=(-2, 0, -4))
+    assert several.feature_shape == (16, 96)
+    assert torch.equal(encode(several), torch.cat([states[layer][:, prefix:] for layer in (-2, 0, -4)], dim=-1))
 
 
 @pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.any_size])

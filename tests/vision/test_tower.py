@@ -70,6 +70,17 @@ def test_fingerprint_spells_a_layer_one_way(folder):
     assert counted.fingerprint()["select_layer"] == -2
 
 
+def test_fingerprint_of_several_layers_is_a_list(tiny_clip):
+    one, several = tower_of(tiny_clip), tower_of(tiny_clip, select_layer=(3, -5, 1))
+    assert tower_of(tiny_clip, select_layer=(-2,)).fingerprint() == one.fingerprint()
+    assert several.fingerprint() == {**one.fingerprint(), "select_layer": [-2, -5, -4]}
+
+
+def test_tower_refuses_a_layer_that_is_listed_twice(tiny_clip):
+    with pytest.raises(UserError, match="--mm_vision_select_layer -2 3: a layer is listed twice"):
+        tower_of(tiny_clip, select_layer=(-2, 3))
+
+
 def test_encode_ignores_the_text_tower_of_a_clip_model(tiny_clip, tiny_clip_full, crops):
     one, other = tower_of(tiny_clip), tower_of(tiny_clip_full)
     assert torch.equal(one.encode(crops), other.encode(crops))

@@ -109,7 +109,7 @@ def open_source(arguments: Arguments) -> FeatureSource:
     model, data = arguments.model, arguments.data
     settings = TowerSettings(
         vision_tower=model.vision_tower,
-        select_layer=model.mm_vision_select_layer,
+        select_layer=model.select_layer,
         select_feature=model.mm_vision_select_feature,
         image_aspect_ratio=data.image_aspect_ratio,
     )

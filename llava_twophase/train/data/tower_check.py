@@ -24,6 +24,7 @@ from llava_twophase.cache.fingerprint import differences
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import replace_file
+from llava_twophase.layers import Layers, from_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,13 @@ class TowerSettings:
 
     Attributes:
         vision_tower: Hub id or folder of the tower.
-        select_layer: Which hidden state.
+        select_layer: Which hidden state, or several whose channels are concatenated.
         select_feature: ``patch`` or ``cls_patch``.
         image_aspect_ratio: ``square`` or ``pad``.
     """
 
     vision_tower: str
-    select_layer: int
+    select_layer: Layers
     select_feature: str
     image_aspect_ratio: str
 
@@ -66,13 +67,13 @@ def check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
     fingerprint, tower = cache.fingerprint, cache.fingerprint.get("tower")
     layers = tower.get("num_hidden_layers") if isinstance(tower, dict) else None
     given = {
-        "select_layer": _from_the_end(settings.select_layer, layers),
+        "select_layer": from_the_end(settings.select_layer, layers),
         "select_feature": settings.select_feature,
         "image_aspect_ratio": settings.image_aspect_ratio,
     }
     found = {name: fingerprint[name] for name in given.keys() & fingerprint.keys()}
     if "select_layer" in found:
-        found["select_layer"] = _from_the_end(found["select_layer"], layers)
+        found["select_layer"] = from_the_end(found["select_layer"], layers)
     lines = differences(found, {name: given[name] for name in found})
     different = [f"{line} ({_FLAGS[line.partition(':')[0]]})" for line in lines]
     compared = None if different else compare_with_tower(fingerprint, settings)
@@ -102,11 +103,6 @@ def _report_unchecked(cache: FeatureCache, name: str, unchecked: list[str], towe
         )
     elif other:
         logger.info("%s: --vision_tower %s has the weights of the cache's tower.%s", cache.path, name, other)
-
-
-def _from_the_end(layer: Any, layers: Any) -> Any:
-    # One number for one layer: hidden state 23 of a tower of 24 layers is -2.
-    return layer - layers - 1 if isinstance(layer, int) and isinstance(layers, int) and layer >= 0 else layer
 
 
 def find_tower(name: str) -> Path | None:

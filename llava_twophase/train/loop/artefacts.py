@@ -59,7 +59,7 @@ def llava_config(base: PretrainedConfig, arguments: Arguments, mm_hidden_size: i
         "mm_use_im_patch_token": model.mm_use_im_patch_token,
         "mm_use_im_start_end": model.mm_use_im_start_end,
         "mm_vision_select_feature": model.mm_vision_select_feature,
-        "mm_vision_select_layer": model.mm_vision_select_layer,
+        "mm_vision_select_layer": model.select_layer,
         "mm_vision_tower": model.vision_tower,
         "tokenizer_model_max_length": training.model_max_length,
         "tokenizer_padding_side": "right",
