@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_twophase import __version__
-from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.cache.joined import open_caches
 from llava_twophase.deploy.captioner import Captioner, Placement
 from llava_twophase.deploy.inputs import NamedImage, list_images, thumbnail
 from llava_twophase.deploy.trained_projector import TrainedProjector
@@ -24,14 +24,14 @@ class CaptionOptions:
 
     Attributes:
         image_folder: Folder or archive of the records' images.
-        feature_cache: Cache whose images need no vision tower.
+        feature_cache: Cache whose images need no vision tower, or the cache of each joined tower.
         batch_size: Images of one batch.
         html: Page to write, or None.
         json: Print one JSON object per image.
     """
 
     image_folder: str | None
-    feature_cache: str | None
+    feature_cache: Sequence[str] | None
     batch_size: int
     html: str | None
     json: bool
@@ -47,7 +47,7 @@ def caption(projector: TrainedProjector, images: Sequence[str], placement: Place
         UserError: An image does not exist or a model cannot be loaded; nothing was captioned.
     """
     named = list_images(images, options.image_folder)
-    _require_existing(named, options.feature_cache)
+    _require_existing(named, options.feature_cache, projector.interpolate_patch_grid)
     captioner = Captioner.load(projector, placement, feature_cache=options.feature_cache)
     cards, failed = [], 0
     for image, text, error in _captions(captioner, named, options.batch_size):
@@ -67,12 +67,12 @@ def caption(projector: TrainedProjector, images: Sequence[str], placement: Place
     return 1 if failed else 0
 
 
-def _require_existing(images: Sequence[NamedImage], feature_cache: str | None) -> None:
+def _require_existing(images: Sequence[NamedImage], feature_cache: Sequence[str] | None, interpolate: bool) -> None:
     missing = [image.name for image in images if not image.exists]
-    if feature_cache is not None:
-        missing = FeatureCache(feature_cache).missing(missing)
+    if feature_cache:
+        missing = open_caches(feature_cache, interpolate).missing(missing)
     if missing:
-        where = "" if feature_cache is None else f", and are not in {feature_cache}"
+        where = f", and are not in {' and '.join(feature_cache)}" if feature_cache else ""
         raise combined_error(missing, f"{len(missing)} of {len(images)} images do not exist{where}")
 
 

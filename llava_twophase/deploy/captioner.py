@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.cache.joined import open_caches
 from llava_twophase.deploy.image_features import ImageFeatures, ImageInput
 from llava_twophase.deploy.trained_projector import TrainedProjector, find_projector, load_projector
 from llava_twophase.devices import choose_device
@@ -89,7 +89,7 @@ class Captioner:
         cls,
         run: str | Path | TrainedProjector,
         placement: Placement | None = None,
-        feature_cache: str | Path | None = None,
+        feature_cache: str | Path | Sequence[str | Path] | None = None,
         **overrides: Any,
     ) -> Captioner:
         """Load the models of a run. Everything that can be wrong is checked before the LLM's weights are read.
@@ -97,7 +97,7 @@ class Captioner:
         Args:
             run: An ``--output_dir``, a projector file, or what ``find_projector`` returned.
             placement: Device and dtype; the run's own by default.
-            feature_cache: Cache whose images need no vision tower.
+            feature_cache: Cache whose images need no vision tower; for joined towers the cache of each, in their order.
             overrides: As for ``find_projector``: ``llm``, ``vision_tower``, ``select_layer``, ...
 
         Returns:
@@ -109,13 +109,14 @@ class Captioner:
         """
         projector = run if isinstance(run, TrainedProjector) else find_projector(run, **overrides)
         placement = placement or Placement()
-        use_cache_if_unreachable([projector.llm, projector.vision_tower])
+        use_cache_if_unreachable([projector.llm, *projector.vision_towers])
         options = placement.llm_options(projector)
         device = options["device_map"][""]
         module = load_projector(projector)
         config, tokenizer = load_config_and_tokenizer(projector.llm)
         _require_width(projector, module, config.get_text_config().hidden_size)
-        cache = None if feature_cache is None else FeatureCache(feature_cache)
+        paths = [feature_cache] if isinstance(feature_cache, (str, Path)) else feature_cache
+        cache = open_caches(paths, projector.interpolate_patch_grid) if paths else None
         images = ImageFeatures(projector, device, cache)
         # The length of the image only limits the caption, which generation limits itself.
         template = PlainTemplate(load_caption_tokenizer(projector.llm, tokenizer), _MODEL_MAX_LENGTH, image_tokens=1)

@@ -133,7 +133,11 @@ def _add_run(parser: CommandParser) -> None:
 def _add_models(parser: CommandParser) -> None:
     add = parser.subject("models")
     add("--model_name_or_path", help="base LLM (default: that of config.json next to the projector)")
-    add("--vision_tower", help="vision tower (default: that of config.json)")
+    add(
+        "--vision_tower",
+        action="append",
+        help="vision tower (default: that of config.json); repeat the flag for joined towers",
+    )
     add(
         "--mm_vision_select_layer",
         type=int,
@@ -148,7 +152,11 @@ def _add_models(parser: CommandParser) -> None:
 def _add_sources(parser: CommandParser) -> None:
     add = parser.subject("images and features")
     add("--image_folder", help="folder, .zip or .tar of the records' images")
-    add("--feature_cache", help="feature cache; images that it has need no vision tower")
+    add(
+        "--feature_cache",
+        action="append",
+        help="feature cache; images that it has need no vision tower. For joined towers, repeat the flag in order",
+    )
 
 
 def _add_placement(parser: CommandParser) -> None:

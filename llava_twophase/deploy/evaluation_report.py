@@ -44,7 +44,7 @@ class EvaluationOptions:
     Attributes:
         data_path: Held-out records.
         image_folder: Folder or archive of their images, or None.
-        feature_cache: Cache of their images, or None.
+        feature_cache: Cache of their images, or the cache of each joined tower; or None.
         limit: Largest number of records.
         html: Page to write, or None.
         json: Print one JSON object.
@@ -53,7 +53,7 @@ class EvaluationOptions:
 
     data_path: str
     image_folder: str | None
-    feature_cache: str | None
+    feature_cache: Sequence[str] | None
     limit: int
     html: str | None
     json: bool

@@ -67,11 +67,12 @@ def export_gguf(projector: TrainedProjector, out: str | Path) -> Path:
         UserError: The tower is not a CLIP tower, the projector is not an MLP that llama.cpp knows, or the package
             ``gguf`` is missing.
     """
+    tower = projector.only_tower("llama.cpp's LLaVA")
     try:
         from gguf import GGUFWriter
     except ImportError:
         raise UserError("export --to gguf needs the package gguf: pip install 'llava-twophase[gguf]'") from None
-    folder = model_folder(projector.vision_tower, "--vision_tower")
+    folder = model_folder(tower, "--vision_tower")
     config = AutoConfig.from_pretrained(folder)
     config = getattr(config, "vision_config", config)
     weights = projector.weights()
@@ -139,8 +140,8 @@ def _require_expressible(projector: TrainedProjector, config: Any, weights: dict
     width = weights["0.weight"].shape[1]
     if width != config.hidden_size:
         raise UserError(
-            f"{projector.path} takes features of width {width}, {projector.vision_tower} gives {config.hidden_size}; "
-            "give the tower that it was trained with"
+            f"{projector.path} takes features of width {width}, {projector.vision_towers[0]} gives "
+            f"{config.hidden_size}; give the tower that it was trained with"
         )
 
 

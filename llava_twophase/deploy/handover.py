@@ -69,10 +69,10 @@ def run_checks(projector: TrainedProjector) -> Iterator[Check]:
     """Check the projector, the base LLM and the tower.
 
     Raises:
-        UserError: A model's folder cannot be found or read.
+        UserError: A model's folder cannot be found or read, or the projector reads joined features.
     """
-    llm = model_folder(projector.llm, "--model_name_or_path")
-    tower = model_folder(projector.vision_tower, "--vision_tower")
+    only_tower = projector.only_tower("LLaVA (also LLaVA-NeXT)")
+    llm, tower = model_folder(projector.llm, "--model_name_or_path"), model_folder(only_tower, "--vision_tower")
     base, vision = _config(llm, "text_config"), _config(tower, "vision_config")
     yield _check_projector(projector, base, vision)
     yield _check_base(base)
@@ -93,7 +93,7 @@ def stage_2_command(projector: TrainedProjector) -> str:
         f"--model_name_or_path {projector.llm}",
         "--version v1",
         "--data_path ./playground/data/llava_v1_5_mix665k.json --image_folder ./playground/data",
-        f"--vision_tower {projector.vision_tower}",
+        f"--vision_tower {projector.only_tower('LLaVA')}",
         f"--pretrain_mm_mlp_adapter {projector.path}",
         f"--mm_projector_type {projector.projector_type}",
         f"--mm_vision_select_layer {' '.join(map(str, as_tuple(projector.select_layer)))}",

@@ -66,8 +66,8 @@ def load_parts(projector: TrainedProjector) -> HfParts:
     Raises:
         UserError: A model cannot be found or its configuration cannot be read.
     """
-    llm = model_folder(projector.llm, "--model_name_or_path")
-    tower = model_folder(projector.vision_tower, "--vision_tower")
+    only_tower = projector.only_tower("transformers' LLaVA")
+    llm, tower = model_folder(projector.llm, "--model_name_or_path"), model_folder(only_tower, "--vision_tower")
     try:
         text, vision = AutoConfig.from_pretrained(llm), AutoConfig.from_pretrained(tower)
         processor = AutoImageProcessor.from_pretrained(tower, backend="pil")
@@ -122,6 +122,6 @@ def _require_shapes(parts: HfParts, weights: dict[str, torch.Tensor]) -> None:
     expected = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
     if found != expected:
         raise UserError(
-            f"{parts.projector.path} has {found}, but {parts.projector.llm} and {parts.projector.vision_tower} need "
+            f"{parts.projector.path} has {found}, but {parts.projector.llm} and {parts.tower_folder} need "
             f"{expected}; give the models that it was trained with"
         )

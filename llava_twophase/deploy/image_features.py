@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.cache.joined import AnyCache, caches_of
 from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.errors import UserError
-from llava_twophase.train.data.tower_check import TowerSettings, check_settings
+from llava_twophase.train.data.on_the_fly import load_towers
+from llava_twophase.train.data.tower_check import check_all_settings
 from llava_twophase.vision.images import BadImage, decode
+from llava_twophase.vision.joined import JoinedTowers
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.sources import ImageFolder
 from llava_twophase.vision.tower import VisionTower
@@ -30,25 +32,20 @@ class ImageFeatures:
     Args:
         projector: The trained projector.
         device: Where the tower runs, and where features go.
-        cache: Cache whose images are not encoded.
+        cache: Cache whose images are not encoded; for several towers, the joined caches of all.
 
     Raises:
-        UserError: The cache was made with a tower or settings that differ from the projector's.
+        UserError: A cache was made with a tower or settings that differ from the projector's, or there is not one for
+            each tower.
     """
 
-    def __init__(self, projector: TrainedProjector, device: torch.device, cache: FeatureCache | None = None) -> None:
+    def __init__(self, projector: TrainedProjector, device: torch.device, cache: AnyCache | None = None) -> None:
         self._projector = projector
         self._device = device
         self.cache = cache
-        self._tower: VisionTower | None = None
+        self._tower: VisionTower | JoinedTowers | None = None
         if cache is not None:
-            settings = TowerSettings(
-                vision_tower=projector.vision_tower,
-                select_layer=projector.select_layer,
-                select_feature=projector.select_feature,
-                image_aspect_ratio=projector.image_aspect_ratio,
-            )
-            check_settings(cache, settings)
+            check_all_settings(caches_of(cache), projector.tower_settings)
 
     def has(self, key: str) -> bool:
         """Return whether the cache has an image, so that the tower is not needed for it."""
@@ -58,7 +55,8 @@ class ImageFeatures:
         """Read one image.
 
         Returns:
-            Its row of the cache, ``[L, D]``, or its crop, ``uint8 [S, S, 3]``, for ``encode``.
+            Its row of the cache, ``[L, D]``, or its crop, ``uint8 [S, S, 3]``, for ``encode``; for joined towers the
+            crops of all, ``uint8 [N]``.
 
         Raises:
             UserError: The image cannot be used.
@@ -77,16 +75,15 @@ class ImageFeatures:
         rows = [next(encoded) if tensor.dtype == torch.uint8 else tensor.to(self._device) for tensor in prepared]
         return torch.stack(rows)
 
-    def _load_tower(self) -> VisionTower:
+    def _load_tower(self) -> VisionTower | JoinedTowers:
         if self._tower is None:
             projector = self._projector
-            self._tower = VisionTower(
-                name=projector.vision_tower,
-                preprocessor=Preprocessor(projector.vision_tower, projector.image_aspect_ratio),
-                select_layer=projector.select_layer,
-                select_feature=projector.select_feature,
-                dtype=getattr(torch, projector.tower_dtype or "float32"),
-                device=self._device,
+            self._tower = load_towers(
+                projector.tower_settings,
+                [Preprocessor(tower, projector.image_aspect_ratio) for tower in projector.vision_towers],
+                [getattr(torch, dtype or "float32") for dtype in projector.tower_dtypes],
+                self._device,
+                projector.interpolate_patch_grid,
             )
         return self._tower
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from llava_twophase.errors import UserError
+from llava_twophase.joining import parts_of_fingerprint
 from llava_twophase.layers import Layers, as_layers
+from llava_twophase.train.data.tower_check import TowerSettings
 from llava_twophase.train.model.projector import FILE, build_projector, projector_type, read_projector
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -26,24 +28,51 @@ class TrainedProjector:
         path: ``mm_projector.bin`` or another file with its weights.
         projector_type: ``linear`` or ``mlpNx_gelu``.
         llm: Folder or hub id of the base LLM.
-        vision_tower: Folder or hub id of the vision tower.
+        vision_towers: Folder or hub id of the vision tower, or of several whose features are joined on channels.
         select_layer: Hidden state of the tower that the projector reads; -2 is the second to last. Several are
             concatenated on channels.
         select_feature: ``patch`` (without the CLS token) or ``cls_patch``.
         image_aspect_ratio: ``square`` or ``pad``.
         llm_dtype: Dtype that the LLM ran in; None where it is not recorded.
-        tower_dtype: Dtype that the tower ran in; None where it is not recorded.
+        tower_dtypes: Dtype that each tower ran in; None where it is not recorded.
+        interpolate_patch_grid: Whether patch grids of other sizes are resampled to the first tower's.
     """
 
     path: Path
     projector_type: str
     llm: str
-    vision_tower: str
+    vision_towers: tuple[str, ...]
     select_layer: Layers
     select_feature: str
     image_aspect_ratio: str
     llm_dtype: str | None = None
-    tower_dtype: str | None = None
+    tower_dtypes: tuple[str | None, ...] = (None,)
+    interpolate_patch_grid: bool = False
+
+    @property
+    def tower_settings(self) -> list[TowerSettings]:
+        """What the projector reads of each tower."""
+        return [
+            TowerSettings(tower, self.select_layer, self.select_feature, self.image_aspect_ratio)
+            for tower in self.vision_towers
+        ]
+
+    def only_tower(self, system: str) -> str:
+        """Return the vision tower for a system that has one.
+
+        Args:
+            system: Its name, for the error.
+
+        Raises:
+            UserError: The projector reads the joined features of several towers.
+        """
+        if len(self.vision_towers) > 1:
+            raise UserError(
+                f"{self.path} reads the joined features of {len(self.vision_towers)} vision towers "
+                f"({', '.join(self.vision_towers)}), but {system} takes one tower and cannot load it; "
+                "llava-use-projector caption and evaluate can"
+            )
+        return self.vision_towers[0]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the projector's tensors under the names of its module: ``0.weight``, ``0.bias``, ``2.weight``, ..."""
@@ -51,14 +80,15 @@ class TrainedProjector:
 
 
 def find_projector(
-    run: str | Path, llm: str | None = None, vision_tower: str | None = None, **overrides: Any
+    run: str | Path, llm: str | None = None, vision_tower: str | Sequence[str] | None = None, **overrides: Any
 ) -> TrainedProjector:
     """Find the projector of a run, and the settings that it was trained with.
 
     Args:
         run: An ``--output_dir``, or a projector file; a ``config.json`` beside the file is used.
         llm: ``--model_name_or_path``; overrides what the configuration says.
-        vision_tower: ``--vision_tower``; overrides what the configuration says.
+        vision_tower: ``--vision_tower``, several for a projector of joined features; overrides what the configuration
+            says.
         overrides: ``select_layer``, ``select_feature`` or ``image_aspect_ratio``; None keeps the recorded value.
 
     Returns:
@@ -71,8 +101,9 @@ def find_projector(
     config, arguments = _json(path.with_name("config.json")), _json(path.with_name("arguments.json"))
     cache = _json(path.with_name("feature_cache.json"))
     llm = llm or config.get("_name_or_path")
-    vision_tower = vision_tower or config.get("mm_vision_tower")
-    absent = [flag for flag, value in (("--model_name_or_path", llm), ("--vision_tower", vision_tower)) if not value]
+    given = vision_tower or config.get("mm_vision_tower") or ()
+    towers = (given,) if isinstance(given, (str, Path)) else tuple(given)
+    absent = [flag for flag, value in (("--model_name_or_path", llm), ("--vision_tower", towers)) if not value]
     if absent:
         where = path.with_name("config.json")
         found = f"{where} does not name its models" if config else f"there is no {where} that names its models"
@@ -88,9 +119,10 @@ def find_projector(
         path=path,
         projector_type=config.get("mm_projector_type") or projector_type(read_projector(path)),
         llm=str(llm),
-        vision_tower=str(vision_tower),
+        vision_towers=tuple(map(str, towers)),
         llm_dtype=_llm_dtype(arguments.get("training", {})),
-        tower_dtype=_tower_dtype(arguments, cache),
+        tower_dtypes=_tower_dtypes(arguments, cache, len(towers)),
+        interpolate_patch_grid=bool(config.get("mm_interpolate_patch_grid")),
         **recorded,
     )
 
@@ -139,13 +171,16 @@ def _llm_dtype(training: Mapping[str, Any]) -> str | None:
     return "bfloat16" if training.get("bf16") else "float16" if training.get("fp16") else "float32"
 
 
-def _tower_dtype(arguments: Mapping[str, Any], cache: Mapping[str, Any]) -> str | None:
-    recorded: str | None = cache.get("fingerprint", {}).get("compute_dtype")
-    if recorded is not None or not arguments:
-        return recorded
-    # An on-the-fly run. LLaVA parity: its tower runs in fp16 unless the run is in bf16.
-    default = "bf16" if arguments["training"].get("bf16") else "fp16"
-    return _DTYPES[arguments["model"].get("compute_dtype") or default]
+def _tower_dtypes(arguments: Mapping[str, Any], cache: Mapping[str, Any], towers: int) -> tuple[str | None, ...]:
+    recorded = [part.get("compute_dtype") for part in parts_of_fingerprint(cache.get("fingerprint", {}))]
+    default = None
+    if arguments:
+        # An on-the-fly run. LLaVA parity: its tower runs in fp16 unless the run is in bf16.
+        name = arguments["model"].get("compute_dtype") or ("bf16" if arguments["training"].get("bf16") else "fp16")
+        default = _DTYPES[name]
+    if len(recorded) != towers:  # other towers were given
+        return (default,) * towers
+    return tuple(dtype or default for dtype in recorded)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from llava_twophase.compat import deepspeed_config
-from llava_twophase.train.flags import DataArguments, ModelArguments, TrainingFlags
+from llava_twophase.train.flags import DataArguments, ModelArguments, TrainingFlags, plain
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,11 @@ class Arguments:
         return None if samples == "auto" else int(samples), None if recompute == "auto" else int(recompute)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the flags as typed and all values with defaults, ready for JSON."""
+        """Return the flags as typed and all values with defaults, ready for JSON; a list of one value is the value."""
         return {
             "given": dict(self.given),
-            "model": {**asdict(self.model), "mm_vision_select_layer": self.model.select_layer},
-            "data": asdict(self.data),
+            "model": {name: plain(value) for name, value in asdict(self.model).items()},
+            "data": {name: plain(value) for name, value in asdict(self.data).items()},
             "training": self.training.to_dict(),  # type: ignore[no-untyped-call]
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from llava_twophase.compat import deepspeed_mismatches, zero_stage
+from llava_twophase.text import counted
 from llava_twophase.train.arguments import Arguments, ProjectorTrainingArguments
 from llava_twophase.train.data.conversation import TEMPLATES
 from llava_twophase.train.flags import DataArguments, ModelArguments
@@ -24,6 +25,7 @@ def flag_problems(arguments: Arguments, skip: Collection[str] = ()) -> list[tupl
     checks = [
         *_stage_one(model, training),
         *_data(data, training),
+        *_joined(model, data),
         *_without_effect(training),
         *_numbers(training),
         *_deepspeed(training),
@@ -96,6 +98,30 @@ def _data(data: DataArguments, training: ProjectorTrainingArguments) -> list[Che
             "sample_captions",
             bool(data.sample_captions) and not training.do_eval,
             "--sample_captions writes captions at each evaluation: give --eval_strategy steps or epoch too",
+        ),
+    ]
+
+
+def _joined(model: ModelArguments, data: DataArguments) -> list[Check]:
+    """Check the flags of joined towers and caches."""
+    towers, caches = len(model.vision_tower), len(data.feature_cache or [])
+    return [
+        (
+            "feature_cache" if towers > caches else "vision_tower",
+            bool(caches) and towers != caches,
+            f"{counted(caches, 'feature cache')} and {counted(towers, 'vision tower')} were given: joined caches need "
+            "the tower of each, as --vision_tower TOWER ... --feature_cache CACHE ... in the same order",
+        ),
+        (
+            "interpolate_patch_grid",
+            model.interpolate_patch_grid and towers == 1,
+            "--interpolate_patch_grid True: there is one vision tower and nothing to join; remove it",
+        ),
+        (
+            "interpolate_patch_grid",
+            model.interpolate_patch_grid and model.mm_vision_select_feature == "cls_patch",
+            "--interpolate_patch_grid True: a CLS token has no place in a patch grid; use --mm_vision_select_feature "
+            "patch",
         ),
     ]
 

@@ -15,14 +15,20 @@ def _flag(default: Any, text: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": text, **extra})
 
 
+def plain(value: Any) -> Any:
+    """Return the only element of a list of one, and any other value as it is: the form of a flag's value in JSON."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 @dataclass
 class ModelArguments:
     """The LLM, the tower and the projector between them."""
 
     model_name_or_path: str = field(metadata={"help": "base LLM: hub id or local folder; required", "metavar": "LLM"})
-    vision_tower: str = field(
+    vision_tower: list[str] = field(
         metadata={
-            "help": "vision tower: hub id or local folder; required, but not loaded with a cache",
+            "help": "vision tower: hub id or local folder; required, but not loaded with a cache. Several are joined "
+            "on channels, and the other flags of the tower apply to each",
             "metavar": "TOWER",
         }
     )
@@ -36,6 +42,9 @@ class ModelArguments:
         metadata={"help": "hidden state of the tower; several are concatenated on channels", "metavar": "LAYER"},
     )
     mm_vision_select_feature: str = _flag("patch", "patch, or cls_patch to keep the CLS token")
+    interpolate_patch_grid: bool = _flag(
+        False, "several towers: resample patch grids of other sizes to the first one's, bilinearly; otherwise an error"
+    )
     mm_patch_merge_type: str = _flag("flat", "stage 1 has one: flat")
     mm_use_im_start_end: bool = _flag(False, "must be False: it needs trained embeddings")
     mm_use_im_patch_token: bool = _flag(False, "must be False: it needs trained embeddings")
@@ -60,7 +69,12 @@ class DataArguments:
         metadata={"help": "records: LLaVA's JSON list or JSON lines; required", "metavar": "RECORDS"}
     )
     image_folder: str | None = _flag(None, "folder of the images; needed without --feature_cache")
-    feature_cache: str | None = _flag(None, "cache that phase one wrote; without it the tower runs in every step")
+    feature_cache: list[str] | None = _flag(
+        None,
+        "cache that phase one wrote; without it the tower runs in every step. For several --vision_tower, their caches "
+        "in the same order",
+        metavar="CACHE",
+    )
     image_aspect_ratio: str = _flag("square", "square or pad")
     eval_data_path: str | None = _flag(None, "records to evaluate on; needs --eval_strategy")
     eval_fraction: float = _flag(

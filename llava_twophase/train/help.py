@@ -28,7 +28,8 @@ _OTHERS = "Hugging Face Trainer's other flags"
 _SUBJECTS: Mapping[str, Sequence[str]] = {
     "models": (
         *("model_name_or_path", "vision_tower", "mm_projector_type", "pretrain_mm_mlp_adapter", "tune_mm_mlp_adapter"),
-        *("mm_tunable_parts", "version", "mm_vision_select_layer", "mm_vision_select_feature", "cache_dir"),
+        *("mm_tunable_parts", "version", "mm_vision_select_layer", "mm_vision_select_feature"),
+        *("interpolate_patch_grid", "cache_dir"),
     ),
     "data": (
         *("data_path", "feature_cache", "image_folder", "image_aspect_ratio", "model_max_length", "drop_quarantined"),

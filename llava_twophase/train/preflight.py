@@ -33,6 +33,8 @@ from llava_twophase.train.model.llm_config import check_data_fits
 from llava_twophase.train.model.load_llm import require_bits, require_generation_config, require_liger
 from llava_twophase.train.model.projector import build_projector, load_weights
 
+_SOURCE_FLAGS = ("feature_cache", "image_folder", "vision_tower", "mm_vision_select_layer", "interpolate_patch_grid")
+
 
 @dataclass
 class TrainingInputs:
@@ -124,7 +126,7 @@ def _check(arguments: Arguments, skip: Collection[str] = ()) -> tuple[dict[str, 
         ("liger", require_liger, ("use_liger_kernel",)),
         ("output", require_output, ("output_dir",)),
         ("records", _load_records, ("data_path", "eval_data_path", "eval_fraction", "image_folder")),
-        ("source", open_source, ("feature_cache", "image_folder", "vision_tower", "mm_vision_select_layer")),
+        ("source", open_source, _SOURCE_FLAGS),
         ("text", _load_text, ("model_name_or_path",)),
         ("projector", _require_projector, ("mm_projector_type", "pretrain_mm_mlp_adapter")),
         ("generation_config", require_generation_config, ("model_name_or_path",)),
@@ -132,9 +134,7 @@ def _check(arguments: Arguments, skip: Collection[str] = ()) -> tuple[dict[str, 
     results: dict[str, Any] = {}
     problems: list[str] = []
     model = arguments.model
-    use_cache_if_unreachable(
-        [model.model_name_or_path, *([] if arguments.data.feature_cache else [model.vision_tower])]
-    )
+    use_cache_if_unreachable([model.model_name_or_path, *([] if arguments.data.feature_cache else model.vision_tower)])
 
     def attempt(name: str, check: Callable[[], Any]) -> None:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,13 @@ class Problem:
 def warn_about_stage_2(arguments: Arguments) -> None:
     """Log what LLaVA's stage 2 would read wrongly; training itself is not affected."""
     model, cache_dir = arguments.model, arguments.training.cache_dir
+    if len(model.vision_tower) > 1:
+        logger.warning("%s", joined_problem(model.vision_tower))
+        return
+    (tower,) = model.vision_tower
     problems = [
         generation_config_problem(model.model_name_or_path, cache_dir),
-        tower_problem(Path(model.vision_tower)),
+        tower_problem(Path(tower)),
         layers_problem(model.select_layer),
     ]
     path = find_file(model.model_name_or_path, "config.json", cache_dir)
@@ -61,6 +66,15 @@ def warn_about_stage_2(arguments: Arguments) -> None:
         problems.append(rope_problem(Path(path)))
     for problem in filter(None, problems):
         logger.warning("LLaVA's stage 2, not this run: %s; %s", problem.found, problem.fix)
+
+
+def joined_problem(towers: Sequence[str]) -> str:
+    """Return why LLaVA cannot continue from a projector of joined towers, and what can use it."""
+    return (
+        f"LLaVA's stage 2, not this run: the projector reads the joined features of {len(towers)} vision towers "
+        f"({', '.join(towers)}); LLaVA and LLaVA-NeXT have one tower and cannot load it; llava-use-projector caption "
+        "and evaluate can"
+    )
 
 
 def rope_problem(path: Path) -> Problem | None:

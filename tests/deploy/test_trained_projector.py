@@ -14,9 +14,9 @@ from llava_twophase.train.model.projector import read_projector
 def test_find_projector_reads_the_settings_of_an_output_dir(trained):
     projector = find_projector(trained.run)
     assert projector.path == trained.run / "mm_projector.bin"
-    assert (projector.llm, projector.vision_tower) == (str(trained.llm), str(trained.tower))
+    assert (projector.llm, projector.vision_towers) == (str(trained.llm), (str(trained.tower),))
     assert (projector.projector_type, projector.select_layer, projector.select_feature) == ("mlp2x_gelu", -2, "patch")
-    assert (projector.llm_dtype, projector.tower_dtype) == ("float32", "float32")
+    assert (projector.llm_dtype, projector.tower_dtypes) == ("float32", ("float32",))
 
 
 def test_find_projector_prefers_given_models(trained):
@@ -86,4 +86,4 @@ def test_find_projector_knows_the_tower_dtype_of_an_on_the_fly_run(bf16, compute
     arguments["training"]["bf16"] = bf16
     arguments["model"]["compute_dtype"] = compute_dtype
     (run / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
-    assert find_projector(run).tower_dtype == expected
+    assert find_projector(run).tower_dtypes == (expected,)

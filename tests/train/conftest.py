@@ -59,9 +59,8 @@ def train_in_process(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, mo
         command = train_command(
             data_path=plain_set.json,
             model_name_or_path=tiny_llama,
-            vision_tower=tiny_clip,
             output_dir=tmp_path / name,
-            **{"feature_cache": plain_cache, **flags},
+            **{"vision_tower": tiny_clip, "feature_cache": plain_cache, **flags},
         )
         with caplog.at_level("INFO"):
             return main(command[1:]), bool(loads)

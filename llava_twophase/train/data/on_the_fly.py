@@ -1,6 +1,6 @@
 """Features computed in the training step, as LLaVA does: the baseline for parity tests and benchmarks.
 
-Data loader workers decode the images; the vision tower runs in the step.
+Data loader workers decode the images; the vision tower, or several joined ones, runs in the step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from llava_twophase.errors import UserError
 from llava_twophase.records import Record
 from llava_twophase.train.data.tower_check import TowerSettings
 from llava_twophase.vision.images import BadImage, decode
+from llava_twophase.vision.joined import JoinedPreprocessor, JoinedTowers
 from llava_twophase.vision.precheck import require_images
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.sources import ImageSource, open_images
@@ -30,23 +31,30 @@ class OnTheFlyFeatures:
 
     Args:
         image_folder: Folder, zip or uncompressed tar of the images.
-        settings: Which tower, and what of its output is used.
-        dtype: The tower's compute dtype.
-        device: Where the tower runs.
+        settings: Which towers, and what of their output is used; several are joined on channels.
+        dtype: The towers' compute dtype.
+        device: Where the towers run.
+        interpolate: Resample patch grids of other sizes to the first tower's.
 
     Raises:
-        UserError: The images or the image processor cannot be read.
+        UserError: The images or an image processor cannot be read.
     """
 
     def __init__(
-        self, image_folder: str, settings: TowerSettings, dtype: torch.dtype, device: torch.device | str
+        self,
+        image_folder: str,
+        settings: Sequence[TowerSettings],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        interpolate: bool = False,
     ) -> None:
-        self._settings = settings
+        self._settings = tuple(settings)
         self._dtype = dtype
         self._device = device
+        self._interpolate = interpolate
         self._images, self._image_folder = open_images(image_folder), image_folder
-        self._preprocessor = Preprocessor(settings.vision_tower, settings.image_aspect_ratio)
-        self._tower: VisionTower | None = None
+        self._preprocessors = [Preprocessor(part.vision_tower, part.image_aspect_ratio) for part in self._settings]
+        self._tower: VisionTower | JoinedTowers | None = None
 
     @property
     def fingerprint(self) -> None:
@@ -55,13 +63,13 @@ class OnTheFlyFeatures:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fingerprint of the tower; ``load`` comes first."""
+        """The fingerprint of the towers; ``load`` comes first."""
         assert self._tower is not None, "load() comes first"
         return {"on_the_fly": self._tower.fingerprint()}
 
     @property
     def encode(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Turn ``uint8 [B, S, S, 3]`` into features ``[B, L, D]`` in the tower's dtype; no gradient."""
+        """Turn ``uint8 [B, S, S, 3]`` (joined towers: ``[B, N]``) into features ``[B, L, D]``; no gradient."""
         return self._encode
 
     def usable(self, records: list[Record]) -> list[Record]:
@@ -77,19 +85,18 @@ class OnTheFlyFeatures:
         require_images(self._images, keys, self._image_folder, min(8, available_cpus()))
 
     def load(self) -> tuple[int, int]:
-        """Load the tower and return its feature shape: tokens and width of one image."""
-        self._tower = VisionTower(
-            name=self._settings.vision_tower,
-            preprocessor=self._preprocessor,
-            select_layer=self._settings.select_layer,
-            select_feature=self._settings.select_feature,
-            dtype=self._dtype,
-            device=self._device,
+        """Load the towers and return their feature shape: tokens and width of one image."""
+        self._tower = load_towers(
+            self._settings,
+            self._preprocessors,
+            [self._dtype] * len(self._settings),
+            self._device,
+            self._interpolate,
         )
         return self._tower.feature_shape
 
     def sample(self, key: str) -> dict[str, torch.Tensor]:
-        """Decode one image to ``crops uint8 [S, S, 3]``, in a data loader worker.
+        """Decode one image to ``crops uint8 [S, S, 3]`` (joined towers: ``[N]``), in a data loader worker.
 
         Raises:
             UserError: It cannot be used.
@@ -118,7 +125,7 @@ class OnTheFlyFeatures:
 
     def _crop(self, key: str) -> torch.Tensor:
         try:
-            return torch.from_numpy(self._preprocessor.crop(decode(self._images.read(key))))
+            return torch.from_numpy(join_preprocessors(self._preprocessors).crop(decode(self._images.read(key))))
         except BadImage as error:
             raise UserError(f"image {key}: {error}; fix the image, or remove its record") from None
 
@@ -129,6 +136,44 @@ class OnTheFlyFeatures:
     def __getstate__(self) -> dict[str, object]:
         """Pickle everything except the tower; a data loader worker only decodes images."""
         return {**self.__dict__, "_tower": None}
+
+
+def join_preprocessors(preprocessors: Sequence[Preprocessor]) -> Preprocessor | JoinedPreprocessor:
+    """Return one preprocessor for all towers; that of one tower itself."""
+    return preprocessors[0] if len(preprocessors) == 1 else JoinedPreprocessor(preprocessors)
+
+
+def load_towers(
+    settings: Sequence[TowerSettings],
+    preprocessors: Sequence[Preprocessor],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | str,
+    interpolate: bool,
+) -> VisionTower | JoinedTowers:
+    """Load a tower, or several to run as one.
+
+    Args:
+        settings: Which towers, and what of their output is used.
+        preprocessors: The preprocessor of each tower.
+        dtypes: The compute dtype of each tower.
+        device: Where the towers run.
+        interpolate: Resample patch grids of other sizes to the first tower's.
+
+    Raises:
+        UserError: A tower cannot be loaded, or the numbers of tokens differ without ``interpolate``.
+    """
+    towers = [
+        VisionTower(
+            name=part.vision_tower,
+            preprocessor=preprocessor,
+            select_layer=part.select_layer,
+            select_feature=part.select_feature,
+            dtype=dtype,
+            device=device,
+        )
+        for part, preprocessor, dtype in zip(settings, preprocessors, dtypes, strict=True)
+    ]
+    return towers[0] if len(towers) == 1 else JoinedTowers(towers, interpolate)
 
 
 class Thumbnails:

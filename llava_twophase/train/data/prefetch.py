@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_twophase.cache.codec import Codec
-from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.cache.joined import AnyCache, JoinedCodec
 
 # Several concurrent reads are faster than one; one core remains for the step itself.
 _THREADS = max(1, min(4, (os.cpu_count() or 1) - 1))
@@ -59,7 +59,7 @@ class PendingBatch:
         codec: Decodes its rows.
     """
 
-    def __init__(self, future: Future[_ReadBatch], codec: Codec) -> None:
+    def __init__(self, future: Future[_ReadBatch], codec: Codec | JoinedCodec) -> None:
         self._future, self._codec = future, codec
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
@@ -99,7 +99,7 @@ class PrefetchDataset(Dataset[PendingBatch]):
     Args:
         tokenize: Returns a sample's ``input_ids`` and ``labels``.
         collate: Makes a batch of samples; it may reorder them.
-        cache: The feature cache.
+        cache: The feature cache, or the joined caches.
         keys: The image key of each sample.
         batch_size: Largest B.
         batches_in_use: Batches that training uses at the same time: the steps of gradient accumulation.
@@ -113,7 +113,7 @@ class PrefetchDataset(Dataset[PendingBatch]):
         self,
         tokenize: Callable[[int], dict[str, torch.Tensor]],
         collate: Callable[[list[dict[str, torch.Tensor]]], Batch],
-        cache: FeatureCache,
+        cache: AnyCache,
         keys: Sequence[str],
         batch_size: int,
         batches_in_use: int = 1,

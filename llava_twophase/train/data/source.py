@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from llava_twophase.cache.joined import AnyCache, caches_of, open_caches
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.prefetch import Batch, PrefetchDataset
-from llava_twophase.train.data.tower_check import TowerSettings, check_settings
+from llava_twophase.train.data.tower_check import TowerSettings, check_all_settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,7 +40,7 @@ class FeatureSource(Protocol):
 
     @property
     def fingerprint(self) -> dict[str, Any] | None:
-        """The fingerprint of the feature cache, None without a cache."""
+        """The fingerprint of the feature cache or of the joined caches, None without a cache."""
 
     @property
     def identity(self) -> Any:
@@ -47,7 +48,7 @@ class FeatureSource(Protocol):
 
     @property
     def encode(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Turn ``uint8 [B, S, S, 3]`` into ``[B, L, D]`` in the training step; None where samples have features."""
+        """Turn the crops of samples into ``[B, L, D]`` in the training step; None where samples have features."""
 
     def usable(self, records: list[Record]) -> list[Record]:
         """Return the records to train on: without those of quarantined images if the user asks for it.
@@ -67,7 +68,7 @@ class FeatureSource(Protocol):
         """Get ready to give features, and return their shape: tokens and width of one image."""
 
     def sample(self, key: str) -> dict[str, torch.Tensor]:
-        """Return ``features [L, D]`` or ``crops uint8 [S, S, 3]`` of one image.
+        """Return ``features [L, D]`` or ``crops``, uint8, of one image.
 
         Raises:
             UserError: The image cannot be used.
@@ -101,18 +102,21 @@ class FeatureSource(Protocol):
 
 
 def open_source(arguments: Arguments) -> FeatureSource:
-    """Open the feature cache, or prepare the tower if there is none.
+    """Open the feature caches, or prepare the towers if there are none.
 
     Raises:
-        UserError: The cache cannot be read or was made with other settings; the images or the processor cannot be read.
+        UserError: A cache cannot be read or was made with other settings; the images or a processor cannot be read.
     """
     model, data = arguments.model, arguments.data
-    settings = TowerSettings(
-        vision_tower=model.vision_tower,
-        select_layer=model.select_layer,
-        select_feature=model.mm_vision_select_feature,
-        image_aspect_ratio=data.image_aspect_ratio,
-    )
+    settings = [
+        TowerSettings(
+            vision_tower=tower,
+            select_layer=model.select_layer,
+            select_feature=model.mm_vision_select_feature,
+            image_aspect_ratio=data.image_aspect_ratio,
+        )
+        for tower in model.vision_tower
+    ]
     if data.feature_cache is None:
         from llava_twophase.train.data.on_the_fly import OnTheFlyFeatures
 
@@ -123,42 +127,44 @@ def open_source(arguments: Arguments) -> FeatureSource:
             settings=settings,
             dtype=arguments.tower_dtype,
             device=arguments.training.device,
+            interpolate=model.interpolate_patch_grid,
         )
     thumbnails = None
     if data.sample_captions and data.image_folder is not None:
         from llava_twophase.train.data.on_the_fly import Thumbnails
 
         thumbnails = Thumbnails.open(data.image_folder)
-    return CachedFeatures(FeatureCache(data.feature_cache), settings, data.drop_quarantined, thumbnails)
+    cache = open_caches(data.feature_cache, model.interpolate_patch_grid)
+    return CachedFeatures(cache, settings, data.drop_quarantined, thumbnails)
 
 
 class CachedFeatures:
-    """Features from a cache that phase one or a ``CacheWriter`` wrote.
+    """Features from a cache that phase one or a ``CacheWriter`` wrote, or from several joined ones.
 
     Args:
-        cache: The cache.
-        settings: The run's flags, compared with the cache's fingerprint.
+        cache: The cache, or the joined caches.
+        settings: The run's flags for each cache, compared with its fingerprint.
         drop_quarantined: Drop records of quarantined images.
         thumbnails: Reads the images themselves, None if they are not at hand.
 
     Raises:
-        UserError: A field of the fingerprint differs from its flag.
+        UserError: A field of a fingerprint differs from its flag.
     """
 
     def __init__(
         self,
-        cache: FeatureCache,
-        settings: TowerSettings,
+        cache: AnyCache,
+        settings: Sequence[TowerSettings],
         drop_quarantined: bool = False,
         thumbnails: Thumbnails | None = None,
     ) -> None:
         self._cache, self._drop_quarantined = cache, drop_quarantined
-        self._thumbnails = thumbnails
-        check_settings(cache, settings)
+        self._caches, self._thumbnails = caches_of(cache), thumbnails
+        check_all_settings(self._caches, settings)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """The fingerprint of the cache."""
+        """The fingerprint of the cache, or of the joined caches."""
         return self._cache.fingerprint
 
     @property
@@ -181,24 +187,28 @@ class CachedFeatures:
         if not self._drop_quarantined:
             return records
         # An image that was quarantined once may have features by now.
-        quarantined = set(self._cache.missing(list(read_quarantine(self._cache.path))))
+        quarantined = {key for cache in self._caches for key in cache.missing(list(read_quarantine(cache.path)))}
         kept = [record for record in records if record.image not in quarantined]
         if len(kept) < len(records):
             logger.info("--drop_quarantined: %d of %d records dropped", len(records) - len(kept), len(records))
         if records and not kept:
-            raise UserError(f"--drop_quarantined drops all {len(records)} records: {self._cache.path} has none of them")
+            raise UserError(f"--drop_quarantined drops all {len(records)} records: {self._paths} has none of them")
         return kept
 
     def require(self, keys: Sequence[str]) -> None:
-        """Check that every image has features.
+        """Check that every image has features in every cache.
 
         Raises:
-            UserError: Some do not; all are counted and the first are listed.
+            UserError: Some do not; for each cache, all are counted and the first are listed.
         """
-        missing = self._cache.missing(keys)
-        if missing:
-            heading = f"{len(missing)} of {len(keys)} images have no features in {self._cache.path}"
-            raise combined_error(missing, f"{heading}; {self._advice(missing)}")
+        problems = []
+        for cache in self._caches:
+            missing = cache.missing(keys)
+            if missing:
+                heading = f"{len(missing)} of {len(keys)} images have no features in {cache.path}"
+                problems.append(str(combined_error(missing, f"{heading}; {_advice(cache, missing)}")))
+        if problems:
+            raise UserError("\n".join(problems))
 
     def load(self) -> tuple[int, int]:
         """Return the feature shape: tokens and width of one image."""
@@ -236,12 +246,9 @@ class CachedFeatures:
             device=device,
         )
 
-    def _advice(self, missing: Sequence[str]) -> str:
-        quarantined = read_quarantine(self._cache.path).keys() & set(missing)
-        if quarantined:
-            found = f"{len(quarantined)} of them are in its quarantine.jsonl"
-            return f"{found}: --drop_quarantined True drops their records"
-        return "extract them first"
+    @property
+    def _paths(self) -> str:
+        return " joined with ".join(str(cache.path) for cache in self._caches)
 
     def _with_stored_keys(self, records: list[Record]) -> list[Record]:
         """Return the records with image keys in the Unicode form that the cache has; macOS decomposes accents."""
@@ -253,5 +260,13 @@ class CachedFeatures:
             stored |= {key: other for key, other in others.items() if other not in absent}
         if not stored:
             return records
-        logger.info("%s has %d of the images in another Unicode form", self._cache.path, len(stored))
+        logger.info("%s has %d of the images in another Unicode form", self._paths, len(stored))
         return [replace(record, image=stored.get(record.image, record.image)) for record in records]
+
+
+def _advice(cache: FeatureCache, missing: Sequence[str]) -> str:
+    quarantined = read_quarantine(cache.path).keys() & set(missing)
+    if quarantined:
+        found = f"{len(quarantined)} of them are in its quarantine.jsonl"
+        return f"{found}: --drop_quarantined True drops their records"
+    return "extract them first"

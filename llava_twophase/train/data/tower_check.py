@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import replace_file
 from llava_twophase.layers import Layers, from_the_end
+from llava_twophase.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,27 @@ class TowerSettings:
     select_layer: Layers
     select_feature: str
     image_aspect_ratio: str
+
+
+def check_all_settings(caches: Sequence[FeatureCache], settings: Sequence[TowerSettings]) -> None:
+    """Check each cache against the settings of its tower, as ``check_settings`` does.
+
+    Raises:
+        UserError: The numbers of caches and towers differ, or a cache does not match; all that do not are reported.
+    """
+    if len(caches) != len(settings):
+        raise UserError(
+            f"{counted(len(caches), 'feature cache')} and {counted(len(settings), 'vision tower')} were given; "
+            "expected the cache of each tower, in the same order"
+        )
+    problems = []
+    for cache, part in zip(caches, settings, strict=True):
+        try:
+            check_settings(cache, part)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def check_settings(cache: FeatureCache, settings: TowerSettings) -> None:

@@ -15,6 +15,7 @@ from llava_twophase.files import replace_file
 from llava_twophase.plots import loss_figure, missing_matplotlib
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
+from llava_twophase.train.flags import plain
 from llava_twophase.train.model.projector import FILE, save_projector
 from llava_twophase.train.stage_2 import LLAVA_MODEL_TYPES, LLAVA_NEXT_MODEL_TYPES
 
@@ -34,10 +35,11 @@ def llava_config(base: PretrainedConfig, arguments: Arguments, mm_hidden_size: i
     Args:
         base: The LLM's configuration.
         arguments: The run's arguments.
-        mm_hidden_size: Tower width, 1024 for CLIP-L.
+        mm_hidden_size: Tower width, 1024 for CLIP-L; the sum of all widths for joined towers.
 
     Returns:
-        The LLM's own fields under their old and new names, and LLaVA's fields.
+        The LLM's own fields under their old and new names, and LLaVA's fields. For joined towers, ``mm_vision_tower``
+        is a list, which LLaVA does not load, and ``mm_interpolate_patch_grid`` is added.
     """
     model, data, training = arguments.model, arguments.data, arguments.training
     config = base.to_dict()
@@ -60,12 +62,14 @@ def llava_config(base: PretrainedConfig, arguments: Arguments, mm_hidden_size: i
         "mm_use_im_start_end": model.mm_use_im_start_end,
         "mm_vision_select_feature": model.mm_vision_select_feature,
         "mm_vision_select_layer": model.select_layer,
-        "mm_vision_tower": model.vision_tower,
+        "mm_vision_tower": plain(model.vision_tower),
         "tokenizer_model_max_length": training.model_max_length,
         "tokenizer_padding_side": "right",
         "tune_mm_mlp_adapter": True,
         "use_mm_proj": True,
     }
+    if len(model.vision_tower) > 1:
+        config["mm_interpolate_patch_grid"] = model.interpolate_patch_grid
     if model.mm_tunable_parts is not None:
         config["mm_tunable_parts"] = model.mm_tunable_parts
     return config
@@ -91,7 +95,8 @@ def write_artefacts(
         projector: The trained projector.
         config: As ``llava_config`` returns it.
         arguments: The run's arguments, as typed and with all defaults, written as ``arguments.json``.
-        features: Fingerprint of the feature cache, written as ``feature_cache.json``; None for on-the-fly runs.
+        features: Fingerprint of the feature cache or of the joined caches, written as ``feature_cache.json``; None for
+            on-the-fly runs.
 
     Returns:
         The projector's file, which is written last.
@@ -99,7 +104,9 @@ def write_artefacts(
     write_json(folder / CONFIG, config)
     write_json(folder / "arguments.json", arguments.to_dict())
     if features is not None:
-        write_json(folder / "feature_cache.json", {"path": arguments.data.feature_cache, "fingerprint": features})
+        write_json(
+            folder / "feature_cache.json", {"path": plain(arguments.data.feature_cache), "fingerprint": features}
+        )
     draw_losses(folder / "trainer_state.json", folder / "loss.png")
     return save_projector(projector, folder)
 

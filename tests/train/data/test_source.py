@@ -31,7 +31,7 @@ def source_of(tmp_path):
 
     def open_cache(fingerprint, settings=SETTINGS):
         path, _, _ = make_cache(tmp_path / "cache", fingerprint=fingerprint)
-        return CachedFeatures(FeatureCache(path), settings)
+        return CachedFeatures(FeatureCache(path), [settings])
 
     return open_cache
 
@@ -128,7 +128,7 @@ def quarantining(tmp_path):
     """A source that drops records of quarantined images: one is in the cache by now, one is not."""
     path, keys, _ = make_cache(tmp_path / "cache", fingerprint=FINGERPRINT)
     write_quarantine(path, [Quarantined(keys[0], "was empty"), Quarantined("bad.jpg", "is empty")])
-    return CachedFeatures(FeatureCache(path), SETTINGS, drop_quarantined=True), keys
+    return CachedFeatures(FeatureCache(path), [SETTINGS], drop_quarantined=True), keys
 
 
 def record(key):

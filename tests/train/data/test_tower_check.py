@@ -44,7 +44,7 @@ def open_cache(fingerprint, tmp_path):
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     manifest["provenance"]["vision_tower"] = "clip"
     (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return lambda name: CachedFeatures(FeatureCache(path), settings_of(name))
+    return lambda name: CachedFeatures(FeatureCache(path), [settings_of(name)])
 
 
 def change_weights(tower):

@@ -40,7 +40,7 @@ def samples_of(tiny_llama, tmp_path):
     output.mkdir()
 
     def make(thumbnails=None):
-        source = CachedFeatures(FeatureCache(cache), SETTINGS, thumbnails=thumbnails)
+        source = CachedFeatures(FeatureCache(cache), [SETTINGS], thumbnails=thumbnails)
         return CaptionSamples(model, template, tokenizer, records, source, output)
 
     return make
