@@ -105,7 +105,7 @@ def read_run(folder: Path) -> Run:
         UserError: It is not a finished run.
     """
     parts = _read(folder, "arguments.json")
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = dict(parts.get("projector", {}))  # runs of earlier versions do not have it
     for name in _PARTS:
         part = parts.get(name)
         if not isinstance(part, dict):

@@ -85,18 +85,21 @@ def importers(folder, *forbidden, at_import_only=False, allowed=()):
 
 
 def test_every_folder_of_the_architecture_exists():
-    assert {"vision", "cache", "extract", "train", "inspection", "deploy"} <= {path.name for path in PACKAGE.iterdir()}
+    assert {"vision", "cache", "projectors", "extract", "train", "inspection", "deploy"} <= {
+        path.name for path in PACKAGE.iterdir()
+    }
 
 
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
-        ("cache", ["extract", "train", "vision", "inspection", "deploy"]),
+        ("cache", ["extract", "train", "vision", "inspection", "deploy", "projectors"]),
         ("vision", ["cache", "extract", "train", "inspection", "deploy"]),
         ("extract", ["train", "inspection", "deploy"]),
         ("train", ["extract", "inspection", "deploy"]),
         ("inspection", ["extract", "train", "deploy"]),
         ("deploy", ["extract", "inspection"]),
+        ("projectors", ["cache", "extract", "train", "vision", "inspection", "deploy"]),
     ],
 )
 def test_layers(folder, forbidden):

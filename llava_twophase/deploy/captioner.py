@@ -154,7 +154,8 @@ class Captioner:
 
 
 def _require_width(projector: TrainedProjector, module: torch.nn.Module, width: int) -> None:
-    found = list(module.parameters())[-1].shape[0]  # the bias of the last layer
+    spec = projector.spec
+    found = list(module.parameters())[-1].shape[0] if spec is None else spec.llm_width  # the bias of the last layer
     if found != width:
         raise UserError(
             f"{projector.path} gives features of width {found}, but {projector.llm} takes {width}; give the LLM that "

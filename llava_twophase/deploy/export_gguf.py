@@ -124,11 +124,14 @@ def _add_vision_keys(writer: Any, config: Any, *, layers: int, mean: list[float]
 
 def _require_expressible(projector: TrainedProjector, config: Any, weights: dict[str, torch.Tensor]) -> None:
     tower, kind, act = config.model_type, projector.projector_type, getattr(config, "hidden_act", None)
+    if kind != "mlp2x_gelu":
+        raise UserError(
+            f"the projector is {kind}; llama.cpp's type 'mlp' is mlp2x_gelu only, so it cannot be exported; "
+            "llava-use-projector caption and evaluate run it"
+        )
     problem = None
     if tower != "clip_vision_model":
         problem = f"the vision tower is a {tower}; llama.cpp's LLaVA projector goes with CLIP only"
-    elif kind != "mlp2x_gelu":
-        problem = f"the projector is {kind}; llama.cpp's type 'mlp' is mlp2x_gelu only"
     elif projector.select_feature != "patch":
         problem = "the projector was trained with cls_patch; llama.cpp drops the CLS token"
     elif len(as_tuple(projector.select_layer)) > 1:

@@ -15,6 +15,7 @@ from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.deploy.weights import model_folder
 from llava_twophase.errors import UserError
 from llava_twophase.layers import as_tuple, describe
+from llava_twophase.projectors.names import is_llava
 from llava_twophase.train.model.projector import projector_type
 from llava_twophase.train.stage_2 import (
     LLAVA_MODEL_TYPES,
@@ -47,21 +48,22 @@ def handover(projector: TrainedProjector, as_json: bool) -> int:
 
     Args:
         projector: The trained projector.
-        as_json: Print one JSON object.
+        as_json: Print one JSON object; its command is null for a projector that LLaVA does not have.
 
     Returns:
         0, or 1 if a check found a problem.
     """
     checks = list(run_checks(projector))
-    command = stage_2_command(projector)
+    command = stage_2_command(projector) if is_llava(projector.projector_type) else None
     if as_json:
         print(json.dumps({"checks": [asdict(check) for check in checks], "command": command}, indent=1))
     else:
         for check in checks:
             fix = f"; {check.fix}" if check.fix else ""
             print(f"{'PROBLEM' if check.fix else 'ok':<8} {check.what}: {check.found}{fix}")
-        print("\nLLaVA's stage 2, in its repository (scripts/v1_5/finetune.sh has the rest of the recipe):\n")
-        print(command)
+        if command is not None:
+            print("\nLLaVA's stage 2, in its repository (scripts/v1_5/finetune.sh has the rest of the recipe):\n")
+            print(command)
     return 1 if any(check.fix for check in checks) else 0
 
 
@@ -106,6 +108,12 @@ def stage_2_command(projector: TrainedProjector) -> str:
 
 
 def _check_projector(projector: TrainedProjector, base: dict[str, Any], vision: dict[str, Any]) -> Check:
+    if not is_llava(projector.projector_type):
+        return Check(
+            "projector",
+            projector.projector_type,
+            "LLaVA has linear and mlpNx_gelu only and refuses others; llava-use-projector caption and evaluate run it",
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in projector.weights().items() if tensor.ndim == 2}
     hidden, width = base.get("hidden_size"), vision.get("hidden_size", 0) * len(as_tuple(projector.select_layer))
     first, last = next(iter(shapes.values())), list(shapes.values())[-1]

@@ -95,7 +95,10 @@ def require_expressible(parts: HfParts, weights: dict[str, torch.Tensor]) -> Non
     """
     kind, tower, llm = parts.projector.projector_type, parts.vision_config.model_type, parts.text_config.model_type
     if kind != "mlp2x_gelu":
-        raise UserError(f"the projector is {kind}; transformers' LLaVA has mlp2x_gelu only, so it cannot be exported")
+        raise UserError(
+            f"the projector is {kind}; transformers' LLaVA has mlp2x_gelu only, so it cannot be exported; "
+            "llava-use-projector caption and evaluate run it"
+        )
     if tower not in _TOWERS:
         raise UserError(f"the vision tower is a {tower}; transformers' LLaVA takes {', '.join(_TOWERS)}")
     if parts.projector.select_feature == "cls_patch" and not _TOWERS[tower]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from torch import nn
 from llava_twophase.errors import UserError
 from llava_twophase.joining import parts_of_fingerprint
 from llava_twophase.layers import Layers, as_layers
+from llava_twophase.projectors.build import ProjectorSpec, build_projector, recorded_spec
+from llava_twophase.projectors.find import source_digests
+from llava_twophase.projectors.names import is_llava
 from llava_twophase.train.data.tower_check import TowerSettings
-from llava_twophase.train.model.projector import FILE, build_projector, projector_type, read_projector
+from llava_twophase.train.model.projector import FILE, projector_type, read_projector
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -26,7 +32,7 @@ class TrainedProjector:
 
     Attributes:
         path: ``mm_projector.bin`` or another file with its weights.
-        projector_type: ``linear`` or ``mlpNx_gelu``.
+        projector_type: ``linear``, ``mlpNx_gelu``, or a type that LLaVA does not have.
         llm: Folder or hub id of the base LLM.
         vision_towers: Folder or hub id of the vision tower, or of several whose features are joined on channels.
         select_layer: Hidden state of the tower that the projector reads; -2 is the second to last. Several are
@@ -36,6 +42,8 @@ class TrainedProjector:
         llm_dtype: Dtype that the LLM ran in; None where it is not recorded.
         tower_dtypes: Dtype that each tower ran in; None where it is not recorded.
         interpolate_patch_grid: Whether patch grids of other sizes are resampled to the first tower's.
+        spec: What a projector that LLaVA does not have is built from; None for LLaVA's own types.
+        source: Digests of the files that its classes came from, by module name.
     """
 
     path: Path
@@ -48,6 +56,8 @@ class TrainedProjector:
     llm_dtype: str | None = None
     tower_dtypes: tuple[str | None, ...] = (None,)
     interpolate_patch_grid: bool = False
+    spec: ProjectorSpec | None = None
+    source: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tower_settings(self) -> list[TowerSettings]:
@@ -115,9 +125,17 @@ def find_projector(
     }
     recorded.update({name: value for name, value in overrides.items() if value is not None})
     recorded["select_layer"] = as_layers(recorded["select_layer"])
+    kind, spec = config.get("mm_projector_type") or projector_type(read_projector(path)), recorded_spec(config)
+    if spec is None and not is_llava(kind):
+        raise UserError(
+            f"{path.with_name('config.json')} has mm_projector_type {kind} without mm_projector_input, which this "
+            "project's training writes; expected linear, mlpNx_gelu, or a run of this project"
+        )
     return TrainedProjector(
         path=path,
-        projector_type=config.get("mm_projector_type") or projector_type(read_projector(path)),
+        projector_type=kind,
+        spec=spec,
+        source=config.get("mm_projector_source", {}),
         llm=str(llm),
         vision_towers=tuple(map(str, towers)),
         llm_dtype=_llm_dtype(arguments.get("training", {})),
@@ -135,21 +153,39 @@ def load_projector(run: str | Path | TrainedProjector, **overrides: Any) -> nn.M
         overrides: As for ``find_projector``.
 
     Returns:
-        A module ``[B, L, D] -> [B, L, H]`` on the CPU, in the dtype of its file.
+        A module ``[B, L, D] -> [B, L', H]`` on the CPU in evaluation mode, in the dtype of its file.
 
     Raises:
         UserError: The file cannot be read, or its shapes do not form the projector that its configuration says.
     """
     projector = run if isinstance(run, TrainedProjector) else find_projector(run, **overrides)
     weights = projector.weights()
-    matrices = [tensor for tensor in weights.values() if tensor.ndim == 2]
-    module = build_projector(projector.projector_type, matrices[0].shape[1], matrices[-1].shape[0])
+    module = _build(projector, weights)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if found != expected:
         raise UserError(f"{projector.path} has {found}, but a {projector.projector_type} projector has {expected}")
-    module.to(matrices[0].dtype).load_state_dict(weights)
-    return module.requires_grad_(False)
+    dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
+    module.to(dtype).load_state_dict(weights)
+    return module.requires_grad_(False).eval()
+
+
+def _build(projector: TrainedProjector, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    spec = projector.spec
+    if spec is None:
+        matrices = [tensor for tensor in weights.values() if tensor.ndim == 2]
+        return build_projector(projector.projector_type, matrices[0].shape[1], matrices[-1].shape[0])
+    module = build_projector(spec.kind, spec.tower_width, spec.llm_width, spec.patches, spec.kwargs)
+    found = source_digests(module)
+    changed = sorted(
+        name for name in found.keys() | projector.source.keys() if found.get(name) != projector.source.get(name)
+    )
+    if changed:
+        logger.warning(
+            "%s was trained with another version of the source of %s; what it computes may differ",
+            *(projector.path, ", ".join(changed)),
+        )
+    return module
 
 
 def _projector_file(run: Path) -> Path:

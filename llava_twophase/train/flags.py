@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_twophase.layers import Layers, as_layers
+from llava_twophase.projectors.names import SHIPPED, parse_kwargs
 
 
 def _flag(default: Any, text: str, **extra: Any) -> Any:
@@ -33,7 +34,14 @@ class ModelArguments:
         }
     )
     version: str = _flag("plain", "conversation template; stage 1 has one: plain")
-    mm_projector_type: str = _flag("linear", "linear, or mlp2x_gelu for LLaVA-1.5")
+    mm_projector_type: str = _flag(
+        "linear",
+        f"linear, or mlp2x_gelu for LLaVA-1.5; also {', '.join(SHIPPED)}, and package.module:ClassName for an "
+        "nn.Module of your own",
+    )
+    mm_projector_kwargs: str | None = _flag(
+        None, "arguments of a projector that is not LLaVA's, as a JSON object", metavar="JSON"
+    )
     tune_mm_mlp_adapter: bool = _flag(False, "must be True: stage 1 trains the projector alone")
     mm_tunable_parts: str | None = _flag(None, "LLaVA-NeXT's name for --tune_mm_mlp_adapter True: mm_mlp_adapter")
     pretrain_mm_mlp_adapter: str | None = _flag(None, "projector file to start from")
@@ -59,6 +67,15 @@ class ModelArguments:
     def select_layer(self) -> Layers:
         """``--mm_vision_select_layer``: a number for one layer."""
         return as_layers(self.mm_vision_select_layer)
+
+    @property
+    def projector_kwargs(self) -> dict[str, Any]:
+        """``--mm_projector_kwargs`` as a dictionary, empty without the flag.
+
+        Raises:
+            UserError: It is not a JSON object.
+        """
+        return parse_kwargs(self.mm_projector_kwargs)
 
 
 @dataclass

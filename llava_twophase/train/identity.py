@@ -23,6 +23,7 @@ _FLAGS = {
     "tokenizer": "tokenizer of --model_name_or_path",
     "features": "--feature_cache, or --vision_tower and its flags",
     "llm": "--model_name_or_path",
+    "mm_projector_source": "the source file of --mm_projector_type; restore it to resume",
     "dtype": "--bf16 or --fp16",
     "zero_stage": "--deepspeed",
     "learning_rate": "--learning_rate or --mm_projector_lr",
@@ -36,7 +37,7 @@ def run_identity(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]
 
     The length of the run is not part of it: a run may be continued for longer.
     """
-    return {**_data(arguments, inputs), **_model(arguments), **_optimization(arguments)}
+    return {**_data(arguments, inputs), **_model(arguments), **_projector(inputs), **_optimization(arguments)}
 
 
 def identity_differences(found: dict[str, Any], expected: dict[str, Any], name: str) -> list[str]:
@@ -79,6 +80,12 @@ def _model(arguments: Arguments) -> dict[str, Any]:
         "mm_projector_type": model.mm_projector_type,
         "pretrain_mm_mlp_adapter": _file_digest(model.pretrain_mm_mlp_adapter),
     }
+
+
+def _projector(inputs: TrainingInputs) -> dict[str, Any]:
+    # LLaVA's own types have neither, as in checkpoints of earlier versions.
+    names = ("mm_projector_kwargs", "mm_projector_source")
+    return {name: inputs.projector_record[name] for name in names if name in inputs.projector_record}
 
 
 def _optimization(arguments: Arguments) -> dict[str, Any]:

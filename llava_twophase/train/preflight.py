@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,13 @@ from transformers import set_seed
 
 from llava_twophase.errors import UserError, combined_error, short_repr
 from llava_twophase.hub import use_cache_if_unreachable
+from llava_twophase.projectors.build import (
+    ProjectorSpec,
+    build_projector,
+    check_projector,
+    projector_record,
+    require_projector,
+)
 from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.conversation import PlainTemplate
@@ -31,7 +39,9 @@ from llava_twophase.train.environment import (
 from llava_twophase.train.llm_files import load_config_and_tokenizer
 from llava_twophase.train.model.llm_config import check_data_fits
 from llava_twophase.train.model.load_llm import require_bits, require_generation_config, require_liger
-from llava_twophase.train.model.projector import build_projector, load_weights
+from llava_twophase.train.model.projector import load_weights
+
+logger = logging.getLogger(__name__)
 
 _SOURCE_FLAGS = ("feature_cache", "image_folder", "vision_tower", "mm_vision_select_layer", "interpolate_patch_grid")
 
@@ -49,7 +59,8 @@ class TrainingInputs:
         template: Tokenizes captions.
         rows: Lengths of the rows that it makes, held-out ones included.
         projector: Freshly initialised, or from ``--pretrain_mm_mlp_adapter``.
-        width: Tower width D.
+        spec: What it was built from.
+        projector_record: Its fields of ``config.json``, as ``projector_record`` returns them.
     """
 
     records: Sequence[Record]
@@ -60,7 +71,8 @@ class TrainingInputs:
     template: PlainTemplate
     rows: RowLengths
     projector: torch.nn.Module
-    width: int
+    spec: ProjectorSpec
+    projector_record: dict[str, Any]
 
 
 def prepare_inputs(arguments: Arguments) -> TrainingInputs:
@@ -78,13 +90,9 @@ def prepare_inputs(arguments: Arguments) -> TrainingInputs:
     source = checked["source"]
     config, tokenizer = checked["text"]
     # The tower of an on-the-fly run is loaded last: it may be downloaded.
-    tokens, width = source.load()
-    template = _template(arguments, tokenizer, tokens)
-    # Directly before the initial weights are drawn, so that nothing that was loaded before changes them.
-    set_seed(arguments.training.seed)
-    projector = build_projector(arguments.model.mm_projector_type, width, config.get_text_config().hidden_size)
-    if arguments.model.pretrain_mm_mlp_adapter is not None:
-        load_weights(arguments.model.pretrain_mm_mlp_adapter, projector)
+    spec = _projector_spec(arguments, source.load(), config)
+    projector, image_tokens = _build(spec, arguments)
+    template = _template(arguments, tokenizer, image_tokens)
     rows = measure_rows([*records, *eval_records], template)
     _require_fitting_rows(config, [*records, *eval_records], template, rows)
     require_space(arguments, sum(parameter.numel() for parameter in projector.parameters()))
@@ -97,7 +105,8 @@ def prepare_inputs(arguments: Arguments) -> TrainingInputs:
         template=template,
         rows=rows,
         projector=projector,
-        width=width,
+        spec=spec,
+        projector_record=projector_record(projector, spec, image_tokens),
     )
 
 
@@ -128,7 +137,7 @@ def _check(arguments: Arguments, skip: Collection[str] = ()) -> tuple[dict[str, 
         ("records", _load_records, ("data_path", "eval_data_path", "eval_fraction", "image_folder")),
         ("source", open_source, _SOURCE_FLAGS),
         ("text", _load_text, ("model_name_or_path",)),
-        ("projector", _require_projector, ("mm_projector_type", "pretrain_mm_mlp_adapter")),
+        ("projector", _require_projector, ("mm_projector_type", "mm_projector_kwargs", "pretrain_mm_mlp_adapter")),
         ("generation_config", require_generation_config, ("model_name_or_path",)),
     ]
     results: dict[str, Any] = {}
@@ -153,9 +162,29 @@ def _check(arguments: Arguments, skip: Collection[str] = ()) -> tuple[dict[str, 
     return results, problems
 
 
+def _projector_spec(arguments: Arguments, feature_shape: tuple[int, int], config: Any) -> ProjectorSpec:
+    patches, width = feature_shape
+    hidden = config.get_text_config().hidden_size
+    model = arguments.model
+    return ProjectorSpec(model.mm_projector_type, patches, width, hidden, model.projector_kwargs)
+
+
+def _build(spec: ProjectorSpec, arguments: Arguments) -> tuple[torch.nn.Module, int]:
+    """Return the projector and its number of image tokens."""
+    # Directly before the initial weights are drawn, so that nothing that was loaded before changes them.
+    set_seed(arguments.training.seed)
+    projector = build_projector(spec.kind, spec.tower_width, spec.llm_width, spec.patches, spec.kwargs)
+    tokens = check_projector(projector, spec)
+    if tokens != spec.patches:
+        logger.info("%s: %d image tokens from %d patch features", spec.kind, tokens, spec.patches)
+    if arguments.model.pretrain_mm_mlp_adapter is not None:
+        load_weights(arguments.model.pretrain_mm_mlp_adapter, projector)
+    return projector, tokens
+
+
 def _require_projector(arguments: Arguments) -> None:
     model = arguments.model
-    build_projector(model.mm_projector_type, 1, 1)
+    require_projector(model.mm_projector_type, model.projector_kwargs)
     adapter = model.pretrain_mm_mlp_adapter
     if adapter is not None and not Path(adapter).is_file():
         raise UserError(f"--pretrain_mm_mlp_adapter {adapter} does not exist or is not a file")

@@ -64,7 +64,7 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
     training, identity = arguments.training, run_identity(arguments, inputs)
     length = RunLength(training.max_steps, training.num_train_epochs)
     start = find_start(folder, training.resume_from_checkpoint, identity, length)
-    config = llava_config(inputs.config, arguments, inputs.width)
+    config = llava_config(inputs.config, arguments, inputs.spec.tower_width, inputs.projector_record)
     if start.finished:
         if start.config_is_damaged:
             on_main_rank(lambda: restore_config(folder, config))
@@ -89,7 +89,14 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
     trainer.save_state()
     with gathered(inputs.projector):
         if trainer.is_world_process_zero():
-            path = write_artefacts(folder, inputs.projector, config, arguments, inputs.source.fingerprint)
+            path = write_artefacts(
+                folder,
+                inputs.projector,
+                config,
+                arguments,
+                image_tokens=inputs.template.image_tokens,
+                features=inputs.source.fingerprint,
+            )
             write_finished(
                 folder,
                 identity,
@@ -131,7 +138,7 @@ def _build_trainer(
     truncated = inputs.rows.truncated
     if truncated:
         logger.warning("%d captions are truncated at --model_max_length %d", truncated, training.model_max_length)
-    weights = sum(parameter.numel() for parameter in model.parameters())
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("%d records, %d held out, %d trainable weights", len(inputs.records), len(inputs.eval_records), weights)
     return ProjectorTrainer(
         model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,16 @@ ARTEFACTS = (CONFIG, FILE)
 MODEL_TYPES = LLAVA_MODEL_TYPES | LLAVA_NEXT_MODEL_TYPES
 
 
-def llava_config(base: PretrainedConfig, arguments: Arguments, mm_hidden_size: int) -> dict[str, Any]:
+def llava_config(
+    base: PretrainedConfig, arguments: Arguments, mm_hidden_size: int, projector: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the trained model's ``config.json`` as LLaVA writes it.
 
     Args:
         base: The LLM's configuration.
         arguments: The run's arguments.
         mm_hidden_size: Tower width, 1024 for CLIP-L; the sum of all widths for joined towers.
+        projector: Further fields of a projector that LLaVA does not have.
 
     Returns:
         The LLM's own fields under their old and new names, and LLaVA's fields. For joined towers, ``mm_vision_tower``
@@ -67,6 +70,7 @@ def llava_config(base: PretrainedConfig, arguments: Arguments, mm_hidden_size: i
         "tokenizer_padding_side": "right",
         "tune_mm_mlp_adapter": True,
         "use_mm_proj": True,
+        **(projector or {}),
     }
     if len(model.vision_tower) > 1:
         config["mm_interpolate_patch_grid"] = model.interpolate_patch_grid
@@ -86,7 +90,12 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def write_artefacts(
-    folder: Path, projector: nn.Module, config: dict[str, Any], arguments: Arguments, features: dict[str, Any] | None
+    folder: Path,
+    projector: nn.Module,
+    config: dict[str, Any],
+    arguments: Arguments,
+    image_tokens: int,
+    features: dict[str, Any] | None,
 ) -> Path:
     """Write the files of a finished run, except ``trainer_state.json`` and ``finished.json``.
 
@@ -95,6 +104,7 @@ def write_artefacts(
         projector: The trained projector.
         config: As ``llava_config`` returns it.
         arguments: The run's arguments, as typed and with all defaults, written as ``arguments.json``.
+        image_tokens: Positions that an image takes, which ``arguments.json`` records too.
         features: Fingerprint of the feature cache or of the joined caches, written as ``feature_cache.json``; None for
             on-the-fly runs.
 
@@ -102,7 +112,7 @@ def write_artefacts(
         The projector's file, which is written last.
     """
     write_json(folder / CONFIG, config)
-    write_json(folder / "arguments.json", arguments.to_dict())
+    write_json(folder / "arguments.json", {**arguments.to_dict(), "projector": {"image_tokens": image_tokens}})
     if features is not None:
         write_json(
             folder / "feature_cache.json", {"path": plain(arguments.data.feature_cache), "fingerprint": features}

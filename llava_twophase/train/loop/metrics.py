@@ -120,6 +120,7 @@ class GradientProbe:
         self._handles = [
             parameter.register_hook(lambda gradient, name=name: self._see(name, gradient))
             for name, parameter in module.named_parameters()
+            if parameter.requires_grad
         ]
         self.expected = len(self._handles)
 

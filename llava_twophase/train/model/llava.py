@@ -1,6 +1,6 @@
 """Frozen LLM and projector as the model that is trained.
 
-Shapes: B samples, T ids, L patch tokens, D tower width, H LLM width.
+Shapes: B samples, T ids, L patch tokens, L' image tokens (L for LLaVA's own projectors), D tower width, H LLM width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llava_twophase.constants import IGNORE_INDEX
+from llava_twophase.errors import UserError
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 
 
@@ -23,8 +24,8 @@ class LlavaProjectorModel(nn.Module):
 
     Args:
         frozen: The frozen LLM.
-        mm_projector: Maps ``[B, L, D]`` to ``[B, L, H]``.
-        image_tokens: L, the positions that replace the image token; used in logs only.
+        mm_projector: Maps ``[B, L, D]`` to ``[B, L', H]``.
+        image_tokens: L', the positions that replace the image token; 0 if they are not known.
         encode: For on-the-fly mode: ``uint8 [B, S, S, 3]`` to ``[B, L, D]`` without gradient.
 
     Attributes:
@@ -73,6 +74,9 @@ class LlavaProjectorModel(nn.Module):
         Returns:
             ``loss``: float32 scalar, the mean over the batch's caption tokens, as LLaVA's per-device loss; with
             `num_items_in_batch`, their sum divided by that number.
+
+        Raises:
+            UserError: The projector returned another number of tokens than when it was built.
         """
         if features is None:
             assert self._encode is not None and crops is not None, "a batch has features, or crops and a tower"
@@ -90,13 +94,18 @@ class LlavaProjectorModel(nn.Module):
             features: ``[B, L, D]``.
 
         Returns:
-            ``[B, T - 1 + L, H]`` in the LLM's dtype.
+            ``[B, T - 1 + L', H]`` in the LLM's dtype.
         """
         return self.frozen.splice(self._project(features).to(self.llm.dtype), input_ids)
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
         dtype = next(self.mm_projector.parameters()).dtype
-        projected: torch.Tensor = self.mm_projector(features.to(dtype))  # [B, L, H]
+        projected: torch.Tensor = self.mm_projector(features.to(dtype))  # [B, L', H]
+        if self.image_tokens not in (0, projected.shape[1]):
+            raise UserError(
+                f"the projector returned {projected.shape[1]} tokens, but {self.image_tokens} when it was built; the "
+                "number must be the same for every image"
+            )
         return projected
 
     @property

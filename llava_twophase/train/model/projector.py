@@ -1,7 +1,4 @@
-"""``mm_projector``: the module, and its file as LLaVA writes and reads it.
-
-Shapes: B images, L patch tokens, D tower width, H LLM width.
-"""
+"""``mm_projector``: the module, and its file as LLaVA writes and reads it."""
 
 from __future__ import annotations
 
@@ -12,42 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llava_twophase.errors import UserError
+from llava_twophase.errors import UserError, short_repr
 from llava_twophase.files import replace_file
+from llava_twophase.projectors.build import build_projector as build_projector
 
 FILE = "mm_projector.bin"
 # LLaVA's loader strips this and loads with strict=False, so another prefix would silently leave random weights.
 _PREFIX = "model.mm_projector."
-
-
-def build_projector(kind: str, in_features: int, out_features: int) -> nn.Module:
-    """Build ``mm_projector`` with nn.Linear's default init, drawn from torch's global generator.
-
-    Args:
-        kind: ``linear`` or ``mlp{N}x_gelu``, N layers with GELU between them.
-        in_features: Tower width D.
-        out_features: LLM width H.
-
-    Returns:
-        A module ``[B, L, D] -> [B, L, H]``.
-
-    Raises:
-        UserError: The kind is unknown, or ``identity``, which has nothing to train.
-    """
-    if kind == "linear":
-        return nn.Linear(in_features, out_features)
-    if kind == "identity":
-        raise UserError(
-            "--mm_projector_type identity has no weights, so stage 1 would have nothing to train; "
-            "use linear or mlp2x_gelu (LLaVA-1.5)"
-        )
-    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
-    if match is None:
-        raise UserError(f"--mm_projector_type {kind} is unknown; expected linear or mlpNx_gelu such as mlp2x_gelu")
-    layers: list[nn.Module] = [nn.Linear(in_features, out_features)]
-    for _ in range(1, int(match[1])):
-        layers += [nn.GELU(), nn.Linear(out_features, out_features)]
-    return nn.Sequential(*layers)
 
 
 def save_projector(projector: nn.Module, folder: Path) -> Path:
@@ -60,8 +28,8 @@ def save_projector(projector: nn.Module, folder: Path) -> Path:
     Returns:
         The file's path.
     """
+    assert all(weight.numel() for weight in projector.parameters()), "under ZeRO-3 the projector must be gathered first"
     state = {_PREFIX + name: tensor.detach().cpu() for name, tensor in projector.state_dict().items()}
-    assert all(tensor.numel() for tensor in state.values()), "under ZeRO-3 the projector must be gathered first"
     path = folder / FILE
     with replace_file(path) as file:
         torch.save(state, file)
@@ -89,7 +57,7 @@ def read_projector(path: str | Path) -> dict[str, torch.Tensor]:
     named = {str(name): tensor for name, tensor in state.items() if "mm_projector." in str(name)}
     if not named:
         raise UserError(f"{path} has no mm_projector weights; expected LLaVA's {FILE}")
-    return {name.split("mm_projector.")[-1]: tensor for name, tensor in named.items()}
+    return {name.partition("mm_projector.")[2]: tensor for name, tensor in named.items()}
 
 
 def load_weights(path: str | Path, projector: nn.Module) -> None:
@@ -106,7 +74,11 @@ def load_weights(path: str | Path, projector: nn.Module) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if shapes != expected:
-        raise UserError(f"{path} holds another projector: it has {shapes}, this run needs {expected}")
+        found_only, missing = dict(shapes.items() - expected.items()), dict(expected.items() - shapes.items())
+        raise UserError(
+            f"{path} holds another projector: it has {short_repr(found_only, 400)}, this run needs "
+            f"{short_repr(missing, 400)}"
+        )
     projector.load_state_dict(found, strict=True)
 
 
@@ -120,5 +92,8 @@ def projector_type(weights: Mapping[str, torch.Tensor]) -> str:
         return "linear"
     layers = sorted(int(match[1]) for name in weights if (match := re.fullmatch(r"(\d+)\.weight", name)))
     if not layers or layers != list(range(0, 2 * len(layers), 2)):
-        raise UserError(f"these projector weights are neither linear nor mlpNx_gelu: {sorted(weights)}")
+        raise UserError(
+            f"these projector weights are neither linear nor mlpNx_gelu, but {short_repr(sorted(weights))}; give the "
+            "--output_dir of their run, whose config.json says what they are"
+        )
     return f"mlp{len(layers)}x_gelu"
