@@ -125,16 +125,10 @@ def find_projector(
     }
     recorded.update({name: value for name, value in overrides.items() if value is not None})
     recorded["select_layer"] = as_layers(recorded["select_layer"])
-    kind, spec = config.get("mm_projector_type") or projector_type(read_projector(path)), recorded_spec(config)
-    if spec is None and not is_llava(kind):
-        raise UserError(
-            f"{path.with_name('config.json')} has mm_projector_type {kind} without mm_projector_input, which this "
-            "project's training writes; expected linear, mlpNx_gelu, or a run of this project"
-        )
     return TrainedProjector(
         path=path,
-        projector_type=kind,
-        spec=spec,
+        projector_type=_projector_type(path, config),
+        spec=recorded_spec(config),
         source=config.get("mm_projector_source", {}),
         llm=str(llm),
         vision_towers=tuple(map(str, towers)),
@@ -143,6 +137,16 @@ def find_projector(
         interpolate_patch_grid=bool(config.get("mm_interpolate_patch_grid")),
         **recorded,
     )
+
+
+def _projector_type(path: Path, config: Mapping[str, Any]) -> str:
+    kind = config.get("mm_projector_type") or projector_type(read_projector(path))
+    if not is_llava(kind) and recorded_spec(config) is None:
+        raise UserError(
+            f"{path.with_name('config.json')} has mm_projector_type {kind} without mm_projector_input, which this "
+            "project's training writes; expected linear, mlpNx_gelu, or a run of this project"
+        )
+    return str(kind)
 
 
 def load_projector(run: str | Path | TrainedProjector, **overrides: Any) -> nn.Module:
