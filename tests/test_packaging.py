@@ -66,7 +66,7 @@ def test_pins_are_exact_and_public():
 
 
 def test_the_promised_extras_exist():
-    assert EXTRAS.keys() == {"test", "dev", "wandb", "tensorboard", "plots", "demo", "bench", "evaluate", "gguf"}
+    assert EXTRAS.keys() == {"test", "dev", "wandb", "tensorboard", "plots", "demo", "bench", "evaluate", "gguf", "remote"}
 
 
 def test_make_help_lists_every_target():

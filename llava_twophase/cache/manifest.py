@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_twophase.cache.format import FORMAT, MANIFEST, SCHEMA, canonical_json, check_schema
+from llava_twophase.cache.storage import Storage, open_storage
 from llava_twophase.errors import UserError, short_repr
 from llava_twophase.files import replace_file
 
@@ -76,25 +77,26 @@ def _software(values: dict[str, Any]) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {}
 
 
-def read_manifest(cache: Path) -> Manifest:
+def read_manifest(cache: str | Path | Storage) -> Manifest:
     """Read and check a cache's manifest.
+
+    Args:
+        cache: The cache's directory, its URL, or its storage.
 
     Raises:
         UserError: The cache has no manifest, or it is damaged, or of another format or schema.
     """
-    path = cache / MANIFEST
-    if not path.is_file():
-        problem = f"has no {MANIFEST}" if cache.is_dir() else "is not a folder" if cache.exists() else "does not exist"
-        raise UserError(f"{cache} is not a feature cache: it {problem}")
+    storage = open_storage(cache)
+    data, path = storage.read_file(MANIFEST), f"{storage}/{MANIFEST}"
+    if data is None:
+        raise UserError(f"{storage} is not a feature cache: it {storage.without(MANIFEST)}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(data.decode("utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    check_schema(content, str(path))
+    check_schema(content, path)
     try:
         shards = [_shard_entry(entry) for entry in content["shards"]]
         values = {name: content[name] for name in _KINDS}

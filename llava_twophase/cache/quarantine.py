@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_twophase.cache.format import QUARANTINE, SHARDS
+from llava_twophase.cache.storage import Storage, open_storage
 from llava_twophase.errors import UserError
 from llava_twophase.files import replace_file
 
@@ -41,11 +42,11 @@ class Quarantined:
     source_sha256: str | None = None
 
 
-def read_quarantine(cache: str | Path) -> dict[str, Quarantined]:
+def read_quarantine(cache: str | Path | Storage) -> dict[str, Quarantined]:
     """Read which images are quarantined in a cache.
 
     Args:
-        cache: The cache's directory.
+        cache: The cache's directory, its URL, or its storage.
 
     Returns:
         Image key to entry, in file order; empty if no image is quarantined.
@@ -53,7 +54,10 @@ def read_quarantine(cache: str | Path) -> dict[str, Quarantined]:
     Raises:
         UserError: The file is damaged.
     """
-    return _read(Path(cache) / QUARANTINE)
+    storage = open_storage(cache)
+    if storage.folder is not None:
+        return _read(storage.folder / QUARANTINE)
+    return _parse(storage.read_file(QUARANTINE) or b"", f"{storage}/{QUARANTINE}")
 
 
 def write_quarantine(cache: Path, entries: Iterable[Quarantined]) -> None:
@@ -91,10 +95,18 @@ def merge_parts(cache: Path, tried: Iterable[str]) -> None:
 
 def _read(path: Path) -> dict[str, Quarantined]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        data = path.read_bytes()
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}; delete the file to try its images again") from None
+    return _parse(data, str(path))
+
+
+def _parse(data: bytes, path: str) -> dict[str, Quarantined]:
+    try:
+        lines = data.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read: {error}; delete the file to try its images again") from None
     entries: dict[str, Quarantined] = {}
     for number, line in enumerate(lines, 1):

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
 from llava_twophase.cache.codec import Channels, Codec
 from llava_twophase.cache.format import QUANTISED, STORAGE_DTYPES, fingerprint_hash
 from llava_twophase.cache.header import Header
 from llava_twophase.cache.key_index import KeyIndex
 from llava_twophase.cache.manifest import Manifest, read_manifest
+from llava_twophase.cache.rows import StoredRows
 from llava_twophase.cache.shard_files import ShardFiles
+from llava_twophase.cache.storage import Storage, open_storage
 from llava_twophase.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,14 +34,15 @@ class FeatureCache:
     """A feature cache, opened for reading.
 
     Instances can be shared between threads and survive fork and spawn. The number of open files does not depend on the
-    number of shards.
+    number of shards. Behind a URL, the rows of a call are requested together, and failed requests are repeated.
 
     Args:
-        path: The cache's directory.
+        path: The cache's directory, or its URL, such as ``s3://bucket/cache``.
         allow_incomplete: Also open a cache that is not complete yet, with the shards that its manifest lists.
         manifest: Use this manifest instead of reading ``manifest.json``.
 
     Attributes:
+        path: The cache's directory, or its URL as a string.
         manifest: The manifest.
         headers: The header of each shard.
         feature_shape: Tokens and width of one image's features.
@@ -52,24 +54,19 @@ class FeatureCache:
     """
 
     def __init__(self, path: str | Path, allow_incomplete: bool = False, manifest: Manifest | None = None) -> None:
-        self.path = Path(path)
+        self._storage = open_storage(path)
+        self.path: Path | str = self._storage.folder or str(path)
         self._arguments = (path, allow_incomplete, manifest)
-        self.manifest = manifest or read_manifest(self.path)
+        self.manifest = manifest or read_manifest(self._storage)
         if not self.manifest.complete and not allow_incomplete:
             raise UserError(f"{path} is incomplete: run the same extraction command again, which resumes it")
         if not self.manifest.shards:
             raise UserError(f"{path} has no features")
-        self._files = ShardFiles(self.path, self.manifest.shards)
+        self._files = ShardFiles(self._storage, self.manifest.shards)
         self.headers = self._open_shards()
         first = self.headers[0]
         self.feature_shape, self.dtype = first.feature_shape, first.storage
         self.codec = Codec(self.dtype, self.feature_shape, self._channels())
-        # For each part of a stored row: where the part begins in each shard, and its size.
-        self._parts = [
-            ([header.row_parts[part].offset for header in self.headers], data.row_bytes)
-            for part, data in enumerate(first.row_parts)
-        ]
-        self._checksums: dict[int, np.ndarray] = {}
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -176,22 +173,16 @@ class FeatureCache:
             ValueError: As ``read_raw_into``.
         """
         target = _stored_rows(buffer, len(rows), self.codec.row_bytes)
-        for position, (shard, row) in enumerate(self._places(rows)):
-            stored = memoryview(target[position])
-            file, begin = self._files.open(shard), 0
-            for offsets, count in self._parts:
-                file.read_into(stored[begin : begin + count], offsets[shard] + row * count)
-                begin += count
-            # Now the row is in the processor's cache. Hashing releases the GIL.
-            if xxhash.xxh3_64_intdigest(stored) != self._checksums_of(shard)[row]:
-                raise self._damaged(shard, row)
+        self._rows.read_into(self._places(rows), target)
 
     def will_need(self, rows: np.ndarray) -> None:
         """Ask the system to fetch rows in the background, because they will be read soon."""
-        for shard, row in self._places(rows):
-            file = self._files.open(shard)
-            for offsets, count in self._parts:
-                file.will_need(offsets[shard] + row * count, count)
+        self._rows.will_need(self._places(rows))
+
+    @property
+    def storage(self) -> Storage:
+        """Where the files of the cache are."""
+        return self._storage
 
     def column(self, name: str) -> np.ndarray:
         """Read one of the per-row datasets, such as ``source_sha256``, of all shards in row order."""
@@ -204,19 +195,6 @@ class FeatureCache:
     def close(self) -> None:
         """Close files; the next read opens them again."""
         self._files.close()
-
-    def _checksums_of(self, shard: int) -> np.ndarray:
-        # Read once for each shard: a read for each row would take another seek on a disk.
-        if shard not in self._checksums:
-            self._checksums[shard] = self._read_dataset(shard, "row_xxh3")
-        return self._checksums[shard]
-
-    def _damaged(self, shard: int, row: int) -> UserError:
-        key = bytes(self._read_dataset(shard, "image_key")[row]).decode("utf-8", "replace")
-        return UserError(
-            f"the features of {key!r} do not match their checksum: bytes of {self.manifest.shards[shard].file} changed "
-            f"since they were written; run: llava-inspect-cache verify {self.path}"
-        )
 
     def _places(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
         # For each row: its shard, and its row there.
@@ -241,11 +219,14 @@ class FeatureCache:
     def _open_shards(self) -> list[Header]:
         # Opens each file once: for its header, and for its keys, which make the index.
         fingerprint = fingerprint_hash(self.fingerprint)
+        self._files.will_open_all()
         headers: list[Header] = []
+        checksums: dict[int, np.ndarray] = {}
         names, widths, hashes = [], [], bytearray()
         for shard, entry in enumerate(self.manifest.shards):
             header = self._files.header(shard, fingerprint)
-            if headers and (header.feature_shape, header.storage) != (headers[0].feature_shape, headers[0].storage):
+            first = headers[0] if headers else header
+            if (header.feature_shape, header.storage) != (first.feature_shape, first.storage):
                 raise UserError(
                     f"{entry.file} has another feature shape or storage dtype than {self.manifest.shards[0].file}"
                 )
@@ -254,7 +235,11 @@ class FeatureCache:
             names.append(file.read_bytes(keys))
             widths.append(keys.row_bytes)
             hashes += file.read_bytes(header.datasets["key_xxh3"])
+            if self._storage.folder is None:
+                # They came with the keys. Later, they would be another request.
+                checksums[shard] = file.read_dataset(header.datasets["row_xxh3"])
         self._index = KeyIndex(names, widths, hashes)
+        self._rows = StoredRows(self._storage, self._files, headers, checksums)
         return headers
 
     def _read_dataset(self, shard: int, name: str) -> np.ndarray:

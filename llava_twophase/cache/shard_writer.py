@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llava_twophase.cache.format import ROW_PARTS, fingerprint_hash, layout
 from llava_twophase.cache.hdf5 import create_shard_file
 from llava_twophase.cache.header import Header
 from llava_twophase.cache.manifest import ShardEntry
-from llava_twophase.cache.shard_files import checksum_around
+from llava_twophase.cache.shard import checksum_around
 from llava_twophase.errors import UserError
 from llava_twophase.files import sync_folder
 
@@ -137,7 +138,7 @@ class ShardWriter:
             pwrite_all(self._descriptor, values, self._datasets[name].offset)
         size = os.fstat(self._descriptor).st_size
         header = Header(self._spec.storage_dtype, fingerprint_hash(self._spec.fingerprint), size, self._datasets, "")
-        digest = checksum_around(self._descriptor, header)
+        digest = checksum_around(partial(os.pread, self._descriptor), header)
         header = replace(header, xxh3_128=digest)
         pwrite_all(self._descriptor, np.frombuffer(header.to_bytes(), np.uint8), 0)
         os.fsync(self._descriptor)

@@ -13,8 +13,9 @@ import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
+from llava_twophase.cache.check.files import Problem
 from llava_twophase.cache.check.repair import DAMAGED, Repair, apply_repair, plan_repair
-from llava_twophase.cache.check.verify import Problem, verify
+from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.format import MANIFEST, SHARDS
 from llava_twophase.cache.manifest import read_manifest
 from llava_twophase.cache.quarantine import read_quarantine

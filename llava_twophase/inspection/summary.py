@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from llava_twophase.cache.check.hdf5_process import Hdf5Checker
-from llava_twophase.cache.format import FORMAT, MANIFEST, QUANTISED, SCHEMA, SHARDS
+from llava_twophase.cache.check.metadata_copy import local_metadata
+from llava_twophase.cache.format import FORMAT, MANIFEST, QUANTISED, SCHEMA
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.inspection import output
@@ -79,8 +80,10 @@ def shard_software(cache: FeatureCache) -> dict[str, dict[str, int]]:
     """
     found: dict[str, Counter[str]] = defaultdict(Counter)
     with Hdf5Checker() as checker:  # in another process: HDF5 can crash on damaged metadata
-        for shard in cache.manifest.shards:
-            attributes = checker.attributes(cache.path / SHARDS / shard.file) or {}
+        cache.storage.will_open([shard.file for shard in cache.manifest.shards])
+        for shard, header in zip(cache.manifest.shards, cache.headers, strict=True):
+            with local_metadata(cache.storage.open_shard(shard.file), header) as path:
+                attributes = checker.attributes(path) or {}
             for name, version in output.flatten(attributes.get("provenance") or {}).items():
                 found[name][version] += 1
     return {name: dict(versions) for name, versions in found.items() if name}
@@ -201,7 +204,8 @@ def _age(cache: FeatureCache) -> int:
         then = datetime.fromisoformat(cache.manifest.provenance["created"])
         return max(0, int((now - then).total_seconds()))
     except (KeyError, TypeError, ValueError):  # without a valid date: when the manifest was last replaced
-        return max(0, int(now.timestamp() - (cache.path / MANIFEST).stat().st_mtime))
+        folder = cache.storage.folder
+        return 0 if folder is None else max(0, int(now.timestamp() - (folder / MANIFEST).stat().st_mtime))
 
 
 def _ago(seconds: int) -> str:

@@ -14,9 +14,10 @@ from helpers import run
 from llava_twophase.cache import shard_files
 from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.format import SHARDS, USER_BLOCK
+from llava_twophase.cache.local import LocalStorage, ShardFile
 from llava_twophase.cache.manifest import read_manifest
 from llava_twophase.cache.reader import FeatureCache
-from llava_twophase.cache.shard_files import ShardFile, ShardFiles, check_shard, read_header
+from llava_twophase.cache.shard_files import ShardFiles, check_shard, read_header
 from llava_twophase.errors import UserError
 
 SHARD = f"{SHARDS}/shard-000000.h5"
@@ -220,7 +221,7 @@ def test_check_shard_compares_the_header_with_the_manifest(tmp_path):
 
 def test_a_forked_process_opens_its_own_files(tmp_path, monkeypatch):
     path, _, _ = make_cache(tmp_path / "cache")
-    files = ShardFiles(path, read_manifest(path).shards)
+    files = ShardFiles(LocalStorage(path), read_manifest(path).shards)
     first = files.open(0)
     assert files.open(0) is first
     monkeypatch.setattr(shard_files.os, "getpid", lambda: 1)

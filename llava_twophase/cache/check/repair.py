@@ -18,11 +18,12 @@ from llava_twophase.cache.check.verify import verify_shards
 from llava_twophase.cache.codec import Channels
 from llava_twophase.cache.format import FORMAT, MANIFEST, QUANTISED, SCHEMA, SHARDS, fingerprint_hash, shard_name
 from llava_twophase.cache.header import Header
+from llava_twophase.cache.local import ShardFile
 from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.session import CacheSession
-from llava_twophase.cache.shard_files import ShardFile, read_header
+from llava_twophase.cache.shard_files import read_header
 from llava_twophase.errors import UserError
 
 DAMAGED = "damaged"

@@ -7,10 +7,8 @@ bounded by the real size of the file, and nothing outside the cache's directory 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,25 @@ import xxhash
 from tqdm import tqdm
 
 from llava_twophase.cache.check.duplicates import ShardKeys, duplicate_keys
+from llava_twophase.cache.check.files import (
+    AGAIN,
+    COPY,
+    Problem,
+    folder_problems,
+    inside,
+    manifest_problems,
+    outside,
+    quarantine_problems,
+)
 from llava_twophase.cache.check.hdf5_process import Hdf5Checker
+from llava_twophase.cache.check.metadata_copy import local_metadata
 from llava_twophase.cache.codec import Channels, Codec
-from llava_twophase.cache.format import MANIFEST, QUANTISED, QUARANTINE, ROW_PARTS, SHARDS, fingerprint_hash
+from llava_twophase.cache.format import MANIFEST, QUANTISED, ROW_PARTS, SHARDS, fingerprint_hash
 from llava_twophase.cache.header import Header, decode_header
+from llava_twophase.cache.local import LocalStorage
 from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest
-from llava_twophase.cache.quarantine import read_quarantine
-from llava_twophase.cache.shard_files import ShardFile
+from llava_twophase.cache.shard import Shard
+from llava_twophase.cache.storage import Storage, open_storage
 from llava_twophase.errors import UserError
 from llava_twophase.records import normalize_key
 
@@ -34,32 +44,12 @@ _BATCH_BYTES = 8 << 20
 # Largest dataset or row that is read at once. No writer comes near it, and a sparse file can state any size.
 _LIMIT = 1 << 30
 
-_COPY = "copy it again from an intact cache"
-_AGAIN = f"run the same extraction command again, or {_COPY}"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One fault of a cache.
-
-    Attributes:
-        file: The file, relative to the cache.
-        what: What is wrong.
-        fix: What to do.
-        note: The cache can be used as it is.
-    """
-
-    file: str
-    what: str
-    fix: str
-    note: bool = False
-
 
 def verify(path: str | Path, hdf5: Hdf5Checker | None = None) -> list[Problem]:
     """Check every bit of a cache. A progress bar is shown if stderr is a terminal.
 
     Args:
-        path: The cache's directory.
+        path: The cache's directory or URL.
         hdf5: Process that checks HDF5 metadata; pass one to verify many small caches without starting one for each.
 
     Returns:
@@ -68,74 +58,44 @@ def verify(path: str | Path, hdf5: Hdf5Checker | None = None) -> list[Problem]:
     Raises:
         UserError: There is no such directory.
     """
-    cache = Path(path)
+    storage = open_storage(path)
+    cache = storage.folder
+    if cache is None:
+        return _verify_remote(storage, hdf5)
     if not cache.is_dir():
         raise UserError(f"{path} is not a folder; expected a feature cache, with {MANIFEST} and {SHARDS}/")
-    if not _inside(cache, cache / MANIFEST):
-        return [_outside(MANIFEST)]
+    if not inside(cache, cache / MANIFEST):
+        return [outside(MANIFEST)]
     try:
         manifest = read_manifest(cache)
     except UserError as error:
-        return [Problem(MANIFEST, str(error), f"if it is damaged, {_COPY}")]
+        return [Problem(MANIFEST, str(error), f"if it is damaged, {COPY}")]
     with nullcontext(hdf5) if hdf5 else Hdf5Checker() as checker:
-        problems = list(_folder_problems(cache, manifest))
+        problems = list(folder_problems(cache, manifest))
         present = [entry for entry in _unique(manifest) if _present(cache, entry)]
-        return [*problems, *_Verifier(cache, manifest, checker).shards(present)]
+        return [*problems, *_Verifier(storage, manifest, checker).shards(present)]
 
 
 def verify_shards(cache: Path, manifest: Manifest, hdf5: Hdf5Checker) -> list[Problem]:
     """Check the shards that exist, as ``verify`` does, against a manifest that need not be the one on disk."""
     present = [entry for entry in manifest.shards if (cache / SHARDS / entry.file).exists()]
-    return list(_Verifier(cache, manifest, hdf5).shards(present))
+    return list(_Verifier(LocalStorage(cache), manifest, hdf5).shards(present))
 
 
-def _folder_problems(cache: Path, manifest: Manifest) -> Iterator[Problem]:
-    # Compare the directory with the manifest.
-    if not manifest.complete:
-        what = "the extraction was interrupted, or is still running"
-        yield Problem(MANIFEST, what, "run the same extraction command again")
-    elif not manifest.shards:
-        yield Problem(MANIFEST, "it lists no shards", "extract the features again")
-    if not _inside(cache, cache / QUARANTINE):
-        yield _outside(QUARANTINE)
-    else:
-        try:
-            read_quarantine(cache)
-        except UserError as error:
-            yield Problem(QUARANTINE, str(error), f"or {_COPY}")
-    if not _inside(cache, cache / SHARDS):
-        yield _outside(SHARDS)
-        return
-    try:
-        found = sorted(os.listdir(cache / SHARDS))
-    except OSError as error:
-        yield Problem(SHARDS, f"it cannot be read: {error.strerror}", "copy the cache again from an intact one")
-        return
-    yield from _file_problems(manifest, found)
-
-
-def _file_problems(manifest: Manifest, found: list[str]) -> Iterator[Problem]:
-    # Compare the names of the files in the folder of shards with the manifest.
-    complete = manifest.complete
-    listed = Counter(entry.file for entry in manifest.shards)
-    for name in found:
-        if name.endswith(".tmp"):
-            yield Problem(f"{SHARDS}/{name}", "a work file of an interrupted extraction", "delete it", note=True)
-        elif name.endswith(".h5") and name not in listed:
-            fix = "move it elsewhere" if complete else "run the same extraction command again, which adds it"
-            yield Problem(f"{SHARDS}/{name}", f"it is extra: {MANIFEST} does not list it", fix, note=not complete)
-    for name, times in listed.items():
-        if times > 1:
-            yield Problem(MANIFEST, f"it lists {name} {times} times", _COPY)
-        if name not in found:
-            yield Problem(f"{SHARDS}/{name}", "it is missing", _AGAIN)
+def _verify_remote(storage: Storage, hdf5: Hdf5Checker | None) -> list[Problem]:
+    # Without a list of the files, a file that the manifest does not list is not reported.
+    manifest = read_manifest(storage)
+    storage.will_open([entry.file for entry in _unique(manifest)])
+    with nullcontext(hdf5) if hdf5 else Hdf5Checker() as checker:
+        shards = _Verifier(storage, manifest, checker).shards(_unique(manifest))
+        return [*manifest_problems(manifest), *quarantine_problems(storage), *shards]
 
 
 class _Verifier:
     # Checks shards one after another, and keeps what must agree between them.
 
-    def __init__(self, cache: Path, manifest: Manifest, hdf5: Hdf5Checker) -> None:
-        self._cache = cache
+    def __init__(self, storage: Storage, manifest: Manifest, hdf5: Hdf5Checker) -> None:
+        self._storage = storage
         self._manifest = manifest
         self._hdf5 = hdf5
         self._fingerprint = fingerprint_hash(manifest.fingerprint)
@@ -147,22 +107,23 @@ class _Verifier:
         total = sum(entry.file_bytes for entry in entries)
         with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
             for entry in entries:
-                path, name = self._cache / SHARDS / entry.file, f"{SHARDS}/{entry.file}"
-                if not _inside(self._cache, path):
-                    yield _outside(name)
+                name, folder = f"{SHARDS}/{entry.file}", self._storage.folder
+                if folder is not None and not inside(folder, folder / name):
+                    yield outside(name)
                     continue
-                fix = f"delete it and {_AGAIN}"
+                fix = f"delete it and {AGAIN}"
                 try:
-                    yield from (Problem(name, what, fix) for what in self._shard(entry, ShardFile(path), bar))
+                    yield from (Problem(name, what, fix) for what in self._shard(entry, bar))
                 except OSError as error:
                     yield Problem(name, f"it cannot be read: {error.strerror or error}", fix)
                 except UserError as error:
-                    yield Problem(name, str(error).replace(str(path), "it"), f"if it is damaged, {fix}")
+                    yield Problem(name, str(error).replace(f"{self._storage}/{name}", "it"), f"if it is damaged, {fix}")
         for key, first, file in duplicate_keys(self._keys):
             what = f"image key {_shown(key)} is listed again, after {first}"
-            yield Problem(f"{SHARDS}/{file}", what, f"delete it and {_AGAIN}")
+            yield Problem(f"{SHARDS}/{file}", what, f"delete it and {AGAIN}")
 
-    def _shard(self, entry: ShardEntry, file: ShardFile, bar: tqdm[Any]) -> Iterator[str]:
+    def _shard(self, entry: ShardEntry, bar: tqdm[Any]) -> Iterator[str]:
+        file = self._storage.open_shard(entry.file)
         block = file.header_block()
         if file.size < entry.file_bytes:
             yield f"it is truncated: {file.size} bytes, the manifest states {entry.file_bytes}"
@@ -174,7 +135,8 @@ class _Verifier:
             yield unreadable
             return
         bar.update(header.file_bytes - sum(part.nbytes for part in header.row_parts))
-        yield from self._hdf5.check(Path(file.path))
+        with local_metadata(file, header) as path:
+            yield from self._hdf5.check(path)
         keys = self._read_keys(entry, file, header)
         yield from _key_problems(file, header, keys)
         channels = _read_channels(file, header)
@@ -203,14 +165,14 @@ class _Verifier:
         if row_kind != self._row_kind:
             yield f"its rows are {row_kind}, but {self._row_kind} in the first shard"
 
-    def _read_keys(self, entry: ShardEntry, file: ShardFile, header: Header) -> ShardKeys:
+    def _read_keys(self, entry: ShardEntry, file: Shard, header: Header) -> ShardKeys:
         names = file.read_dataset(header.datasets["image_key"])
         hashes = np.array([xxhash.xxh3_64_intdigest(bytes(name)) for name in names], np.uint64)
         self._keys.append(ShardKeys(entry.file, names, hashes))
         return self._keys[-1]
 
 
-def _unreadable(file: ShardFile, header: Header) -> str | None:
+def _unreadable(file: Shard, header: Header) -> str | None:
     # Why the values of a shard cannot be read.
     if file.size != header.file_bytes:
         return f"it is truncated or too long: {file.size} bytes, its header states {header.file_bytes}"
@@ -223,7 +185,7 @@ def _unreadable(file: ShardFile, header: Header) -> str | None:
     return None
 
 
-def _key_problems(file: ShardFile, header: Header, keys: ShardKeys) -> Iterator[str]:
+def _key_problems(file: Shard, header: Header, keys: ShardKeys) -> Iterator[str]:
     stored = file.read_dataset(header.datasets["key_xxh3"])
     for row in np.flatnonzero(keys.hashes != stored):
         yield f"key_xxh3 of {_shown(keys.names[row])} is not its hash"
@@ -232,13 +194,13 @@ def _key_problems(file: ShardFile, header: Header, keys: ShardKeys) -> Iterator[
             yield f"image key {_shown(name)} is not a relative UTF-8 path"
 
 
-def _read_channels(file: ShardFile, header: Header) -> Channels | None:
+def _read_channels(file: Shard, header: Header) -> Channels | None:
     if header.storage not in QUANTISED:
         return None
     return Channels(*(file.read_dataset(header.datasets[f"channel_{name}"]) for name in ("mean", "std")))
 
 
-def _row_problems(file: ShardFile, header: Header, codec: Codec, names: np.ndarray, bar: tqdm[Any]) -> Iterator[str]:
+def _row_problems(file: Shard, header: Header, codec: Codec, names: np.ndarray, bar: tqdm[Any]) -> Iterator[str]:
     checksums = file.read_dataset(header.datasets["row_xxh3"])
     batch = max(1, min(_BATCH_ROWS, header.rows, _BATCH_BYTES // codec.row_bytes))
     buffer = np.empty((batch, codec.row_bytes), np.uint8)
@@ -259,7 +221,7 @@ def _unique(manifest: Manifest) -> list[ShardEntry]:
 
 
 def _present(cache: Path, entry: ShardEntry) -> bool:
-    return _inside(cache, cache / SHARDS) and os.path.lexists(cache / SHARDS / entry.file)
+    return inside(cache, cache / SHARDS) and os.path.lexists(cache / SHARDS / entry.file)
 
 
 def _is_key(name: bytes) -> bool:
@@ -271,11 +233,3 @@ def _is_key(name: bytes) -> bool:
 
 def _shown(name: bytes) -> str:
     return repr(bytes(name).decode("utf-8", "backslashreplace"))
-
-
-def _inside(cache: Path, path: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(cache))
-
-
-def _outside(name: str) -> Problem:
-    return Problem(name, "it is a link that leads out of the cache", "copy the file itself into its place")

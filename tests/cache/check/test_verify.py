@@ -22,7 +22,8 @@ from cache.make import (
     write,
 )
 from llava_twophase.cache.check import hdf5_process as hdf5
-from llava_twophase.cache.check.verify import Problem, verify
+from llava_twophase.cache.check.files import Problem
+from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.format import SHARDS, USER_BLOCK
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_files import read_header

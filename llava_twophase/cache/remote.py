@@ -1,0 +1,294 @@
+"""A cache behind a URL, read by ranges: fsspec makes the requests, this module combines and repeats them.
+
+Credentials, endpoints and proxies are those of fsspec and of the library that it uses for the protocol. Requests are
+made by threads, because some file systems of fsspec are synchronous. A forked process connects again: fsspec's event
+loop and its connections do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+from typing import Any, TypeVar
+
+from llava_twophase.cache.format import SHARDS
+from llava_twophase.cache.header import decode_header
+from llava_twophase.cache.remote_errors import RangesIgnored, explain, is_final, is_missing
+from llava_twophase.cache.shard import Shard
+from llava_twophase.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+REQUESTS = 32
+"""Requests of one process at the same time."""
+# How long failed requests are repeated, in seconds. While a cache is being opened, a user waits for the error. During
+# training, the outage may be over before anybody looks.
+OPENING, READING = 10.0, 300.0
+_FIRST_DELAY, _LONGEST_DELAY = 0.2, 15.0
+# An outage fails many requests; it is logged once in so many seconds.
+_SILENCE = 30.0
+# A request that takes longer than this is repeated.
+_TIMEOUT = 60.0
+# Longer ranges are divided. Rows of all usual towers are shorter.
+_LONGEST_RANGE = 4 << 20
+# Header, keys and checksums of a shard of 1,024 images fit.
+_HEAD = 128 << 10
+_OPENED_AHEAD = 2 * REQUESTS
+_KEYS_AND_CHECKSUMS = ("image_key", "key_xxh3", "row_xxh3")
+# What changes with a file's content, by the names of different protocols.
+_VERSIONS = ("ETag", "etag", "blob_id", "Last-Modified", "LastModified", "mtime", "created")
+
+_T = TypeVar("_T")
+
+
+class RemoteStorage:
+    """A cache behind a URL. Threads and forked processes may share an instance.
+
+    Args:
+        url: The URL of the cache's folder, for any protocol of fsspec.
+        requests: Most requests of this process at the same time.
+
+    Attributes:
+        folder: None: there is no folder on this machine.
+
+    Raises:
+        UserError: No installed package reads the URL.
+    """
+
+    folder: Path | None = None
+
+    def __init__(self, url: str, requests: int = REQUESTS) -> None:
+        self._url, self._requests = url.rstrip("/"), requests
+        self._random = random.Random()  # the global one belongs to the user's seed
+        self._silent_until = 0.0
+        self._versions: dict[str, tuple[int, str]] = {}
+        self._waiting: deque[str] = deque()
+        self._coming: dict[str, Future[RemoteShard]] = {}
+        self._connect()
+
+    def __str__(self) -> str:
+        """Return the URL."""
+        return self._url
+
+    def read_file(self, name: str) -> bytes | None:
+        """Return the content of a small file, None if there is no such file.
+
+        Raises:
+            UserError: It cannot be read, or the server ignores ranges.
+        """
+
+        def read() -> bytes:
+            data: bytes = self._call("cat_file", name)
+            if len(data) > 2:
+                # A server without ranges would send a complete shard for each row. This shows it with a small file.
+                self._range(name, 1, 2)
+            return data
+
+        try:
+            return self._repeat(read, name, OPENING)
+        except UserError as error:
+            if error.__cause__ is not None and is_missing(error.__cause__):
+                return None
+            raise
+
+    def without(self, name: str) -> str:
+        """Return what this storage is, given that it does not have a file."""
+        return f"has no {name}"
+
+    def open_shard(self, name: str) -> Shard:
+        """Open a shard: from what ``will_open`` requested, otherwise by a request for its size if it is new.
+
+        Raises:
+            UserError: It cannot be opened.
+        """
+        future = self._coming.pop(name, None)
+        if future is not None:
+            self._request_heads(1)
+            return future.result()
+        if name not in self._versions:
+            return self._open(name)
+        return RemoteShard(self, name, *self._versions[name])
+
+    def will_open(self, names: Sequence[str]) -> None:
+        """Request the sizes, headers, keys and row checksums of shards, some shards ahead of ``open_shard``."""
+        self._waiting.extend(names)
+        # Object storage and the Hub list sizes and ETags of many files at once. Web servers do not.
+        with suppress(Exception):
+            for info in self._call("ls", SHARDS, detail=True):
+                if isinstance(info.get("size"), int) and _version(info):
+                    self._versions[str(info["name"]).rpartition("/")[2]] = info["size"], _version(info)
+        self._request_heads(_OPENED_AHEAD)
+
+    def read_together(self, pieces: Sequence[tuple[Shard, memoryview, int]]) -> None:
+        """Read several pieces, with many requests at the same time.
+
+        Raises:
+            UserError: One cannot be read.
+        """
+        given_up, pool = threading.Event(), self._pool_here()
+        tasks = [
+            pool.submit(self._read_piece, shard, view[begin : begin + _LONGEST_RANGE], offset + begin, given_up)
+            for shard, view, offset in pieces
+            for begin in range(0, len(view), _LONGEST_RANGE)
+        ]
+        try:
+            for task in tasks:
+                task.result()
+        finally:
+            # After an error, nothing may write to the caller's memory any more.
+            given_up.set()
+            for task in tasks:
+                if not task.cancel():
+                    task.exception()
+
+    def version_of(self, name: str) -> tuple[int, str]:
+        """Return the size of a shard on the server now, and its ETag or what the protocol has instead.
+
+        Raises:
+            UserError: There is no such shard, or the server does not state its size.
+        """
+        file = f"{SHARDS}/{name}"
+        info = self._repeat(lambda: self._call("info", file), file, OPENING)
+        if not isinstance(info.get("size"), int):
+            raise UserError(f"{self._url}/{file} cannot be read: the server does not state its size")
+        return info["size"], _version(info)
+
+    def forget_listings(self) -> None:
+        """Make ``version_of`` ask the server again."""
+        self._files.invalidate_cache()
+
+    def _connect(self) -> None:
+        from fsspec.config import conf
+        from fsspec.core import url_to_fs
+
+        options: dict[str, Any] = {"skip_instance_cache": True}
+        if self._url.startswith("s3://"):  # botocore's own limit is 10 connections
+            configured = conf.get("s3", {}).get("config_kwargs", {})
+            options["config_kwargs"] = {"max_pool_connections": self._requests, **configured}
+        try:
+            self._files, self._root = url_to_fs(self._url, **options)
+        except (ImportError, ValueError, OSError) as error:
+            raise explain(self._url, error) from error
+        self._pool = ThreadPoolExecutor(self._requests, "requests")
+        self._owner = os.getpid()
+
+    def _pool_here(self) -> ThreadPoolExecutor:
+        if self._owner != os.getpid():
+            self._connect()  # this is a forked child
+        return self._pool
+
+    def _request_heads(self, count: int) -> None:
+        while count > 0 and self._waiting:
+            name = self._waiting.popleft()
+            self._coming[name] = self._pool_here().submit(self._open, name)
+            count -= 1
+
+    def _open(self, name: str) -> RemoteShard:
+        size, version = self._versions.get(name) or self.version_of(name)
+        self._versions[name] = size, version
+        file = f"{SHARDS}/{name}"
+
+        def more(head: bytes, end: int) -> bytes:
+            start, end = len(head), min(end, size)
+            return head + self._repeat(lambda: self._range(file, start, end), file, OPENING) if end > start else head
+
+        head = more(b"", _HEAD)
+        with suppress(UserError):  # a damaged header is reported by the reader
+            datasets = decode_header(head[:4096], file).datasets
+            head = more(head, max(datasets[part].offset + datasets[part].nbytes for part in _KEYS_AND_CHECKSUMS))
+        return RemoteShard(self, name, size, version, head)
+
+    def _read_piece(self, shard: Shard, view: memoryview, offset: int, given_up: threading.Event) -> None:
+        name = shard.path.removeprefix(f"{self._url}/")
+        view[:] = self._repeat(lambda: self._range(name, offset, offset + len(view)), name, READING, given_up)
+
+    def _range(self, name: str, start: int, end: int) -> bytes:
+        # A synchronous file system opens a file for each range; reading ahead would multiply the traffic.
+        options = {} if self._files.async_impl else {"cache_type": "none"}
+        data: bytes = self._call("cat_file", name, start=start, end=end, **options)
+        if len(data) > end - start:
+            raise RangesIgnored(
+                f"{self._url}/{name} cannot be read by ranges: the server sent {len(data)} bytes where {end - start} "
+                "were requested; use a server that supports range requests, or copy the cache to a local disk"
+            )
+        if len(data) < end - start:
+            raise EOFError(f"the server sent {len(data)} bytes where {end - start} were requested")
+        return data
+
+    def _call(self, method: str, name: str, **options: Any) -> Any:
+        self._pool_here()
+        if self._files.async_impl:
+            options["timeout"] = _TIMEOUT
+        return getattr(self._files, method)(f"{self._root.rstrip('/')}/{name}", **options)
+
+    def _repeat(
+        self, call: Callable[[], _T], name: str, patience: float, given_up: threading.Event | None = None
+    ) -> _T:
+        # Call until it succeeds, for at most `patience` seconds.
+        deadline, delay = monotonic() + patience, _FIRST_DELAY
+        given_up = given_up or threading.Event()
+        while True:
+            try:
+                return call()
+            except Exception as error:
+                if is_final(error) or given_up.is_set() or monotonic() + delay > deadline:
+                    raise explain(f"{self._url}/{name}", error) from error
+                if delay > 2 * _FIRST_DELAY and monotonic() > self._silent_until:
+                    self._silent_until = monotonic() + _SILENCE
+                    logger.warning("%s/%s: %s: %s; repeating the request", self._url, name, type(error).__name__, error)
+            # Several processes that failed together should not return together.
+            given_up.wait(delay * self._random.uniform(0.5, 1.0))
+            delay = min(2 * delay, _LONGEST_DELAY)
+
+
+class RemoteShard(Shard):
+    """A shard behind a URL.
+
+    Args:
+        storage: The cache.
+        name: The shard's file name.
+        size: Its length in bytes.
+        version: Its ETag, or what the protocol has instead.
+        head: Its first bytes, which need no further request.
+    """
+
+    def __init__(self, storage: RemoteStorage, name: str, size: int, version: str, head: bytes = b"") -> None:
+        self.path, self.size = f"{storage}/{SHARDS}/{name}", size
+        self._storage, self._name = storage, name
+        self._version, self._head = version, head
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Read bytes into the caller's memory.
+
+        Raises:
+            UserError: They cannot be read, or the file ends before them.
+        """
+        if offset + len(view) <= len(self._head):
+            view[:] = self._head[offset : offset + len(view)]
+        elif offset + len(view) > self.size:
+            raise UserError(f"{self.path} is truncated: {self.size} bytes; copy it again")
+        else:
+            self._storage.read_together([(self, view, offset)])
+
+    def changed(self) -> str:
+        """Return how the file on the server differs from when it was opened; empty if it does not."""
+        self._storage.forget_listings()
+        size, version = self._storage.version_of(self._name)
+        found = [
+            f"{what} {before}, now {now}"
+            for what, before, now in (("size", self.size, size), ("version", self._version, version))
+            if before != now
+        ]
+        return "; ".join(found)
+
+
+def _version(info: dict[str, Any]) -> str:
+    return next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
