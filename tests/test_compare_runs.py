@@ -17,7 +17,7 @@ LONG = {
 def finished(tmp_path):
     """Write what a finished run leaves."""
 
-    def write(name, losses, **arguments):
+    def write(name, losses, image_tokens=None, **arguments):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         training = {"output_dir": name, "run_name": name, "save_steps": len(name), "logging_dir": name, **arguments}
@@ -26,6 +26,7 @@ def finished(tmp_path):
             "model": {"mm_projector_type": "linear"},
             "data": {},
             "training": training,
+            **({"projector": {"image_tokens": image_tokens}} if image_tokens else {}),
         }
         history = [{"step": step, "loss": loss, "samples_per_second": 2.0} for step, loss in enumerate(losses, 1)]
         (folder / "arguments.json").write_text(json.dumps(content), encoding="utf-8")
@@ -119,3 +120,12 @@ def test_plot_that_cannot_be_written_is_one_error(finished, compare, tmp_path):
 def test_last_must_be_positive(last, capsys):
     assert main(["run", "--last", last]) == 2
     assert f"--last {last}: expected a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_image_tokens_are_shown_where_they_differ(finished, compare):
+    """A run of an earlier version did not record them."""
+    mlp, other = finished("mlp", [1.0], image_tokens=576), finished("mlp3", [1.0], image_tokens=576)
+    assert "image_tokens" not in compare(mlp, other).out
+    shuffled, old = finished("shuffle", [1.0], image_tokens=144), finished("old", [1.0])
+    lines = [line.split() for line in compare(mlp, shuffled, old).out.splitlines()]
+    assert [line[1] for line in lines[:4]] == ["image_tokens", "576", "144", "null"]

@@ -1,7 +1,10 @@
 """The scripts of pipelines/recipes/, with tiny models and a few steps on the CPU."""
 
 import json
+import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,11 @@ import drawn
 import tiny
 from commands import deepspeed, outcome
 from helpers import ROOT, needs_compiler, run
+from llava_twophase import compare_runs
+from llava_twophase.deploy import cli as deploy_cli
+from llava_twophase.extract import cli as extract_cli
+from llava_twophase.projectors.names import SHIPPED
+from llava_twophase.train import cli as train_cli
 from train.model.llms import build_family
 
 RECIPES = ROOT / "pipelines" / "recipes"
@@ -88,3 +96,70 @@ def test_comparison_of_projectors_ends_with_table_plot_and_evaluation(inputs, pl
         assert re.search(rf"^{name} +{name} +\d\.\d+ +\d\.\d+ ", result.stdout, re.MULTILINE)
     assert "loss with the right image" in result.stdout
     assert (tmp_path / "runs" / "losses.png").exists() and (tmp_path / "runs" / "evaluation.html").exists()
+
+
+RECORDER = """#!/bin/sh
+printf '%s\\0' "$@" >> "$RECORDED"
+printf '\\n' >> "$RECORDED"
+"""
+# Sizes that fit 16 patches of width 32.
+ARGUMENTS = {
+    "KWARGS_c_abstractor": '{"hidden": 16, "depth": 1}',
+    "KWARGS_perceiver": '{"queries": 3, "depth": 1, "heads": 2, "head_width": 8}',
+    "KWARGS_own_projectors_Mean": '{"scale": 2}',
+}
+OWN_PROJECTOR = """
+from torch import nn
+class Mean(nn.Linear):
+    def __init__(self, tower_width, llm_width, grid, scale=1):
+        super().__init__(tower_width, llm_width)
+        self.scale = scale
+    def forward(self, features):
+        return super().forward(self.scale * features.mean(dim=1, keepdim=True))
+"""
+
+
+def recorded_commands(folder, **variables):
+    """Return the commands that the comparison would start, as lists that begin with the script's name."""
+    recorder = folder / "bin" / "python"
+    recorder.parent.mkdir()
+    recorder.write_text(RECORDER, encoding="utf-8")
+    recorder.chmod(0o755)
+    path = {"PATH": f"{recorder.parent}:{os.environ['PATH']}", "RECORDED": folder / "recorded"}
+    run_recipe("compare_projectors.sh", **variables, **path)
+    lines = (folder / "recorded").read_text(encoding="utf-8").splitlines()
+    commands = [line.removesuffix("\0").split("\0") for line in lines]
+    return [[Path(script).name, *arguments] for script, *arguments in commands]
+
+
+def test_comparison_trains_compares_and_evaluates_every_type(
+    inputs, plain_set, tiny_llama, tmp_path, monkeypatch, capsys
+):
+    """Its commands in this process: those of LLaVA's MLP, the five projectors of this package, and a user's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "own_projectors.py").write_text(OWN_PROJECTOR, encoding="utf-8")
+    held_out = drawn.write_records(plain_set.records[:4], tmp_path / "held_out.json")
+    paths = {"MODEL": tiny_llama, "HELD_OUT": held_out, "RUNS": "runs", "LAYER": -2}
+    (default,) = re.findall(r"PROJECTORS:-(.*)}", (RECIPES / "compare_projectors.sh").read_text(encoding="utf-8"))
+    variables = {**inputs, "CACHE": tmp_path / "cache", **paths, **ARGUMENTS}
+    mains = {
+        "extract_features.py": extract_cli.main,
+        "train_projector.py": train_cli.main,
+        "compare_runs.py": compare_runs.main,
+        "use_projector.py": deploy_cli.main,
+    }
+    for script, *arguments in recorded_commands(tmp_path, PROJECTORS=f"{default} own_projectors:Mean", **variables):
+        capsys.readouterr()
+        small = ["--num_workers", "0", "--device", "cpu"] if script == "extract_features.py" else []
+        assert mains[script]([*arguments, *small]) == 0, capsys.readouterr().err
+        if script == "compare_runs.py":
+            table = capsys.readouterr().out
+    tokens = {"mlp2x_gelu": 16, "perceiver": 3, "own_projectors:Mean": 1}
+    for name in [*default.split(), "own_projectors:Mean"]:
+        assert_trained(tmp_path / "runs" / name)
+        assert re.search(rf"^{name} +{tokens.get(name, 4)} .* {name} ", table, re.MULTILINE), table
+    assert set(default.split()) == {"mlp2x_gelu", *SHIPPED}
+    report = (tmp_path / "runs" / "evaluation.html").read_text(encoding="utf-8")
+    assert all(f"runs/{name}" in report for name in default.split())

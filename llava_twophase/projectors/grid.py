@@ -1,4 +1,4 @@
-"""The square grid of patches behind a row of tokens.
+"""The square grid of patches that a row of tokens comes from.
 
 Shapes: B images, L = g * g patch tokens in rows from the top left, D width.
 """

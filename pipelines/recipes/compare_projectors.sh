@@ -2,9 +2,11 @@
 # Compare projectors on one cache: one run each, then a table of their losses, a plot, and an evaluation on held-out
 # records. Without variables it uses what `make demo` left, which takes some minutes on a CPU: give --use_cpu True.
 # Variables change the inputs below; arguments are added to the training commands, where the last value of a flag counts.
+# PROJECTORS may have package.module:ClassName too. KWARGS_<type> holds --mm_projector_kwargs of a type, with an underscore
+# for each character that is not a letter or a digit: KWARGS_perceiver='{"queries": 32}'.
 set -euo pipefail
 
-PROJECTORS=${PROJECTORS:-linear mlp2x_gelu mlp3x_gelu mlp4x_gelu}
+PROJECTORS=${PROJECTORS:-mlp2x_gelu avgpool_mlp pixel_shuffle ldpv2 c_abstractor perceiver}
 MODELS=${XDG_CACHE_HOME:-$HOME/.cache}/llava-twophase/models
 MODEL=${MODEL:-$MODELS/smollm2-135m-b179c952}
 TOWER=${TOWER:-$MODELS/dinov2-small-56px-198644e3}
@@ -30,6 +32,9 @@ done
 
 folders=()
 for projector in $PROJECTORS; do
+    kwargs=KWARGS_${projector//[^a-zA-Z0-9]/_}
+    given=()
+    if [ -n "${!kwargs:-}" ]; then given=(--mm_projector_kwargs "${!kwargs}"); fi
     $LAUNCHER "$PIPELINES/train_projector.py" \
         --model_name_or_path "$MODEL" \
         --version plain \
@@ -39,7 +44,7 @@ for projector in $PROJECTORS; do
         --vision_tower "$TOWER" \
         --mm_vision_select_layer "$LAYER" \
         --feature_cache "$CACHE" \
-        --mm_projector_type "$projector" \
+        --mm_projector_type "$projector" "${given[@]}" \
         --tune_mm_mlp_adapter True \
         --bf16 True \
         --output_dir "$RUNS/$projector" \

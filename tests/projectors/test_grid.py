@@ -1,4 +1,4 @@
-"""The grid of patches behind a row of tokens."""
+"""The grid of patches that a row of tokens comes from."""
 
 import pytest
 import torch

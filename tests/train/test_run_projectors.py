@@ -96,6 +96,34 @@ def test_a_config_of_another_project_with_an_unknown_type_is_refused(own_file, t
         find_projector(path.parent)
 
 
+def test_handover_and_exports_refuse_a_projector_that_other_systems_do_not_have(train_in_process, tmp_path, capsys):
+    assert train_in_process("run", mm_projector_type="pixel_shuffle", max_steps=1)[0] == 0
+    run_folder = str(tmp_path / "run")
+    assert use_projector(["handover", run_folder]) == 1
+    text = capsys.readouterr().out
+    assert "PROBLEM  projector: pixel_shuffle; LLaVA has linear and mlpNx_gelu only and refuses others" in text
+    assert "train_mem.py" not in text
+    assert use_projector(["handover", run_folder, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["command"] is None
+    for kind, what in (
+        ("hf", "transformers' LLaVA has mlp2x_gelu only"),
+        ("gguf", "llama.cpp's type 'mlp' is mlp2x_gelu"),
+    ):
+        assert use_projector(["export", run_folder, str(tmp_path / "out"), "--to", kind]) == 1
+        error = capsys.readouterr().err
+        assert "the projector is pixel_shuffle" in error and what in error
+        assert "llava-use-projector caption and evaluate run it" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_llava_types_write_the_config_that_they_always_wrote(train_in_process, tmp_path):
+    assert train_in_process("run", max_steps=1)[0] == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert [name for name in config if name.startswith("mm_projector_")] == ["mm_projector_lr", "mm_projector_type"]
+    identity = json.loads((tmp_path / "run" / "finished.json").read_text(encoding="utf-8"))["identity"]
+    assert [name for name in identity if name.startswith("mm_projector_")] == ["mm_projector_type"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
