@@ -21,11 +21,13 @@ from llava_twophase.cache.key_index import KeyIndex
 from llava_twophase.cache.manifest import Manifest, read_manifest
 from llava_twophase.cache.rows import StoredRows
 from llava_twophase.cache.shard_files import ShardFiles
-from llava_twophase.cache.storage import Storage, open_storage
+from llava_twophase.cache.storage import Staging, Storage, open_storage, staged_storage
 from llava_twophase.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+    from llava_twophase.cache.staging import Stage
 
 _ALIGNMENT = 64
 
@@ -40,6 +42,7 @@ class FeatureCache:
         path: The cache's directory, or its URL, such as ``s3://bucket/cache``.
         allow_incomplete: Also open a cache that is not complete yet, with the shards that its manifest lists.
         manifest: Use this manifest instead of reading ``manifest.json``.
+        stage: Keeps copies of the shards of a remote cache on this machine.
 
     Attributes:
         path: The cache's directory, or its URL as a string.
@@ -53,15 +56,23 @@ class FeatureCache:
         UserError: There is no cache, or it is incomplete, damaged, or of another format version.
     """
 
-    def __init__(self, path: str | Path, allow_incomplete: bool = False, manifest: Manifest | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        allow_incomplete: bool = False,
+        manifest: Manifest | None = None,
+        stage: Stage | None = None,
+    ) -> None:
         self._storage = open_storage(path)
         self.path: Path | str = self._storage.folder or str(path)
-        self._arguments = (path, allow_incomplete, manifest)
+        self._arguments = (path, allow_incomplete, manifest, stage)
         self.manifest = manifest or read_manifest(self._storage)
         if not self.manifest.complete and not allow_incomplete:
             raise UserError(f"{path} is incomplete: run the same extraction command again, which resumes it")
         if not self.manifest.shards:
             raise UserError(f"{path} has no features")
+        if stage is not None and self._storage.folder is None:
+            self._storage = staged_storage(self._storage, stage, self.manifest)
         self._files = ShardFiles(self._storage, self.manifest.shards)
         self.headers = self._open_shards()
         first = self.headers[0]
@@ -183,6 +194,20 @@ class FeatureCache:
     def storage(self) -> Storage:
         """Where the files of the cache are."""
         return self._storage
+
+    def stage_ahead(self, rows: np.ndarray) -> None:
+        """Copy shards to the stage in the background; without a stage, do nothing.
+
+        Args:
+            rows: The rows that will be used, in the order of use. ``advance`` counts those that have been used.
+        """
+        if isinstance(self._storage, Staging):
+            self._storage.stage_ahead(self._index.shards(rows))
+
+    def advance(self, count: int) -> None:
+        """Record that so many rows of the order of ``stage_ahead`` have been used."""
+        if isinstance(self._storage, Staging):
+            self._storage.advance(count)
 
     def column(self, name: str) -> np.ndarray:
         """Read one of the per-row datasets, such as ``source_sha256``, of all shards in row order."""

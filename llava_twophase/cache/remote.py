@@ -55,6 +55,7 @@ class RemoteStorage:
     Args:
         url: The URL of the cache's folder, for any protocol of fsspec.
         requests: Most requests of this process at the same time.
+        patience: Seconds for which failed requests for rows are repeated.
 
     Attributes:
         folder: None: there is no folder on this machine.
@@ -65,8 +66,9 @@ class RemoteStorage:
 
     folder: Path | None = None
 
-    def __init__(self, url: str, requests: int = REQUESTS) -> None:
+    def __init__(self, url: str, requests: int = REQUESTS, patience: float | None = None) -> None:
         self._url, self._requests = url.rstrip("/"), requests
+        self._patience = patience or READING
         self._random = random.Random()  # the global one belongs to the user's seed
         self._silent_until = 0.0
         self._versions: dict[str, tuple[int, str]] = {}
@@ -208,7 +210,7 @@ class RemoteStorage:
 
     def _read_piece(self, shard: Shard, view: memoryview, offset: int, given_up: threading.Event) -> None:
         name = shard.path.removeprefix(f"{self._url}/")
-        view[:] = self._repeat(lambda: self._range(name, offset, offset + len(view)), name, READING, given_up)
+        view[:] = self._repeat(lambda: self._range(name, offset, offset + len(view)), name, self._patience, given_up)
 
     def _range(self, name: str, start: int, end: int) -> bytes:
         # A synchronous file system opens a file for each range; reading ahead would multiply the traffic.
@@ -245,7 +247,10 @@ class RemoteStorage:
                     self._silent_until = monotonic() + _SILENCE
                     logger.warning("%s/%s: %s: %s; repeating the request", self._url, name, type(error).__name__, error)
             # Several processes that failed together should not return together.
-            given_up.wait(delay * self._random.uniform(0.5, 1.0))
+            until = monotonic() + delay * self._random.uniform(0.5, 1.0)
+            while (left := until - monotonic()) > 0 and not given_up.wait(min(left, 0.5)):
+                if not threading.main_thread().is_alive():  # the process exits, and would wait for this thread
+                    given_up.set()
             delay = min(2 * delay, _LONGEST_DELAY)
 
 

@@ -86,6 +86,8 @@ class StoredRows:
             wanted = [position for position in wanted if not self._is_intact(*places[position], target[position])]
             if not wanted:
                 return
+            for position in wanted:
+                self._files.open(places[position][0]).distrust()
         raise self._damaged(*places[wanted[0]])
 
     def _pieces(self, shard: int, row: int, stored: memoryview) -> Iterable[tuple[int, memoryview, int]]:

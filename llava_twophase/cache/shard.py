@@ -42,6 +42,10 @@ class Shard(ABC):
         """Return how the file differs from when it was opened; empty if that is not known."""
         return ""
 
+    def distrust(self) -> None:
+        """Forget a copy of the bytes that was made on this machine: a row does not match its checksum."""
+        return
+
     def header_block(self) -> bytes:
         """Read the user block; it is shorter than ``USER_BLOCK`` bytes if the file is.
 

@@ -53,16 +53,8 @@ class ShardFiles:
         Raises:
             UserError: The shard is missing, truncated, of another format version, or differs from the manifest.
         """
-        header, entry = self.open(shard).header(), self._entries[shard]
-        found = (header.rows, header.file_bytes, header.xxh3_128)
-        if found != (entry.rows, entry.file_bytes, entry.xxh3_128):
-            raise UserError(
-                f"{entry.file} is not the shard that {self._storage}/{MANIFEST} lists: found {found}, listed {entry}"
-            )
-        if header.fingerprint != fingerprint:
-            raise UserError(
-                f"{entry.file} has another fingerprint than {self._storage}/{MANIFEST}; it may belong to another cache"
-            )
+        header = self.open(shard).header()
+        compare_with_entry(header, self._entries[shard], fingerprint, f"{self._storage}/{MANIFEST}")
         return header
 
     def open(self, shard: int) -> Shard:
@@ -135,6 +127,25 @@ def check_shard(cache: Path, entry: ShardEntry, fingerprint: dict[str, Any]) -> 
         UserError: The shard is missing, truncated, of another format version, or differs from the manifest.
     """
     return ShardFiles(LocalStorage(cache), [entry]).header(0, fingerprint_hash(fingerprint))
+
+
+def compare_with_entry(header: Header, entry: ShardEntry, fingerprint: str, manifest: str) -> None:
+    """Compare a shard's header with the manifest.
+
+    Args:
+        header: The header.
+        entry: The shard as the manifest lists it.
+        fingerprint: SHA-256 of the manifest's fingerprint.
+        manifest: What to call the manifest in errors.
+
+    Raises:
+        UserError: They differ.
+    """
+    found = (header.rows, header.file_bytes, header.xxh3_128)
+    if found != (entry.rows, entry.file_bytes, entry.xxh3_128):
+        raise UserError(f"{entry.file} is not the shard that {manifest} lists: found {found}, listed {entry}")
+    if header.fingerprint != fingerprint:
+        raise UserError(f"{entry.file} has another fingerprint than {manifest}; it may belong to another cache")
 
 
 def _files_to_keep() -> int:

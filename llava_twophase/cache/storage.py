@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
 
 from llava_twophase.cache.local import LocalStorage
 from llava_twophase.cache.shard import Shard
+
+if TYPE_CHECKING:
+    from llava_twophase.cache.manifest import Manifest
+    from llava_twophase.cache.staging import Stage
 
 Piece = tuple[Shard, memoryview, int]
 """Memory for some bytes of a shard, and their offset there."""
@@ -48,9 +54,31 @@ class Storage(Protocol):
         """Prepare to open shards one after another, in this order, for their headers and keys."""
 
 
+@runtime_checkable
+class Staging(Protocol):
+    """A storage that keeps copies of shards on this machine."""
+
+    def stage_ahead(self, shards: np.ndarray) -> None:
+        """Copy shards in the background, given the shard of each row in the order of use."""
+
+    def advance(self, count: int) -> None:
+        """Record that so many rows of that order have been used."""
+
+
 def is_url(path: str | Path) -> bool:
     """Return whether a cache is behind a URL, such as ``s3://bucket/cache``."""
     return isinstance(path, str) and "://" in path
+
+
+def staged_storage(storage: Storage, stage: Stage, manifest: Manifest) -> Storage:
+    """Return a remote cache whose shards are copied to a stage.
+
+    Raises:
+        UserError: The stage cannot be written, or a shard is larger than its limit.
+    """
+    from llava_twophase.cache.staged import StagedStorage
+
+    return StagedStorage(storage, stage, manifest)
 
 
 def open_storage(path: str | Path | Storage) -> Storage:
