@@ -19,6 +19,8 @@ from llava_twophase.joining import join_features, joined_fingerprint, joined_sha
 if TYPE_CHECKING:
     import torch
 
+    from llava_twophase.cache.staging import Stage
+
 _ALIGNMENT = 64
 
 
@@ -125,6 +127,21 @@ class JoinedCaches:
         for position, cache in enumerate(self.caches):
             cache.will_need(rows[:, position])
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether shards of a remote cache are copied to this machine."""
+        return any(cache.is_staged for cache in self.caches)
+
+    def stage_ahead(self, rows: np.ndarray) -> None:
+        """Copy shards of rows ``int64 [B, C]`` to the stage in the background, as ``FeatureCache.stage_ahead``."""
+        for position, cache in enumerate(self.caches):
+            cache.stage_ahead(rows[:, position])
+
+    def advance(self, count: int) -> None:
+        """Record that so many rows of the order of ``stage_ahead`` have been used."""
+        for cache in self.caches:
+            cache.advance(count)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arguments only; the other process reopens the caches."""
         return type(self), (self.caches, self._interpolate)
@@ -175,13 +192,19 @@ AnyCache = FeatureCache | JoinedCaches
 """One feature cache, or several joined ones."""
 
 
-def open_caches(paths: Sequence[str | Path], interpolate: bool = False) -> AnyCache:
+def open_caches(paths: Sequence[str | Path], interpolate: bool = False, stage: Stage | None = None) -> AnyCache:
     """Open one cache, or several to read them as one.
+
+    Args:
+        paths: Their folders or URLs.
+        interpolate: Resample patch grids of other sizes to the first cache's.
+        stage: Keeps copies of the shards of remote caches on this machine.
 
     Raises:
         UserError: As ``FeatureCache`` and ``JoinedCaches``.
     """
-    return FeatureCache(paths[0]) if len(paths) == 1 else JoinedCaches(paths, interpolate)
+    caches = [FeatureCache(path, stage=stage) for path in paths]
+    return caches[0] if len(caches) == 1 else JoinedCaches(caches, interpolate)
 
 
 def caches_of(cache: AnyCache) -> tuple[FeatureCache, ...]:

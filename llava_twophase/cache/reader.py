@@ -195,6 +195,11 @@ class FeatureCache:
         """Where the files of the cache are."""
         return self._storage
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether shards are copied to this machine, because the cache is remote and has a stage."""
+        return isinstance(self._storage, Staging)
+
     def stage_ahead(self, rows: np.ndarray) -> None:
         """Copy shards to the stage in the background; without a stage, do nothing.
 
@@ -218,7 +223,8 @@ class FeatureCache:
         return type(self), self._arguments
 
     def close(self) -> None:
-        """Close files; the next read opens them again."""
+        """Close files, which the next read opens again, and stop to copy shards to the stage."""
+        self.stage_ahead(np.empty(0, np.int64))
         self._files.close()
 
     def _places(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,8 @@
 """A remote cache with copies of shards on this machine: which shards are copied, and when.
 
-A thread copies shards in the order of their first use. A copy that this process still needs is not removed for another
-one: in a random order every shard is used from the first steps to the last, and copying a shard again for a few rows
-costs more than requesting them. Rows of shards without a copy are requested.
+A thread copies shards in the order of their first use. A copy that is still needed is removed for another one only if
+the last use of that one is before: in a random order, every shard is used from the first steps to the last, and to copy
+a shard again for a few rows costs more than to request them. Rows of shards without a copy are requested.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class StagedStorage:
         self._storage.read_together(missing)
 
     def stage_ahead(self, shards: np.ndarray) -> None:
-        """Copy shards in the background, in the order of their first use; this replaces an earlier order.
+        """Copy shards in the background, in the order of their first use. This replaces an earlier order.
 
         Args:
             shards: The position in the manifest of each row that will be used, in the order of use.
@@ -102,9 +102,9 @@ class StagedStorage:
         with self._changed:
             self._plan = _Plan(self._manifest.shards, shards)
             self._changed.notify_all()
-        if self._copier is None:
-            self._copier = threading.Thread(target=self._copy_all, name="stage", daemon=True)
-            self._copier.start()
+            if self._copier is None:
+                self._copier = threading.Thread(target=self._copy_all, name="stage", daemon=True)
+                self._copier.start()
 
     def advance(self, count: int) -> None:
         """Record that so many rows of the order have been used: copies that no later row needs may be removed."""
@@ -112,25 +112,27 @@ class StagedStorage:
 
     def _copy_all(self) -> None:
         # A separate storage, so that copies do not delay rows.
-        source, plan, waiting = RemoteStorage(str(self._storage), _REQUESTS, OPENING), None, list[ShardEntry]()
+        source, plan = RemoteStorage(str(self._storage), _REQUESTS, OPENING), self._plan
         pause = 0.0
         while threading.main_thread().is_alive():
             with self._changed:
-                if pause or not waiting:
-                    self._changed.wait(pause or _PAUSE)
+                if pause:
+                    self._changed.wait(pause)
                 if plan is not self._plan:
-                    plan, waiting = self._plan, self._plan.by_first_use()
-            needed = plan.needed()
-            waiting = [entry for entry in waiting if entry.xxh3_128 in needed and not self._stage.has(entry)]
-            if waiting:
-                pause = self._copy(source, waiting, plan)
+                    plan = self._plan
+                waiting = [entry for entry in plan.remaining() if not self._stage.has(entry)]
+                if not waiting:
+                    self._copier = None
+                    return
+            pause = self._copy(source, waiting, plan)
 
     def _copy(self, source: RemoteStorage, waiting: list[ShardEntry], plan: _Plan) -> float:
         # Copy the first shard that no other process is copying, and return how long to wait for the next.
+        others = [entry for entry in waiting if not self._stage.is_in_progress(entry)]
+        entry = others[0] if others else waiting[0]
         try:
-            for entry in waiting[: 2 * _REQUESTS]:
-                if self._stage.add(source.open_shard(entry.file), entry, self._manifest, plan.needed):
-                    return 0.0
+            shard = source.open_shard(entry.file)
+            return 0.0 if self._stage.add(shard, entry, self._manifest, lambda: plan.kept_for(entry)) else _PAUSE
         except OSError as error:
             advice = "free some space or lower --stage_gb" if error.errno == errno.ENOSPC else "fix the cause"
             logger.warning("--stage_dir %s: %s; rows are requested until then: %s", self._stage.folder, error, advice)
@@ -138,7 +140,6 @@ class StagedStorage:
         except (UserError, RuntimeError) as error:  # RuntimeError: the interpreter is shutting down
             logger.info("--stage_dir %s: %s", self._stage.folder, error)
             return _FULL_PAUSE
-        return _PAUSE
 
 
 class StagedShard(Shard):
@@ -194,13 +195,17 @@ class _Plan:
     def __init__(self, entries: Sequence[ShardEntry], shards: np.ndarray) -> None:
         self.position = 0
         first, last = np.full(len(entries), len(shards)), np.full(len(entries), -1)
-        first[shards[::-1]] = np.arange(len(shards))[::-1]  # the last assignment, the first use, remains
+        first[shards[::-1]] = np.arange(len(shards))[::-1]  # of several assignments, the last one remains
         last[shards] = np.arange(len(shards))
-        self._last = {entry.xxh3_128: int(last[number]) for number, entry in enumerate(entries)}
-        self._order = [entries[number] for number in np.argsort(first, kind="stable") if last[number] >= 0]
+        order = np.argsort(first, kind="stable").tolist()
+        self._uses = [(entries[number], int(first[number]), int(last[number])) for number in order]
+        self._last = {entry.xxh3_128: end for entry, _, end in self._uses}
 
-    def by_first_use(self) -> list[ShardEntry]:
-        return list(self._order)
+    def remaining(self) -> list[ShardEntry]:
+        # The shards that later rows need, in the order of their first use.
+        return [entry for entry, _, last in self._uses if last >= self.position]
 
-    def needed(self) -> set[str]:
-        return {checksum for checksum, last in self._last.items() if last >= self.position}
+    def kept_for(self, new: ShardEntry) -> set[str]:
+        # The shards whose copies must not be removed for this one.
+        end = self._last[new.xxh3_128]
+        return {entry.xxh3_128 for entry, first, last in self._uses if last >= self.position and first <= end}

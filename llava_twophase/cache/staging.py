@@ -2,8 +2,8 @@
 
 A copy has the name of its shard's checksum, so that it belongs to the content and not to a URL. It is written under
 another name, compared with every checksum, synced and renamed: it is complete or absent. The file that is being
-written is locked, so that another process can tell it from one that a killed process left. The least recently read copies
-are removed first. A process may read a copy that another one removes: the file exists until it is closed.
+written is locked, so that another process can tell it from one that a killed process left. The least recently read
+copies are removed first. A process may read a copy that another one removes: the file exists until it is closed.
 """
 
 from __future__ import annotations
@@ -73,6 +73,10 @@ class Stage:
     def has(self, entry: ShardEntry) -> bool:
         """Return whether there is a copy of a shard."""
         return self._path(entry, _COPY).exists()
+
+    def is_in_progress(self, entry: ShardEntry) -> bool:
+        """Return whether a process is copying a shard, or was killed while it did."""
+        return self._path(entry, _PART).exists()
 
     def remove(self, entry: ShardEntry) -> None:
         """Remove the copy of a shard."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from llava_twophase.cache.storage import is_url
 from llava_twophase.compat import deepspeed_mismatches, zero_stage
 from llava_twophase.text import counted
 from llava_twophase.train.arguments import Arguments, ProjectorTrainingArguments
@@ -83,6 +84,16 @@ def _data(data: DataArguments, training: ProjectorTrainingArguments) -> list[Che
             "feature_cache",
             data.feature_cache is None and data.image_folder is None,
             "give --feature_cache, or --image_folder to run the tower in every step",
+        ),
+        (
+            "stage_dir",
+            data.stage_dir is not None and not any(map(is_url, data.feature_cache or [])),
+            "--stage_dir copies shards of a cache behind a URL, and --feature_cache is not one: remove it",
+        ),
+        (
+            "stage_gb",
+            (data.stage_dir is None) != (data.stage_gb == 0) or not 0 <= data.stage_gb < 1e9,
+            f"--stage_gb {data.stage_gb:g}: give --stage_dir and --stage_gb together, with a positive number of GB",
         ),
         (
             "eval_fraction",

@@ -92,6 +92,13 @@ class DataArguments:
         "in the same order",
         metavar="CACHE",
     )
+    stage_dir: str | None = _flag(
+        None,
+        "folder for copies of the shards of a cache behind a URL, made ahead of their use and shared by the ranks of a "
+        "machine; needs --stage_gb",
+        metavar="FOLDER",
+    )
+    stage_gb: float = _flag(0.0, "most disk space of --stage_dir, in GB")
     image_aspect_ratio: str = _flag("square", "square or pad")
     eval_data_path: str | None = _flag(None, "records to evaluate on; needs --eval_strategy")
     eval_fraction: float = _flag(

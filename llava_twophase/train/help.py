@@ -32,7 +32,8 @@ _SUBJECTS: Mapping[str, Sequence[str]] = {
         *("interpolate_patch_grid", "cache_dir"),
     ),
     "data": (
-        *("data_path", "feature_cache", "image_folder", "image_aspect_ratio", "model_max_length", "drop_quarantined"),
+        *("data_path", "feature_cache", "stage_dir", "stage_gb", "image_folder", "image_aspect_ratio"),
+        *("model_max_length", "drop_quarantined"),
         *("drop_unk_tokens", "group_by_modality_length", "dataloader_num_workers", "dataloader_drop_last"),
     ),
     "training": (

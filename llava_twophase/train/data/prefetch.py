@@ -128,12 +128,28 @@ class PrefetchDataset(Dataset[PendingBatch]):
         self._copies = torch.cuda.Stream(device) if gpu else None
         self._pending: list[PendingBatch | None] = [None] * len(self._ring)
         self._next, self._cold = 0, True
+        self._ranks = 1
         self._readers = ThreadPoolExecutor(_THREADS, "features")
         self._collator = ThreadPoolExecutor(1, "batches")
 
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self._rows)
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether shards of a remote cache are copied to this machine."""
+        return self._cache.is_staged
+
+    def stage_ahead(self, indices: Sequence[int], ranks: int) -> None:
+        """Copy the shards of a remote cache to its stage in the background; without a stage, do nothing.
+
+        Args:
+            indices: The samples that all ranks will use, in their order.
+            ranks: Ranks that share the samples; each uses as many as this one.
+        """
+        self._ranks = ranks
+        self._cache.stage_ahead(self._rows[np.asarray(indices, np.int64)])
 
     def __getitem__(self, index: int) -> PendingBatch:
         """Start reading a batch of one."""
@@ -143,6 +159,7 @@ class PrefetchDataset(Dataset[PendingBatch]):
         """Start reading a batch; torch's data loader calls this with all of its indices."""
         slot = self._next
         self._next = (slot + 1) % len(self._ring)
+        self._cache.advance(len(indices) * self._ranks)
         previous = self._pending[slot]
         if previous is not None:
             previous.release()

@@ -11,6 +11,7 @@ import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from llava_twophase.cache.joined import AnyCache, caches_of, open_caches
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.cache.staging import Stage
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
@@ -134,7 +136,8 @@ def open_source(arguments: Arguments) -> FeatureSource:
         from llava_twophase.train.data.on_the_fly import Thumbnails
 
         thumbnails = Thumbnails.open(data.image_folder)
-    cache = open_caches(data.feature_cache, model.interpolate_patch_grid)
+    stage = None if data.stage_dir is None else Stage(Path(data.stage_dir), int(data.stage_gb * 1e9))
+    cache = open_caches(data.feature_cache, model.interpolate_patch_grid, stage)
     return CachedFeatures(cache, settings, data.drop_quarantined, thumbnails)
 
 

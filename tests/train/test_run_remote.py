@@ -1,0 +1,75 @@
+"""Training from a cache behind a URL: the same run bit for bit, or one error before the LLM is loaded."""
+
+import json
+import os
+
+import pytest
+
+from commands import assert_same_outcome, outcome
+from llava_twophase.cache import remote
+
+
+@pytest.fixture(autouse=True)
+def short_patience(monkeypatch):
+    monkeypatch.setattr(remote, "OPENING", 1.0)
+    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.02)
+    monkeypatch.setattr("llava_twophase.cache.rows._PAUSE", 0.05)
+
+
+def test_training_from_s3_under_faults_equals_a_local_run(train_in_process, s3, plain_cache, tmp_path):
+    assert train_in_process("local") == (0, True)
+    s3.upload(plain_cache, "s3://bucket/plain")
+    for name in s3.faults.injected:
+        setattr(s3.faults, name, 0.15)
+    assert train_in_process("remote", feature_cache="s3://bucket/plain") == (0, True)
+    assert sum(s3.faults.injected.values()) > 2
+    assert_same_outcome(outcome(tmp_path / "local"), outcome(tmp_path / "remote"))
+    recorded = json.loads((tmp_path / "remote/feature_cache.json").read_text())
+    assert recorded["path"] in ("s3://bucket/plain", ["s3://bucket/plain"])
+
+
+def test_training_with_a_stage_equals_a_local_run(train_in_process, s3, plain_cache, tmp_path):
+    assert train_in_process("local") == (0, True)
+    s3.upload(plain_cache, "s3://bucket/staged")
+    stage = {"stage_dir": tmp_path / "stage", "stage_gb": 1}
+    assert train_in_process("remote", feature_cache="s3://bucket/staged", **stage) == (0, True)
+    assert_same_outcome(outcome(tmp_path / "local"), outcome(tmp_path / "remote"))
+    copies = list((tmp_path / "stage").glob("*.h5"))
+    assert len(copies) == len(list((plain_cache / "shards").glob("*.h5")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"feature_cache": "http://127.0.0.1:9/cache"}, "http://127.0.0.1:9/cache/manifest.json cannot be read"),
+        ({"feature_cache": "s3://bucket/nothing"}, "s3://bucket/nothing is not a feature cache"),
+        ({"stage_dir": "stage", "stage_gb": 1}, "--stage_dir copies shards of a cache behind a URL"),
+        ({"feature_cache": "s3://b/c", "stage_dir": "stage"}, "--stage_gb 0: give --stage_dir and --stage_gb together"),
+        ({"feature_cache": "s3://b/c", "stage_gb": 1}, "--stage_gb 1: give --stage_dir and --stage_gb together"),
+    ],
+)
+def test_bad_remote_flags_are_reported_before_the_llm_is_loaded(train_in_process, s3, capsys, flags, message):
+    code, loaded = train_in_process(**flags)
+    assert code in (1, 2)
+    assert not loaded
+    assert message in capsys.readouterr().err
+
+
+def test_a_stage_that_is_too_small_is_reported_before_the_llm_is_loaded(
+    train_in_process, s3, plain_cache, tmp_path, capsys
+):
+    s3.upload(plain_cache, "s3://bucket/small")
+    flags = {"feature_cache": "s3://bucket/small", "stage_dir": tmp_path / "stage", "stage_gb": 0.000001}
+    assert train_in_process(**flags) == (1, False)
+    assert "--stage_gb 1e-06 is too small: a shard of s3://bucket/small has" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")
+def test_a_stage_that_cannot_be_written_is_reported_before_the_llm_is_loaded(
+    train_in_process, s3, plain_cache, tmp_path, capsys
+):
+    s3.upload(plain_cache, "s3://bucket/small")
+    (tmp_path / "stage").mkdir(mode=0o500)
+    flags = {"feature_cache": "s3://bucket/small", "stage_dir": tmp_path / "stage", "stage_gb": 1}
+    assert train_in_process(**flags) == (1, False)
+    assert "--stage_dir" in capsys.readouterr().err
