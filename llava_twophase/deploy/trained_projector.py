@@ -213,14 +213,15 @@ def _llm_dtype(training: Mapping[str, Any]) -> str | None:
 
 def _tower_dtypes(arguments: Mapping[str, Any], cache: Mapping[str, Any], towers: int) -> tuple[str | None, ...]:
     recorded = [part.get("compute_dtype") for part in parts_of_fingerprint(cache.get("fingerprint", {}))]
-    default = None
+    defaults: list[str | None] = [None] * towers
     if arguments:
         # An on-the-fly run. LLaVA parity: its tower runs in fp16 unless the run is in bf16.
-        name = arguments["model"].get("compute_dtype") or ("bf16" if arguments["training"].get("bf16") else "fp16")
-        default = _DTYPES[name]
-    if len(recorded) != towers:  # other towers were given
-        return (default,) * towers
-    return tuple(dtype or default for dtype in recorded)
+        given = arguments["model"].get("compute_dtype") or ("bf16" if arguments["training"].get("bf16") else "fp16")
+        names = given if isinstance(given, list) else [given] * towers
+        defaults = [_DTYPES[name] for name in names]
+    if len(recorded) != towers:  # another number of towers was given
+        recorded = [None] * towers
+    return tuple(dtype or default for dtype, default in zip(recorded, defaults, strict=False))
 
 
 def _json(path: Path) -> dict[str, Any]:

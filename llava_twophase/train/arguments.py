@@ -67,13 +67,13 @@ class Arguments:
         return torch.float16 if self.training.fp16 else torch.float32
 
     @property
-    def tower_dtype(self) -> torch.dtype:
-        """The compute dtype of the on-the-fly tower."""
+    def tower_dtypes(self) -> list[torch.dtype]:
+        """The compute dtype of each on-the-fly tower."""
         names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        if self.model.compute_dtype is None:
-            # LLaVA parity: its tower runs in fp16 even in an fp32 run.
-            return torch.bfloat16 if self.training.bf16 else torch.float16
-        return names[self.model.compute_dtype]
+        # LLaVA parity: its tower runs in fp16 even in an fp32 run.
+        given = self.model.compute_dtype or ["bf16" if self.training.bf16 else "fp16"]
+        found = [names[name] for name in given]
+        return found * len(self.model.vision_tower) if len(found) == 1 else found
 
     @property
     def micro_batching(self) -> tuple[int | None, int | None]:

@@ -39,7 +39,7 @@ def _stage_one(model: ModelArguments, training: ProjectorTrainingArguments) -> l
     alone = "stage 1 trains the projector alone"
     special = "LLaVA cannot train it with a tuned adapter either: its embeddings would stay random"
     parts = model.mm_tunable_parts
-    dtypes = (None, "bf16", "fp16", "fp32")
+    dtypes, towers = model.compute_dtype or [], len(model.vision_tower)
     return [
         (
             "tune_mm_mlp_adapter",
@@ -72,8 +72,8 @@ def _stage_one(model: ModelArguments, training: ProjectorTrainingArguments) -> l
         ),
         (
             "compute_dtype",
-            model.compute_dtype not in dtypes,
-            f"--compute_dtype {model.compute_dtype}: expected bf16, fp16 or fp32",
+            not {"bf16", "fp16", "fp32"}.issuperset(dtypes) or len(dtypes) not in (0, 1, towers),
+            f"--compute_dtype {' '.join(dtypes)}: expected bf16, fp16 or fp32, one for all towers or one for each",
         ),
     ]
 

@@ -56,8 +56,11 @@ class ModelArguments:
     mm_patch_merge_type: str = _flag("flat", "stage 1 has one: flat")
     mm_use_im_start_end: bool = _flag(False, "must be False: it needs trained embeddings")
     mm_use_im_patch_token: bool = _flag(False, "must be False: it needs trained embeddings")
-    compute_dtype: str | None = _flag(
-        None, "on-the-fly tower: bf16, fp16 or fp32 (default: bf16 with --bf16, else fp16, as LLaVA)"
+    compute_dtype: list[str] | None = _flag(
+        None,
+        "on-the-fly tower: bf16, fp16 or fp32 (default: bf16 with --bf16, else fp16, as LLaVA); several towers: one, "
+        "or one each",
+        metavar="DTYPE",
     )
     attn_implementation: str | None = _flag(None, "the LLM's attention: sdpa, flash_attention_2, eager")
     freeze_backbone: bool = _flag(False, "accepted: the LLM is always frozen here")

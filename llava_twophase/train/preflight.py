@@ -43,7 +43,10 @@ from llava_twophase.train.model.projector import load_weights
 
 logger = logging.getLogger(__name__)
 
-_SOURCE_FLAGS = ("feature_cache", "image_folder", "vision_tower", "mm_vision_select_layer", "interpolate_patch_grid")
+_SOURCE_FLAGS = (
+    *("feature_cache", "image_folder", "vision_tower", "mm_vision_select_layer", "interpolate_patch_grid"),
+    "compute_dtype",
+)
 
 
 @dataclass

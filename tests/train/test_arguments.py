@@ -42,9 +42,12 @@ def test_mm_projector_lr_overrides_learning_rate(parse):
 
 
 def test_tower_dtype_follows_llava(parse):
-    assert parse().tower_dtype == torch.bfloat16
-    assert parse("--bf16", "False").tower_dtype == torch.float16
-    assert parse("--bf16", "False", "--compute_dtype", "fp32").tower_dtype == torch.float32
+    assert parse().tower_dtypes == [torch.bfloat16]
+    assert parse("--bf16", "False").tower_dtypes == [torch.float16]
+    assert parse("--bf16", "False", "--compute_dtype", "fp32").tower_dtypes == [torch.float32]
+    several = ("--vision_tower", "a", "b", "--compute_dtype")
+    assert parse(*several, "bf16").tower_dtypes == [torch.bfloat16] * 2
+    assert parse(*several, "fp32", "bf16").tower_dtypes == [torch.float32, torch.bfloat16]
 
 
 def test_for_trainer_leaves_the_parsed_arguments_unchanged(parse):

@@ -11,8 +11,10 @@ from cache.make import flip_bit
 from commands import assert_same_outcome, outcome
 from encoded import write_encoded
 from llava_twophase import CacheWriter, FeatureCache
+from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.codec import Channels
 from llava_twophase.cache.quarantine import Quarantined, write_quarantine
+from llava_twophase.deploy.trained_projector import find_projector
 
 FLAGS = {"logging_steps": 1, "num_train_epochs": 1}
 
@@ -64,6 +66,21 @@ def test_joined_caches_train_to_the_projector_of_both_towers_on_the_fly(workers,
         "fingerprint": {"joined": fingerprints, "interpolate_patch_grid": False},
     }
     assert not (fly / "feature_cache.json").exists()
+    assert [verify(cache) for cache in caches] == [[], []]
+
+
+def test_towers_of_other_compute_dtypes_train_on_the_fly_as_from_their_caches(
+    train_in_process, joined, plain_set, tiny_siglip, tmp_path
+):
+    cache = write_encoded(tmp_path / "bf16", tiny_siglip, plain_set.folder, plain_set.keys, dtype=torch.bfloat16)
+    caches = [joined["feature_cache"][0], cache]
+    assert train_in_process("cached", **{**joined, "feature_cache": caches}, **FLAGS) == (0, True)
+    on_the_fly = {**joined, "feature_cache": None, "image_folder": plain_set.folder, "compute_dtype": ["fp32", "bf16"]}
+    assert train_in_process("fly", **on_the_fly, **FLAGS) == (0, True)
+    folder = train_in_process.folder
+    assert_same_outcome(outcome(folder / "cached"), outcome(folder / "fly"))
+    assert find_projector(folder / "fly").tower_dtypes == ("float32", "bfloat16")
+    assert find_projector(folder / "cached").tower_dtypes == ("float32", "bfloat16")
 
 
 def test_interpolated_caches_train_to_the_projector_of_both_towers(train_in_process, joined, coarse, plain_set):
@@ -137,6 +154,10 @@ def test_joined_caches_in_the_other_order_than_their_towers_are_refused(refusal,
         ({"vision_tower": 1}, "2 feature caches and 1 vision tower were given: joined caches need the tower of each"),
         ({"feature_cache": 1}, "1 feature cache and 2 vision towers were given: joined caches need the tower of each"),
         ({"vision_tower": 1, "feature_cache": 1, "interpolate_patch_grid": True}, "there is one vision tower"),
+        (
+            {"compute_dtype": ["fp32", "bf16", "fp32"]},
+            "--compute_dtype fp32 bf16 fp32: expected bf16, fp16 or fp32, one",
+        ),
         (
             {"interpolate_patch_grid": True, "mm_vision_select_feature": "cls_patch"},
             "a CLS token has no place in a patch grid",

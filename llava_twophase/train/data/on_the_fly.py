@@ -32,7 +32,7 @@ class OnTheFlyFeatures:
     Args:
         image_folder: Folder, zip or uncompressed tar of the images.
         settings: Which towers, and what of their output is used; several are joined on channels.
-        dtype: The towers' compute dtype.
+        dtypes: The compute dtype of each tower.
         device: Where the towers run.
         interpolate: Resample patch grids of other sizes to the first tower's.
 
@@ -44,12 +44,12 @@ class OnTheFlyFeatures:
         self,
         image_folder: str,
         settings: Sequence[TowerSettings],
-        dtype: torch.dtype,
+        dtypes: Sequence[torch.dtype],
         device: torch.device | str,
         interpolate: bool = False,
     ) -> None:
         self._settings = tuple(settings)
-        self._dtype = dtype
+        self._dtypes = dtypes
         self._device = device
         self._interpolate = interpolate
         self._images, self._image_folder = open_images(image_folder), image_folder
@@ -89,7 +89,7 @@ class OnTheFlyFeatures:
         self._tower = load_towers(
             self._settings,
             self._preprocessors,
-            [self._dtype] * len(self._settings),
+            self._dtypes,
             self._device,
             self._interpolate,
         )

@@ -127,7 +127,7 @@ def open_source(arguments: Arguments) -> FeatureSource:
         return OnTheFlyFeatures(
             image_folder=str(data.image_folder),
             settings=settings,
-            dtype=arguments.tower_dtype,
+            dtypes=arguments.tower_dtypes,
             device=arguments.training.device,
             interpolate=model.interpolate_patch_grid,
         )

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def source_of(folder, tower):
-    return OnTheFlyFeatures(str(folder), [TowerSettings(str(tower), -2, "patch", "square")], torch.float32, "cpu")
+    return OnTheFlyFeatures(str(folder), [TowerSettings(str(tower), -2, "patch", "square")], [torch.float32], "cpu")
 
 
 def test_read_equals_encoding_the_sample(plain_set, tiny_clip):
