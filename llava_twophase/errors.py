@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 RESUMABLE = "interrupted: what was sealed or saved is kept; run the same command again to resume"
 
@@ -19,6 +23,42 @@ class UserError(ValueError):
     """
 
     exit_code = 1
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal with which schedulers announce the end of a job.
+
+    Attributes:
+        exit_code: 128 plus the signal's number, as a shell reports it.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"received {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def raise_on_termination() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 raise ``Terminated`` in the block, and end processes that are forked there.
+
+    Signals are handled by the main thread; in another one, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            os._exit(128 + number)
+        raise Terminated(number)
+
+    former = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def combined_error(problems: Iterable[str], heading: str, shown: int = 20) -> UserError:
@@ -47,10 +87,11 @@ def run_command(command: Callable[[], int], interrupted: str = RESUMABLE) -> int
 
     Args:
         command: Does the work and returns the exit code.
-        interrupted: Printed after Ctrl-C.
+        interrupted: Printed after Ctrl-C and ``Terminated``.
 
     Returns:
-        The exit code: 1 after a ``UserError``, 2 if it is a ``UsageError``, 130 after Ctrl-C.
+        The exit code: 1 after a ``UserError``, 2 if it is a ``UsageError``, 130 after Ctrl-C, that of
+        ``Terminated``.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported, so commands import it later
@@ -58,6 +99,9 @@ def run_command(command: Callable[[], int], interrupted: str = RESUMABLE) -> int
         return command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Terminated as error:
+        print(f"{error}: {interrupted}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

@@ -1,10 +1,19 @@
 """Errors for users: one message on stderr and an exit code, never a traceback."""
 
 import os
+import signal
+import threading
 
 import pytest
 
-from llava_twophase.errors import RESUMABLE, UserError, combined_error, run_command, short_repr
+from llava_twophase.errors import (
+    RESUMABLE,
+    UserError,
+    combined_error,
+    raise_on_termination,
+    run_command,
+    short_repr,
+)
 
 
 def test_combined_error_lists_the_first_problems_and_counts_the_others():
@@ -38,6 +47,44 @@ def test_run_command_returns_130_after_ctrl_c(capsys):
 
     assert run_command(interrupt) == 130 and run_command(interrupt, "stopped") == 130
     assert capsys.readouterr().err == f"{RESUMABLE}\nstopped\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_run_command_returns_128_plus_the_signal_after_termination(number, code, capsys):
+    former = signal.getsignal(number)
+
+    def interrupted():
+        with raise_on_termination():
+            os.kill(os.getpid(), number)
+            signal.pause()
+        return 0
+
+    assert run_command(interrupted) == code
+    assert capsys.readouterr().err == f"received {number.name}: {RESUMABLE}\n"
+    assert signal.getsignal(number) == former
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_raise_on_termination_ends_a_forked_process_at_once():
+    with raise_on_termination():
+        pid = os.fork()
+        if not pid:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+
+
+def test_raise_on_termination_changes_nothing_in_another_thread():
+    handlers = []
+
+    def look():
+        with raise_on_termination():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
 
 
 @pytest.mark.parametrize(("terminal", "chosen", "found"), [(False, None, "1"), (True, None, None), (False, "", "")])

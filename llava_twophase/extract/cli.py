@@ -14,7 +14,7 @@ from llava_twophase.cache.format import QUANTISED
 from llava_twophase.command_line import CommandParser, Integer, problems_error
 from llava_twophase.cpu import available_cpus
 from llava_twophase.distributed import ranks_from_environment
-from llava_twophase.errors import UserError, run_command
+from llava_twophase.errors import UserError, raise_on_termination, run_command
 from llava_twophase.extract.config import ExtractConfig
 from llava_twophase.extract.inputs import load_inputs
 from llava_twophase.layers import as_layers
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``sys.argv`` by default.
 
     Returns:
-        0 done, 1 a problem was found, 2 wrong usage, 130 interrupted.
+        0 done, 1 a problem was found, 2 wrong usage, 130 interrupted by Ctrl-C, 143 by SIGTERM, 138 by SIGUSR1.
     """
     return run_command(lambda: _run(argv))
 
@@ -243,7 +243,8 @@ def _run(argv: Sequence[str] | None) -> int:
     from llava_twophase.extract.run import run
 
     try:
-        return run(config, records, ranks)
+        with raise_on_termination():
+            return run(config, records, ranks)
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise

@@ -66,8 +66,9 @@ class ShardQueue:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error in one batch, the shards before it are still sealed; Ctrl-C ends at once.
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         for thread in (self._write_thread, self._seal_thread):
-            thread.shutdown(cancel_futures=kind is KeyboardInterrupt)
+            thread.shutdown(cancel_futures=interrupted)
         for writer in self._writers.values():
             writer.discard()
 

@@ -143,3 +143,16 @@ def test_control_c_says_how_to_resume(server, command, expected_files, tmp_path)
     assert "run the same command again to resume" in run.log() and "Traceback" not in run.log()
     server.run(command())
     assert sorted(files(tmp_path / "cache")) == sorted(expected_files)
+
+
+def test_sigterm_keeps_finished_shards_and_says_how_to_resume(server, command, expected_files, tmp_path):
+    run = server.start(command(batch_size=1))
+    while len(sealed(tmp_path / "cache")) < 1:
+        time.sleep(0.01)
+    kept = sealed(tmp_path / "cache")
+    run.kill(signal.SIGTERM)
+    assert run.wait() == 143
+    assert run.log().count("received SIGTERM: interrupted") == 1 and "Traceback" not in run.log()
+    assert_kept(kept, tmp_path / "cache")
+    server.run(command())
+    assert sorted(files(tmp_path / "cache")) == sorted(expected_files)
