@@ -57,6 +57,22 @@ def ranks_from_environment() -> Ranks:
     return Ranks()
 
 
+def export_slurm_ranks() -> None:
+    """Set the variables that torch.distributed reads, in a job step of several ranks that no launcher has set them for.
+
+    Raises:
+        UserError: A variable is not an integer, or the node list cannot be read.
+    """
+    ranks = ranks_from_environment()
+    if "RANK" in os.environ or ranks.world_size == 1:
+        return
+    host, port = rendezvous_address()
+    # With --gpus-per-task, each rank sees its own GPU alone.
+    alone = len(os.environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+    values = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": 0 if alone else ranks.local_rank}
+    os.environ.update({name: str(value) for name, value in values.items()}, MASTER_ADDR=host, MASTER_PORT=str(port))
+
+
 def rendezvous_address() -> tuple[str, int]:
     """Return host and port at which rank 0 is reached.
 

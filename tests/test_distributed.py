@@ -5,8 +5,16 @@ import stat
 
 import pytest
 
-from llava_twophase.distributed import Ranks, expand_hosts, ranks_from_environment, rendezvous_address
+from llava_twophase.distributed import (
+    Ranks,
+    expand_hosts,
+    export_slurm_ranks,
+    ranks_from_environment,
+    rendezvous_address,
+)
 from llava_twophase.errors import UserError
+
+TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
 
 
 @pytest.fixture
@@ -15,8 +23,11 @@ def environment(monkeypatch, tmp_path):
 
     def set_variables(**values):
         for name in list(os.environ):
-            if name.startswith(("SLURM_", "MASTER_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            if name.startswith(("SLURM_", "MASTER_")) or name in TORCH:
                 monkeypatch.delenv(name)
+        for name in (*TORCH, "MASTER_ADDR", "MASTER_PORT"):  # what a test sets is removed after it
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
         for name, value in values.items():
             monkeypatch.setenv(name, str(value))
 
@@ -61,6 +72,47 @@ def test_rendezvous_address_is_the_first_node_of_the_step(environment):
     assert rendezvous_address() == ("10.0.0.1", 29500)
     environment()
     assert rendezvous_address() == ("127.0.0.1", 20000)
+
+
+def torch_variables():
+    return [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
+
+
+def test_export_slurm_ranks_sets_what_torch_reads_in_a_step_of_several_ranks(environment):
+    environment(**{**STEP, "SLURM_PROCID": 1, "SLURM_LOCALID": 1})
+    export_slurm_ranks()
+    assert torch_variables() == ["1", "2", "1", "n1", "20010"]
+
+
+def test_export_slurm_ranks_gives_a_rank_its_only_visible_device(environment):
+    environment(**{**STEP, "SLURM_PROCID": 1, "SLURM_LOCALID": 1, "CUDA_VISIBLE_DEVICES": "5"})
+    export_slurm_ranks()
+    assert os.environ["LOCAL_RANK"] == "0"
+
+
+@pytest.mark.parametrize("variables", [{}, SBATCH, {**STEP, "RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1}])
+def test_export_slurm_ranks_changes_nothing_for_one_process_and_after_a_launcher(environment, variables):
+    environment(**variables)
+    before = dict(os.environ)
+    export_slurm_ranks()
+    assert dict(os.environ) == before
+
+
+def test_training_command_exports_the_ranks_of_a_slurm_step(environment, monkeypatch):
+    """Two processes of plain srun would otherwise train independently and overwrite each other's files."""
+    from llava_twophase.train import command_line
+    from llava_twophase.train.cli import main
+
+    found = []
+
+    def parse(argv):
+        found.extend(torch_variables())
+        raise UserError("no further")
+
+    monkeypatch.setattr(command_line, "parse_command", parse)
+    environment(**{**STEP, "SLURM_PROCID": 1})
+    assert main([]) == 1
+    assert found == ["1", "2", "0", "n1", "20010"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from llava_twophase.distributed import ranks_from_environment
+from llava_twophase.distributed import export_slurm_ranks, ranks_from_environment
 from llava_twophase.errors import run_command
 from llava_twophase.train.help import help_text
 from llava_twophase.versions import require_supported
@@ -32,6 +32,7 @@ def _parse_and_run(argv: Sequence[str] | None) -> int:
         return 0
     import torch
 
+    export_slurm_ranks()
     level = logging.INFO if ranks_from_environment().is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     if not torch.accelerator.is_available():

@@ -42,8 +42,8 @@ def require_launcher(arguments: Arguments) -> None:
     """
     if arguments.training.deepspeed and "RANK" not in os.environ and find_spec("mpi4py") is None:
         raise UserError(
-            "--deepspeed needs a launcher: deepspeed pipelines/train_projector.py ..., or torchrun; for one process, "
-            "remove --deepspeed"
+            "--deepspeed needs a launcher: deepspeed pipelines/train_projector.py ..., torchrun or srun; for one "
+            "process, remove --deepspeed"
         )
 
 
