@@ -5,6 +5,8 @@ Libraries are imported inside the functions: importing this module loads none of
 
 from __future__ import annotations
 
+import os
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -123,3 +125,41 @@ def set_hub_offline() -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = True
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Return whether an operation between ranks failed because another rank ended or could not be reached.
+
+    NCCL's errors have a type of their own. Those of gloo are plain ``RuntimeError``s that begin with its source file.
+    """
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "/gloo/" in str(error)
+
+
+def wait_for_torchrun(seconds: float = 30.0) -> None:
+    """Wait on rank 0 until torchrun on every other node has seen its ranks end.
+
+    With ``--master_addr``, torchrun on the first node keeps the store in which the others report their end. It ends as
+    soon as they have, sometimes before they have read its answer, and then they print a page of errors after a
+    successful run. If rank 0 ends last, they have read it.
+
+    Args:
+        seconds: The longest wait.
+    """
+    env = os.environ
+    others = int(env.get("GROUP_WORLD_SIZE", "1")) - 1
+    if env.get("RANK") != "0" or not others or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    from datetime import timedelta
+
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, not in __all__
+
+    address = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    store = PrefixStore(env["TORCHELASTIC_RUN_ID"], TCPStore(*address, timeout=timedelta(seconds=seconds)))
+    deadline = time.monotonic() + seconds
+    # With --rdzv_backend c10d, the keys have another prefix.
+    while store.check(["torchelastic/assigned_ranks/0"]) and time.monotonic() < deadline:
+        if store.add("torchelastic/agent/terminal_state/num_members", 0) >= others:
+            return
+        time.sleep(0.1)

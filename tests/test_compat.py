@@ -2,10 +2,15 @@
 
 import json
 import sys
+import threading
+import time
 from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed.elastic.agent.server.api as elastic_api
+from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.elastic.utils import store as store_util
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_twophase import compat
@@ -129,3 +134,59 @@ def test_set_hub_offline_stops_requests(monkeypatch):
     compat.set_hub_offline()
     with pytest.raises(OfflineModeIsEnabled):
         get_session().head("http://127.0.0.1:9")
+
+
+def test_is_lost_rank_knows_the_errors_of_gloo_and_nccl():
+    """Text that gloo raised when a process was killed; test_agreement.py has a real one."""
+    closed = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:33146"
+    assert compat.is_lost_rank(RuntimeError(closed))
+    assert compat.is_lost_rank(torch.distributed.DistBackendError("NCCL error: remote process exited"))
+    assert not compat.is_lost_rank(RuntimeError("shapes differ"))
+
+
+@pytest.fixture
+def torchrun_store(monkeypatch):
+    """The store that torchrun keeps on the first of two nodes, and the variables of rank 0 there."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    variables = {"RANK": 0, "GROUP_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1"}
+    variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": store.port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    return store
+
+
+def test_wait_for_torchrun_returns_when_the_other_nodes_have_ended(torchrun_store):
+    """The other node calls torch's own barrier, as torchrun does at its end."""
+    agent, other = (PrefixStore("none", TCPStore("127.0.0.1", torchrun_store.port)) for _ in range(2))
+    agent.set("torchelastic/assigned_ranks/0", "[]")
+    ended = []
+
+    def end():
+        ended.append(True)
+        store_util.barrier(other, 2, elastic_api._TERMINAL_STATE_SYNC_ID, barrier_timeout=30)
+
+    timer = threading.Timer(0.3, end)
+    timer.start()
+    compat.wait_for_torchrun()
+    assert ended
+    store_util.barrier(agent, 2, elastic_api._TERMINAL_STATE_SYNC_ID, barrier_timeout=30)
+    timer.join()
+
+
+def test_wait_for_torchrun_waits_only_as_long_as_it_is_told(torchrun_store):
+    PrefixStore("none", torchrun_store).set("torchelastic/assigned_ranks/0", "[]")
+    compat.wait_for_torchrun(seconds=0.3)
+
+
+@pytest.mark.parametrize("change", [{"RANK": 1}, {"GROUP_WORLD_SIZE": 1}, {"TORCHELASTIC_USE_AGENT_STORE": "False"}])
+def test_wait_for_torchrun_asks_only_on_rank_0_of_several_nodes(torchrun_store, monkeypatch, change):
+    for name, value in {**change, "MASTER_PORT": 1}.items():  # nothing listens there
+        monkeypatch.setenv(name, str(value))
+    compat.wait_for_torchrun()
+
+
+def test_wait_for_torchrun_does_not_wait_for_another_rendezvous(torchrun_store):
+    """With --rdzv_backend c10d, the store's keys have another prefix."""
+    started = time.monotonic()
+    compat.wait_for_torchrun(seconds=60)
+    assert time.monotonic() - started < 50

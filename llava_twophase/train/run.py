@@ -10,13 +10,14 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
 
+from llava_twophase.compat import wait_for_torchrun
 from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import Arguments, ProjectorTrainingArguments
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.environment import output_folder
 from llava_twophase.train.identity import run_identity
-from llava_twophase.train.loop.agreement import on_all_ranks, on_main_rank
+from llava_twophase.train.loop.agreement import explain_lost_ranks, on_all_ranks, on_main_rank
 from llava_twophase.train.loop.artefacts import llava_config, write_artefacts, write_held_out
 from llava_twophase.train.loop.checkpoints import CheckpointKeeper, explain_disk_errors, saved_micro_batching
 from llava_twophase.train.loop.generated_captions import CaptionSamples
@@ -53,10 +54,13 @@ def run(arguments: Arguments) -> int:
     """
     folder = output_folder(arguments)
     inputs = on_all_ranks(lambda: prepare_inputs(arguments))
-    with output_lock(folder), explain_disk_errors(folder):
+    with output_lock(folder), explain_disk_errors(folder), explain_lost_ranks(arguments.training.ddp_timeout):
         signal_number = _train(arguments, inputs, folder)
     _leave_process_group()
-    return 128 + signal_number if signal_number is not None else 0
+    if signal_number is not None:
+        return 128 + signal_number
+    wait_for_torchrun()
+    return 0
 
 
 def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | None:

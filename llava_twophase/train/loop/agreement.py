@@ -1,12 +1,17 @@
-"""Decisions that all ranks take together: an error on one rank ends all of them with the same message."""
+"""Decisions that all ranks take together, and what is said if a rank is lost.
+
+An error on one rank ends all of them with the same message.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
 
+from llava_twophase.compat import is_lost_rank
 from llava_twophase.errors import UserError
 
 T = TypeVar("T")
@@ -50,6 +55,29 @@ def on_main_rank(action: Callable[[], T]) -> T:
     if result is None:
         raise UserError(problem)
     return result[0]
+
+
+@contextmanager
+def explain_lost_ranks(timeout: int) -> Iterator[None]:
+    """Turn the error of an operation between ranks into a message that says what to do.
+
+    Args:
+        timeout: ``--ddp_timeout`` in seconds.
+
+    Raises:
+        UserError: Another rank ended or could not be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _several_ranks() or not is_lost_rank(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"rank {dist.get_rank()} lost contact with another rank ({reason}). The first error of the others is the "
+            f"cause; without one, a process was killed, a node failed, or the network was down for {timeout} s "
+            "(--ddp_timeout). Run the same command again: it resumes from the last complete checkpoint"
+        ) from error
 
 
 def _attempt(action: Callable[[], T]) -> tuple[tuple[T] | None, str | None]:

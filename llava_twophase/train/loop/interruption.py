@@ -44,7 +44,7 @@ class StopOnSignal(TrainerCallback):
         if train_dataloader is not None:
             self._steps_per_epoch = -(-len(train_dataloader) // args.gradient_accumulation_steps)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
         self._former = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def on_step_end(

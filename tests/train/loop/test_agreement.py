@@ -5,12 +5,13 @@ import pytest
 from commands import torchrun
 from helpers import run
 from llava_twophase.errors import UserError
-from llava_twophase.train.loop.agreement import on_all_ranks, on_main_rank
+from llava_twophase.train.loop.agreement import explain_lost_ranks, on_all_ranks, on_main_rank
 
 SCRIPT = """\
+import os
 import torch.distributed as dist
 from llava_twophase.errors import UserError
-from llava_twophase.train.loop.agreement import on_all_ranks, on_main_rank
+from llava_twophase.train.loop.agreement import explain_lost_ranks, on_all_ranks, on_main_rank
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -38,16 +39,31 @@ for turn in range(2):
     dist.barrier()
     if turn == rank:
         print(rank, lines, flush=True)
-dist.destroy_process_group()
+dist.barrier()
+if rank == 1:
+    os._exit(0)  # as a killed process, it says nothing
+try:
+    with explain_lost_ranks(600):
+        dist.barrier()
+except UserError as error:
+    print(error, flush=True)
+os._exit(0)
 """
 
 
-def test_two_ranks_end_with_the_same_result_or_error(tmp_path):
+def test_two_ranks_end_with_the_same_result_or_error_and_a_lost_rank_is_reported(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    lines = run([*torchrun(2), script]).stdout.splitlines()
+    *lines, lost = run([*torchrun(2), script]).stdout.splitlines()
     common = "'rank 1: no space', 'no space', 0, 'no space', 0]"
     assert lines == [f"0 [0, {common}", f"1 [1, {common}"]
+    assert lost.startswith("rank 0 lost contact with another rank (") and "/gloo/" in lost
+    assert "down for 600 s (--ddp_timeout). Run the same command again" in lost
+
+
+def test_explain_lost_ranks_leaves_other_errors_alone():
+    with pytest.raises(RuntimeError, match="^shapes differ$"), explain_lost_ranks(600):
+        raise RuntimeError("shapes differ")
 
 
 def test_one_process_decides_alone():
