@@ -12,10 +12,10 @@ PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv peers test lint format type demo clean
+.PHONY: help venv peers test test-cluster lint format type demo clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## set up .venv with the pinned versions of constraints.txt
 
@@ -39,6 +39,9 @@ peers: $(STAMP) ## other systems that exported models are tested with (CPython 3
 
 test: lint type ## lint, type check, then every test (PYTEST_ARGS="-n 2")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-cluster: $(STAMP) ## SLURM, torchrun and DeepSpeed on two test hosts (root on Debian; installs packages)
+	bash tests/cluster/run.sh $(BIN)/python
 
 lint: $(STAMP) ## ruff: rules, docstrings and layout
 	$(BIN)/ruff check .
