@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from llava_twophase.cpu import CpuMeter
 from llava_twophase.errors import UserError
+from llava_twophase.train.arguments import ProjectorTrainingArguments
 from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.data.sampler import EpochSampler
 from llava_twophase.train.loop.interruption import ignore_signals
@@ -44,17 +45,9 @@ class ProjectorTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return this process's share of the data loader, in LLaVA's order."""
-        args = self.args
+        args = cast(ProjectorTrainingArguments, self.args)
         assert isinstance(self.train_dataset, CaptionDataset)
-        grouped = getattr(args, "group_by_modality_length", False)
-        order = EpochSampler(
-            len(self.train_dataset),
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            world_size=args.world_size,
-            lengths=self.train_dataset.lengths() if grouped else None,
-            batch_size=args.train_batch_size,
-            groups=args.world_size * args.gradient_accumulation_steps,
-        )
+        order = sample_order(args, len(self.train_dataset), self.train_dataset.lengths)
         self.add_callback(_SetEpoch(order))
         self.add_callback(_StopAtLastStep())
         prefetching = self.train_dataset.prefetch(
@@ -158,6 +151,24 @@ class ProjectorTrainer(Trainer):
         self._meter.samples += samples
         self._meter.tokens += samples * positions
         self._meter.flops += self._flops.count(samples, positions, length - self._projector_model.image_position)
+
+
+def sample_order(training: ProjectorTrainingArguments, size: int, lengths: Callable[[], Sequence[int]]) -> EpochSampler:
+    """Return the order of a run's samples over all ranks.
+
+    Args:
+        training: The run's arguments.
+        size: Number of samples.
+        lengths: Returns the number of words of each sample; called for ``--group_by_modality_length`` only.
+    """
+    return EpochSampler(
+        size,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        world_size=training.world_size,
+        lengths=lengths() if training.group_by_modality_length else None,
+        batch_size=training.train_batch_size,
+        groups=training.world_size * training.gradient_accumulation_steps,
+    )
 
 
 class _SetEpoch(TrainerCallback):

@@ -28,6 +28,7 @@ from llava_twophase.train.model.micro_batches import (
     MicroBatch,
     MicroBatching,
     choose_micro_batching,
+    free_for_activations,
     largest_of_all_ranks,
     saturating_samples,
 )
@@ -178,7 +179,7 @@ class FrozenLLM:
         if self.micro_batching is not None:
             micro_batch = self.micro_batching.next(lengths)
         else:
-            micro_batch = MicroBatch(min(len(lengths), saturating_samples(batch.features)), lengths[0], 0)
+            micro_batch = MicroBatch(min(len(lengths), _saturating(batch.features)), lengths[0], 0)
         if with_gradient:
             return micro_batch
         samples = min(micro_batch.samples, self._evaluated_samples or micro_batch.samples)
@@ -231,7 +232,7 @@ class FrozenLLM:
         # A partitioned LLM counts the forward passes through each layer and would miss the backward pass of a trial.
         if by_memory and not self._is_partitioned:
             memory = measure_activations(self.llm, self.splice(features[:1], batch.input_ids[:1]), memory)
-        free = free_memory(features.device) - 4 * features.nbytes  # for the gradients of the projector
+        free = free_for_activations(free_memory(features.device), features.nbytes)
         layer, attention, length, negative_free = largest_of_all_ranks(
             [memory.layer, memory.attention, length, -free], features.device
         )
@@ -241,7 +242,7 @@ class FrozenLLM:
             lengths=lengths,
             batch=size,
             free=-negative_free if by_memory else None,
-            saturating=saturating_samples(features),
+            saturating=_saturating(features),
             samples=None if self._samples is None else min(self._samples, size),
             checkpoint_every=self._checkpoint_every,
         )
@@ -275,3 +276,7 @@ class FrozenLLM:
     def _lower_scale(self, gradient: torch.Tensor) -> None:
         # The overflow reaches the trainer's own scaler, which skips the step; the next batch gets a smaller scale.
         self._scale = torch.where(torch.isfinite(gradient).all(), self._scale, self._scale / 2)
+
+
+def _saturating(features: torch.Tensor) -> int:
+    return saturating_samples(features.shape[1], features.shape[2], features.device.type)

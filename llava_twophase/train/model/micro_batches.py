@@ -164,10 +164,26 @@ def choose_micro_batching(
     return MicroBatching(size, step, max(typical, min(wanted, budget)), memory)
 
 
-def saturating_samples(features: torch.Tensor) -> int:
-    """Return how many samples, each of about ``[L, H]`` hidden states, use the full rate of their device."""
-    values = SATURATING_VALUES.get(features.device.type, SATURATING_VALUES_ON_ACCELERATORS)
-    return -(-values // (features.shape[1] * features.shape[2]))
+def free_for_activations(free: int, projected_bytes: int) -> int:
+    """Return how much of the free memory a micro-batch may take.
+
+    Args:
+        free: Bytes that are free before the first step.
+        projected_bytes: Bytes of the projected features of a batch in the LLM's dtype.
+    """
+    return free - 4 * projected_bytes  # for the gradients of the projector
+
+
+def saturating_samples(tokens: int, width: int, device_type: str) -> int:
+    """Return how many samples use the full rate of their device.
+
+    Args:
+        tokens: L, about the positions of a sample.
+        width: H, the LLM's width.
+        device_type: As in ``torch.device.type``.
+    """
+    values = SATURATING_VALUES.get(device_type, SATURATING_VALUES_ON_ACCELERATORS)
+    return -(-values // (tokens * width))
 
 
 def largest_of_all_ranks(values: Sequence[int], device: torch.device) -> list[int]:
