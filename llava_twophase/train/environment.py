@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from llava_twophase.compat import is_tracker_installed
 from llava_twophase.errors import UserError
-from llava_twophase.files import require_free_space
+from llava_twophase.files import require_free_space, require_writable
 from llava_twophase.train.arguments import Arguments
 
 # AdamW in float32 keeps weight, two moments and, under DeepSpeed, a master copy.
@@ -73,12 +73,14 @@ def require_compiler(arguments: Arguments) -> None:
 
 
 def require_output(arguments: Arguments) -> None:
-    """Create ``--output_dir``.
+    """Create ``--output_dir``; with ``--plan``, only check that it can be written.
 
     Raises:
         UserError: It cannot be created or written, or a folder has the name of a file that the run would write.
     """
     folder = output_folder(arguments)
+    if arguments.training.plan is not None:
+        return require_writable(folder, "--output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,15 +103,26 @@ def require_space(arguments: Arguments, weights: int) -> None:
     Raises:
         UserError: It does not.
     """
-    training = arguments.training
-    # The new checkpoint is written before the oldest one is removed.
-    kept = 1 + (training.save_total_limit or 2) if training.save_strategy != "no" else 1
+    kept, size = checkpoint_space(arguments, weights)
     require_free_space(
         output_folder(arguments),
-        kept * weights * _CHECKPOINT_BYTES_PER_WEIGHT,
+        kept * size,
         what=f"{kept} checkpoints",
         advice="free some space, or lower --save_total_limit",
     )
+
+
+def checkpoint_space(arguments: Arguments, weights: int) -> tuple[int, int]:
+    """Return how many checkpoints are on disk at once, and the most bytes that one takes.
+
+    Args:
+        arguments: The run's arguments.
+        weights: Trainable weights.
+    """
+    training = arguments.training
+    # The new checkpoint is written before the oldest one is removed.
+    kept = 1 + (training.save_total_limit or 2) if training.save_strategy != "no" else 1
+    return kept, weights * _CHECKPOINT_BYTES_PER_WEIGHT
 
 
 def output_folder(arguments: Arguments) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from llava_twophase.cache.storage import is_url
@@ -173,7 +174,7 @@ def _without_effect(training: ProjectorTrainingArguments) -> list[Check]:
         ),
         (
             "output_dir",
-            training.n_gpu > 1,
+            training.n_gpu > 1 and training.plan is None,
             f"{training.n_gpu} GPUs are visible, but one process was started: use torchrun --nproc_per_node "
             f"{training.n_gpu} pipelines/train_projector.py ..., or CUDA_VISIBLE_DEVICES=0 for one GPU",
         ),
@@ -231,6 +232,11 @@ def _deepspeed(training: ProjectorTrainingArguments) -> list[Check]:
 
 def _micro_batches(training: ProjectorTrainingArguments) -> list[Check]:
     return [
+        (
+            "plan",
+            training.plan is not None and re.fullmatch(r"here|True|([1-9]\d*x)?\d+(\.\d+)?", training.plan) is None,
+            f"--plan {training.plan}: expected no value, or GPUs that are not at hand, such as 24 (GB) or 8x80",
+        ),
         (
             "micro_batch_size",
             not _auto_or_at_least(1, training.micro_batch_size),

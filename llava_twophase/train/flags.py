@@ -147,6 +147,14 @@ class TrainingFlags:
     )
     logging_nan_inf_filter: bool = _flag(False, "True would hide a loss that is not finite; here it ends the run")
     remove_unused_columns: bool = _flag(False, "has no effect: samples hold only the model's inputs")
+    plan: str | None = _flag(
+        None,
+        "report sequence lengths, steps, memory, checkpoints and time of this command, write nothing, and stop; 24 or "
+        "8x80: for one GPU of 24 GB, or eight of 80 GB, that are not at hand",
+        nargs="?",
+        const="here",
+        metavar="GPUS",
+    )
     model_max_length: int = _flag(2048, "longest sequence, the image's positions included")
     group_by_modality_length: bool = _flag(False, "batches of similar text length, as LLaVA groups them")
     micro_batch_size: str = _flag(

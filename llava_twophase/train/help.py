@@ -26,6 +26,7 @@ _DESCRIPTION = "Phase two: train mm_projector against a frozen LLM, from a featu
 _ACCEPTED = "accepted from other commands: no effect, or one value"
 _OTHERS = "Hugging Face Trainer's other flags"
 _SUBJECTS: Mapping[str, Sequence[str]] = {
+    "before a run": ("plan",),
     "models": (
         *("model_name_or_path", "vision_tower", "mm_projector_type", "mm_projector_kwargs", "pretrain_mm_mlp_adapter"),
         *("tune_mm_mlp_adapter", "mm_tunable_parts", "version", "mm_vision_select_layer", "mm_vision_select_feature"),

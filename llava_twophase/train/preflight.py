@@ -78,13 +78,17 @@ class TrainingInputs:
     projector_record: dict[str, Any]
 
 
-def prepare_inputs(arguments: Arguments) -> TrainingInputs:
+def prepare_inputs(arguments: Arguments, skip: Collection[str] = ()) -> TrainingInputs:
     """Load and check everything except the LLM's weights.
+
+    Args:
+        arguments: The checked command line.
+        skip: Names of flags whose checks are skipped, those of devices that are not at hand.
 
     Raises:
         UserError: All problems that were found, in one error.
     """
-    checked, problems = _check(arguments)
+    checked, problems = _check(arguments, skip)
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:

@@ -29,6 +29,7 @@ from llava_twophase.train.loop.trainer import ProjectorTrainer
 from llava_twophase.train.model.frozen_llm import FrozenLLM
 from llava_twophase.train.model.llava import LlavaProjectorModel
 from llava_twophase.train.model.load_llm import gathered, load_llm
+from llava_twophase.train.plan.show import show_plan
 from llava_twophase.train.preflight import TrainingInputs, prepare_inputs
 from llava_twophase.train.stage_2 import warn_about_stage_2
 
@@ -47,11 +48,16 @@ def run(arguments: Arguments) -> int:
         arguments: The checked command line.
 
     Returns:
-        0 if the run is finished; 128 + n if signal n interrupted it after a checkpoint was written.
+        0 if the run is finished; 128 + n if signal n interrupted it after a checkpoint was written. With ``--plan``, 0
+        if the run fits in memory, else 1.
 
     Raises:
         UserError: Bad input, before the LLM is loaded wherever that can be known.
     """
+    if arguments.training.plan is not None:
+        code = show_plan(arguments) if arguments.training.process_index == 0 else 0
+        _leave_process_group()
+        return code
     folder = output_folder(arguments)
     inputs = on_all_ranks(lambda: prepare_inputs(arguments))
     with output_lock(folder), explain_disk_errors(folder), explain_lost_ranks(arguments.training.ddp_timeout):

@@ -102,6 +102,11 @@ class VisionTower:
         setattr(self._model, family.norm, nn.Identity())
         self._model.requires_grad_(False).eval().to(self.device)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, on the device."""
+        return sum(parameter.nbytes for parameter in self._model.parameters())
+
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that changes a feature value; hashes the weights, so it takes a second or two."""
         fingerprint = dict(self._fingerprint)

@@ -72,6 +72,12 @@ class OnTheFlyFeatures:
         """Turn ``uint8 [B, S, S, 3]`` (joined towers: ``[B, N]``) into features ``[B, L, D]``; no gradient."""
         return self._encode
 
+    @property
+    def tower_bytes(self) -> int:
+        """Bytes of the tower's weights on the device; ``load`` comes first."""
+        assert self._tower is not None, "load() comes first"
+        return self._tower.weight_bytes
+
     def usable(self, records: list[Record]) -> list[Record]:
         """Return all records: there is no quarantine without a cache."""
         return records

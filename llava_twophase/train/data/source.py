@@ -52,6 +52,10 @@ class FeatureSource(Protocol):
     def encode(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Turn the crops of samples into ``[B, L, D]`` in the training step; None where samples have features."""
 
+    @property
+    def tower_bytes(self) -> int:
+        """Bytes of the vision tower's weights on the device; 0 where samples have features."""
+
     def usable(self, records: list[Record]) -> list[Record]:
         """Return the records to train on: without those of quarantined images if the user asks for it.
 
@@ -179,6 +183,11 @@ class CachedFeatures:
     def encode(self) -> None:
         """None: samples have features."""
         return None
+
+    @property
+    def tower_bytes(self) -> int:
+        """0: samples have features."""
+        return 0
 
     def usable(self, records: list[Record]) -> list[Record]:
         """Return the records with keys as the cache has them; ``drop_quarantined`` drops those of quarantined images.

@@ -47,7 +47,7 @@ class ProjectorTrainer(Trainer):
         """Return this process's share of the data loader, in LLaVA's order."""
         args = cast(ProjectorTrainingArguments, self.args)
         assert isinstance(self.train_dataset, CaptionDataset)
-        order = sample_order(args, len(self.train_dataset), self.train_dataset.lengths)
+        order = sample_order(args, len(self.train_dataset), self.train_dataset.lengths, args.world_size)
         self.add_callback(_SetEpoch(order))
         self.add_callback(_StopAtLastStep())
         prefetching = self.train_dataset.prefetch(
@@ -153,21 +153,24 @@ class ProjectorTrainer(Trainer):
         self._meter.flops += self._flops.count(samples, positions, length - self._projector_model.image_position)
 
 
-def sample_order(training: ProjectorTrainingArguments, size: int, lengths: Callable[[], Sequence[int]]) -> EpochSampler:
+def sample_order(
+    training: ProjectorTrainingArguments, size: int, lengths: Callable[[], Sequence[int]], ranks: int
+) -> EpochSampler:
     """Return the order of a run's samples over all ranks.
 
     Args:
         training: The run's arguments.
         size: Number of samples.
         lengths: Returns the number of words of each sample; called for ``--group_by_modality_length`` only.
+        ranks: Devices of the run.
     """
     return EpochSampler(
         size,
         seed=training.seed if training.data_seed is None else training.data_seed,
-        world_size=training.world_size,
+        world_size=ranks,
         lengths=lengths() if training.group_by_modality_length else None,
         batch_size=training.train_batch_size,
-        groups=training.world_size * training.gradient_accumulation_steps,
+        groups=ranks * training.gradient_accumulation_steps,
     )
 
 

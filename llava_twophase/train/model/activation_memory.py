@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -138,6 +139,15 @@ def free_memory(device: torch.device) -> int:
     backend = torch.get_device_module(device)
     free, _ = backend.mem_get_info(device)
     return int(free + backend.memory_reserved(device) - backend.memory_allocated(device))
+
+
+def process_memory() -> int:
+    """Return the bytes of host memory that this process has now; on other systems than Linux, its peak."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _available_host_memory() -> int:

@@ -1,0 +1,1 @@
+"""`--plan`: what a training command would do and need, before the LLM is loaded."""
