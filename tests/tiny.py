@@ -157,6 +157,7 @@ def write_llama(folder, captions, add_bos=True, seed=5, **shape):
     """
     tokenizer = train_tokenizer(captions, add_bos)
     known = {
+        "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
@@ -164,7 +165,6 @@ def write_llama(folder, captions, add_bos=True, seed=5, **shape):
         "num_key_value_heads": 2,
     }
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
         max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -67,6 +67,11 @@ class JoinedTowers:
         self.feature_shape = joined_shape([tower.feature_shape for tower in towers], names, interpolate)
         self.preprocessor = JoinedPreprocessor([tower.preprocessor for tower in towers])
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights of all towers, on the device."""
+        return sum(tower.weight_bytes for tower in self._towers)
+
     def fingerprint(self) -> dict[str, Any]:
         """Return everything that changes a feature value; hashes the weights of all towers."""
         return joined_fingerprint([tower.fingerprint() for tower in self._towers], self._interpolate)

@@ -5,8 +5,6 @@ All of them come from shapes and clocks on the host; nothing here waits for the 
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass, field
 from math import prod
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 from llava_twophase.compat import parameter_shape
+from llava_twophase.train.model.activation_memory import process_memory
 
 RATES = (
     "samples_per_second",
@@ -137,5 +136,4 @@ class GradientProbe:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return process_memory(peak=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,13 +142,20 @@ def free_memory(device: torch.device) -> int:
     return int(free + backend.memory_reserved(device) - backend.memory_allocated(device))
 
 
-def process_memory() -> int:
-    """Return the bytes of host memory that this process has now; on other systems than Linux, its peak."""
+def process_memory(peak: bool = False) -> int:
+    """Return the bytes of host memory that this process has; on other systems than Linux, its peak.
+
+    Args:
+        peak: Return the most that it had.
+    """
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Not ru_maxrss: it is at least the memory of the process that started this one.
+        with open("/proc/self/status", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
+    except (OSError, KeyError):
+        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return found if sys.platform == "darwin" else found * 1024
 
 
 def _available_host_memory() -> int:

@@ -66,10 +66,10 @@ def make_report(arguments: Arguments, inputs: TrainingInputs, absent: tuple[int,
     training = arguments.training
     here = training.device
     ranks, device = absent or (training.world_size, Device(here.type, free_memory(here)))
-    process = process_memory() if device.type == "cpu" else 0
     steps = count_steps(training, len(inputs.records), ranks)
     lengths = measure_lengths(inputs.records, inputs.template, inputs.rows)
     setup = make_setup(arguments, ranks)
+    process = process_memory() if device.type == "cpu" else 0
     workload = make_workload(arguments, inputs, ranks)
     memory = plan_memory(workload, setup, device)
     if absent is None:

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers import run
 from llava_twophase.train.model.activation_memory import (
     analytic_estimate,
     free_memory,
     measure_activations,
+    process_memory,
     saved_bytes,
 )
 from train.model.llms import WIDTH, build_family, build_llm
@@ -63,3 +65,14 @@ def test_free_memory_divides_host_memory_among_the_ranks_of_a_node(monkeypatch):
     alone = free_memory(device)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert 0 < free_memory(device) < alone / 2
+
+
+def test_process_memory_is_that_of_this_process_and_not_of_its_parent():
+    """A block that was freed counts in the peak alone; a child that is started by a large process starts anew."""
+    before = process_memory()
+    block = torch.ones(64, 2**20)
+    assert process_memory() - before > 200 * 2**20
+    del block
+    assert process_memory(peak=True) > process_memory() + 100 * 2**20
+    code = "from llava_twophase.train.model.activation_memory import process_memory; print(process_memory(peak=True))"
+    assert int(run(["python", "-c", code]).stdout) < process_memory(peak=True)
