@@ -140,7 +140,8 @@ def _feature_bytes(arguments: Arguments, inputs: TrainingInputs) -> int:
     sample = inputs.source.sample(inputs.records[0].image)
     if "features" in sample:
         return sample["features"].nbytes
-    return sample["crops"].nbytes + inputs.spec.patches * inputs.spec.tower_width * arguments.tower_dtype.itemsize
+    size: int = max(dtype.itemsize for dtype in arguments.tower_dtypes)
+    return sample["crops"].nbytes + inputs.spec.patches * inputs.spec.tower_width * size
 
 
 def _longest_of_first_batch(arguments: Arguments, inputs: TrainingInputs, ranks: int) -> int:
