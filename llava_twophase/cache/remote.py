@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
-from llava_twophase.cache.format import SHARDS
+from llava_twophase.cache.format import SHARDS, USER_BLOCK
 from llava_twophase.cache.header import decode_header
-from llava_twophase.cache.remote_errors import RangesIgnored, explain, is_final, is_missing
+from llava_twophase.cache.remote_errors import RangesIgnored, explain, is_missing
+from llava_twophase.cache.repetition import Repetition
 from llava_twophase.cache.shard import Shard
 from llava_twophase.errors import UserError
 
@@ -32,9 +31,6 @@ REQUESTS = 32
 # How long failed requests are repeated, in seconds. While a cache is being opened, a user waits for the error. During
 # training, the outage may be over before anybody looks.
 OPENING, READING = 10.0, 300.0
-_FIRST_DELAY, _LONGEST_DELAY = 0.2, 15.0
-# An outage fails many requests; it is logged once in so many seconds.
-_SILENCE = 30.0
 # A request that takes longer than this is repeated.
 _TIMEOUT = 60.0
 # Longer ranges are divided. Rows of all usual towers are shorter.
@@ -45,8 +41,6 @@ _OPENED_AHEAD = 2 * REQUESTS
 _KEYS_AND_CHECKSUMS = ("image_key", "key_xxh3", "row_xxh3")
 # What changes with a file's content, by the names of different protocols.
 _VERSIONS = ("ETag", "etag", "blob_id", "Last-Modified", "LastModified", "mtime", "created")
-
-_T = TypeVar("_T")
 
 
 class RemoteStorage:
@@ -69,8 +63,7 @@ class RemoteStorage:
     def __init__(self, url: str, requests: int = REQUESTS, patience: float | None = None) -> None:
         self._url, self._requests = url.rstrip("/"), requests
         self._patience = patience or READING
-        self._random = random.Random()  # the global one belongs to the user's seed
-        self._silent_until = 0.0
+        self._repeat = Repetition()
         self._versions: dict[str, tuple[int, str]] = {}
         self._waiting: deque[str] = deque()
         self._coming: dict[str, Future[RemoteShard]] = {}
@@ -95,7 +88,7 @@ class RemoteStorage:
             return data
 
         try:
-            return self._repeat(read, name, OPENING)
+            return self._repeat(read, self._url_of(name), OPENING)
         except UserError as error:
             if error.__cause__ is not None and is_missing(error.__cause__):
                 return None
@@ -158,7 +151,7 @@ class RemoteStorage:
             UserError: There is no such shard, or the server does not state its size.
         """
         file = f"{SHARDS}/{name}"
-        info = self._repeat(lambda: self._call("info", file), file, OPENING)
+        info = self._repeat(lambda: self._call("info", file), self._url_of(file), OPENING)
         if not isinstance(info.get("size"), int):
             raise UserError(f"{self._url}/{file} cannot be read: the server does not state its size")
         return info["size"], _version(info)
@@ -166,6 +159,14 @@ class RemoteStorage:
     def forget_listings(self) -> None:
         """Make ``version_of`` ask the server again."""
         self._files.invalidate_cache()
+
+    def upload(self, file: Path, name: str) -> None:
+        """Write a file of this machine to the URL's folder; object storage shows it when it is complete.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        self._repeat(lambda: self._files.put_file(str(file), self._path(name)), self._url_of(name), READING)
 
     def _connect(self) -> None:
         from fsspec.config import conf
@@ -198,19 +199,19 @@ class RemoteStorage:
         self._versions[name] = size, version
         file = f"{SHARDS}/{name}"
 
-        def more(head: bytes, end: int) -> bytes:
-            start, end = len(head), min(end, size)
-            return head + self._repeat(lambda: self._range(file, start, end), file, OPENING) if end > start else head
-
-        head = more(b"", _HEAD)
+        head = self._get(file, 0, min(_HEAD, size), OPENING)
         with suppress(UserError):  # a damaged header is reported by the reader
-            datasets = decode_header(head[:4096], file).datasets
-            head = more(head, max(datasets[part].offset + datasets[part].nbytes for part in _KEYS_AND_CHECKSUMS))
+            datasets = [decode_header(head[:USER_BLOCK], file).datasets[part] for part in _KEYS_AND_CHECKSUMS]
+            end = min(size, max(data.offset + data.nbytes for data in datasets))
+            head += self._get(file, len(head), end, OPENING) if end > len(head) else b""
         return RemoteShard(self, name, size, version, head)
 
     def _read_piece(self, shard: Shard, view: memoryview, offset: int, given_up: threading.Event) -> None:
         name = shard.path.removeprefix(f"{self._url}/")
-        view[:] = self._repeat(lambda: self._range(name, offset, offset + len(view)), name, self._patience, given_up)
+        view[:] = self._get(name, offset, offset + len(view), self._patience, given_up)
+
+    def _get(self, name: str, start: int, end: int, patience: float, given_up: threading.Event | None = None) -> bytes:
+        return self._repeat(lambda: self._range(name, start, end), self._url_of(name), patience, given_up)
 
     def _range(self, name: str, start: int, end: int) -> bytes:
         # A synchronous file system opens a file for each range; reading ahead would multiply the traffic.
@@ -218,7 +219,7 @@ class RemoteStorage:
         data: bytes = self._call("cat_file", name, start=start, end=end, **options)
         if len(data) > end - start:
             raise RangesIgnored(
-                f"{self._url}/{name} cannot be read by ranges: the server sent {len(data)} bytes where {end - start} "
+                f"{self._url_of(name)} cannot be read by ranges: the server sent {len(data)} bytes where {end - start} "
                 "were requested; use a server that supports range requests, or copy the cache to a local disk"
             )
         if len(data) < end - start:
@@ -229,29 +230,13 @@ class RemoteStorage:
         self._pool_here()
         if self._files.async_impl:
             options["timeout"] = _TIMEOUT
-        return getattr(self._files, method)(f"{self._root.rstrip('/')}/{name}", **options)
+        return getattr(self._files, method)(self._path(name), **options)
 
-    def _repeat(
-        self, call: Callable[[], _T], name: str, patience: float, given_up: threading.Event | None = None
-    ) -> _T:
-        # Call until it succeeds, for at most `patience` seconds.
-        deadline, delay = monotonic() + patience, _FIRST_DELAY
-        given_up = given_up or threading.Event()
-        while True:
-            try:
-                return call()
-            except Exception as error:
-                if is_final(error) or given_up.is_set() or monotonic() + delay > deadline:
-                    raise explain(f"{self._url}/{name}", error) from error
-                if delay > 2 * _FIRST_DELAY and monotonic() > self._silent_until:
-                    self._silent_until = monotonic() + _SILENCE
-                    logger.warning("%s/%s: %s: %s; repeating the request", self._url, name, type(error).__name__, error)
-            # Several processes that failed together should not return together.
-            until = monotonic() + delay * self._random.uniform(0.5, 1.0)
-            while (left := until - monotonic()) > 0 and not given_up.wait(min(left, 0.5)):
-                if not threading.main_thread().is_alive():  # the process exits, and would wait for this thread
-                    given_up.set()
-            delay = min(2 * delay, _LONGEST_DELAY)
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _url_of(self, name: str) -> str:
+        return f"{self._url}/{name}"
 
 
 class RemoteShard(Shard):

@@ -101,18 +101,7 @@ class Stage:
         writer = self._begin(entry, kept)
         if writer is None:
             return self.has(entry)
-        part = self._path(entry, _PART)
-        try:
-            _copy(shard, writer, entry.file_bytes)
-            _check(ShardFile(part), entry, manifest)
-            os.fsync(writer)
-            part.rename(self._path(entry, _COPY))
-            sync_folder(self.folder)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(writer)
+        _copy_and_rename(shard, writer, self._path(entry, _PART), self._path(entry, _COPY), entry, manifest)
         return True
 
     def _begin(self, entry: ShardEntry, kept: Callable[[], Collection[str]]) -> int | None:
@@ -186,6 +175,38 @@ def _reserve(descriptor: int, size: int) -> None:
         if error.errno not in _NO_FALLOCATE:
             raise
         os.ftruncate(descriptor, size)
+
+
+def copy_shard(shard: Shard, path: Path, entry: ShardEntry, manifest: Manifest) -> None:
+    """Copy a shard to a file, compare the copy with every checksum, and rename it to its name.
+
+    Args:
+        shard: The shard to read.
+        path: The file; until the copy is complete, it has the suffix ``.part``.
+        entry: The shard as the manifest lists it.
+        manifest: The manifest.
+
+    Raises:
+        OSError: The disk is full, or the file cannot be written.
+        UserError: The shard cannot be read, or does not match its checksums.
+    """
+    part = path.with_name(f"{path.name}.part")
+    writer = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    _copy_and_rename(shard, writer, part, path, entry, manifest)
+
+
+def _copy_and_rename(shard: Shard, writer: int, part: Path, path: Path, entry: ShardEntry, manifest: Manifest) -> None:
+    try:
+        _copy(shard, writer, entry.file_bytes)
+        _check(ShardFile(part), entry, manifest)
+        os.fsync(writer)
+        part.rename(path)
+        sync_folder(path.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(writer)
 
 
 def _copy(shard: Shard, descriptor: int, size: int) -> None:

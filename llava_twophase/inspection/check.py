@@ -20,6 +20,7 @@ from llava_twophase.cache.format import MANIFEST, SHARDS
 from llava_twophase.cache.manifest import read_manifest
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.session import CacheSession
+from llava_twophase.cache.storage import is_url
 from llava_twophase.errors import UserError
 from llava_twophase.inspection import output
 from llava_twophase.inspection.rows import CheckedRows
@@ -65,6 +66,8 @@ def run_verify(path: str, records: str | None, sources: str | None, as_json: boo
 def run_repair(path: str, records: str | None, image_folder: str | None, dry_run: bool, as_json: bool) -> int:
     """Rebuild the manifest; return 1 if images must be extracted again."""
     keys = image_keys(load_records(records, "--records", image_folder)) if records else None
+    if is_url(path):
+        raise UserError(f"repair changes files, and {path} is a URL; pull the cache, repair it, and push it again")
     if not Path(path).is_dir():
         raise UserError(f"{path} is not a folder; expected a feature cache, with {MANIFEST} and {SHARDS}/")
     if dry_run or not (Path(path) / SHARDS).is_dir():

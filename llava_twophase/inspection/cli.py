@@ -52,12 +52,13 @@ def build_parser() -> CommandParser:
     """Return the command's argument parser."""
     parser = CommandParser(
         prog="llava-inspect-cache",
-        description="Inspect a feature cache. Only repair changes it; only verify and repair read all of it.",
+        description="Inspect a feature cache: a folder or a URL. Only repair changes it. Only verify, "
+        "repair, push and pull read all of it.",
         **_example(f"summary {_CACHE}"),
     )
     commands = parser.add_subparsers()
     for add in (_add_summary, _add_coverage, _add_stats, _add_compare, _add_reencode, _add_show, _add_report, _add_head,
-                _add_export, _add_verify, _add_repair):  # fmt: skip
+                _add_export, _add_verify, _add_repair, _add_transfers):  # fmt: skip
         add(commands)
     return parser
 
@@ -228,13 +229,34 @@ def _add_repair(commands: Any) -> None:
     _json(parser)
 
 
+def _add_transfers(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from llava_twophase.inspection import transfer
+
+        return (transfer.run_push if args.push else transfer.run_pull)(args.cache, args.target, args.json)
+
+    url, text = "s3://bucket/clip-l-336", "and resume an interrupted one"
+    push = _subcommand(commands, "push", run, f"copy a cache to a URL, verify the copy, {text}", url)
+    push.add_argument("target", metavar="URL", help="where to copy it: s3://..., gs://..., hf://datasets/USER/NAME")
+    pull = _subcommand(commands, "pull", run, f"copy a cache from a URL, verify the copy, {text}", _CACHE, cache=url)
+    pull.add_argument("target", metavar="FOLDER", help="folder to write")
+    for parser in (push, pull):
+        parser.set_defaults(push=parser is push)
+        _json(parser)
+
+
 def _subcommand(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+    example: str,
+    cache: str = _CACHE,
 ) -> argparse.ArgumentParser:
     description = f"{text[0].upper()}{text[1:]}."
-    line = _example(f"{name} {_CACHE} {example}".rstrip())
+    line = _example(f"{name} {cache} {example}".rstrip())
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description, **line)
-    parser.add_argument("cache", metavar="CACHE", help="folder of the feature cache")
+    parser.add_argument("cache", metavar="CACHE", help="folder or URL of the feature cache")
     parser.set_defaults(run=run)
     return parser
 

@@ -10,7 +10,7 @@ import pytest
 
 from cache.make import flip_bit, make_cache, make_shard, rows
 from llava_twophase import FeatureCache
-from llava_twophase.cache import remote
+from llava_twophase.cache import remote, repetition
 from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.quarantine import Quarantined, read_quarantine, write_quarantine
 from llava_twophase.errors import UserError
@@ -22,7 +22,7 @@ FAULTS = ("drop", "unavailable", "truncate", "corrupt")
 def short_patience(monkeypatch):
     monkeypatch.setattr(remote, "OPENING", 1.0)
     monkeypatch.setattr(remote, "READING", 20.0)
-    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.02)
+    monkeypatch.setattr(repetition, "FIRST_DELAY", 0.02)
     monkeypatch.setattr("llava_twophase.cache.rows._PAUSE", 0.05)
 
 

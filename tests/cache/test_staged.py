@@ -9,7 +9,7 @@ import pytest
 
 from cache.make import make_cache
 from llava_twophase import FeatureCache
-from llava_twophase.cache import remote, staged, staging
+from llava_twophase.cache import remote, repetition, staged, staging
 from llava_twophase.cache.staging import Stage
 from llava_twophase.errors import UserError
 
@@ -17,7 +17,7 @@ from llava_twophase.errors import UserError
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(remote, "OPENING", 1.0)
-    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.02)
+    monkeypatch.setattr(repetition, "FIRST_DELAY", 0.02)
     monkeypatch.setattr(staged, "_PAUSE", 0.05)
     monkeypatch.setattr(staged, "_FULL_PAUSE", 0.2)
     monkeypatch.setattr("llava_twophase.cache.rows._PAUSE", 0.05)

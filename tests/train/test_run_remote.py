@@ -6,13 +6,13 @@ import os
 import pytest
 
 from commands import assert_same_outcome, outcome
-from llava_twophase.cache import remote
+from llava_twophase.cache import remote, repetition
 
 
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch):
     monkeypatch.setattr(remote, "OPENING", 1.0)
-    monkeypatch.setattr(remote, "_FIRST_DELAY", 0.02)
+    monkeypatch.setattr(repetition, "FIRST_DELAY", 0.02)
     monkeypatch.setattr("llava_twophase.cache.rows._PAUSE", 0.05)
 
 
