@@ -46,6 +46,7 @@ class ImageFeatures:
         self._tower: VisionTower | JoinedTowers | None = None
         if cache is not None:
             check_all_settings(caches_of(cache), projector.tower_settings)
+            self._require_shape(cache.feature_shape)
 
     def has(self, key: str) -> bool:
         """Return whether the cache has an image, so that the tower is not needed for it."""
@@ -85,7 +86,17 @@ class ImageFeatures:
                 self._device,
                 projector.interpolate_patch_grid,
             )
+            self._require_shape(self._tower.feature_shape)
         return self._tower
+
+    def _require_shape(self, found: tuple[int, int]) -> None:
+        # A projector of LLaVA takes any number of patches.
+        spec = self._projector.spec
+        if spec is not None and found != (spec.patches, spec.tower_width):
+            raise UserError(
+                f"{self._projector.path} takes {spec.patches} patch features of width {spec.tower_width}, found "
+                f"{found[0]} of width {found[1]}; give the vision tower that it was trained with"
+            )
 
 
 def open_image(image: ImageInput) -> Image.Image:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_twophase.errors import UserError
+from llava_twophase.errors import UserError, short_repr
 from llava_twophase.joining import parts_of_fingerprint
 from llava_twophase.layers import Layers, as_layers
 from llava_twophase.projectors.build import ProjectorSpec, build_projector, recorded_spec
 from llava_twophase.projectors.find import source_digests
 from llava_twophase.projectors.names import is_llava
 from llava_twophase.train.data.tower_check import TowerSettings
-from llava_twophase.train.model.projector import FILE, projector_type, read_projector
+from llava_twophase.train.model.projector import FILE, different_shapes, projector_type, read_projector
 
 logger = logging.getLogger(__name__)
 
@@ -165,10 +165,12 @@ def load_projector(run: str | Path | TrainedProjector, **overrides: Any) -> nn.M
     projector = run if isinstance(run, TrainedProjector) else find_projector(run, **overrides)
     weights = projector.weights()
     module = _build(projector, weights)
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if found != expected:
-        raise UserError(f"{projector.path} has {found}, but a {projector.projector_type} projector has {expected}")
+    found, expected = different_shapes(weights, module)
+    if found or expected:
+        raise UserError(
+            f"{projector.path} has {short_repr(found, 400)}, but a {projector.projector_type} projector has "
+            f"{short_repr(expected, 400)}"
+        )
     dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
     module.to(dtype).load_state_dict(weights)
     return module.requires_grad_(False).eval()

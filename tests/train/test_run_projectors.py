@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
+from cache.make import make_cache
 from commands import assert_same_outcome, checkpoint_command, deepspeed, outcome
 from helpers import ROOT, fenced_blocks, needs_compiler, run
+from llava_twophase.deploy import captioner
 from llava_twophase.deploy.cli import main as use_projector
 from llava_twophase.deploy.trained_projector import find_projector, load_projector
 
@@ -114,6 +116,25 @@ def test_handover_and_exports_refuse_a_projector_that_other_systems_do_not_have(
         assert "the projector is pixel_shuffle" in error and what in error
         assert "llava-use-projector caption and evaluate run it" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_captioner_refuses_features_of_another_shape_before_the_llm_loads(train_in_process, tmp_path, monkeypatch):
+    """A ldpv2 of 16 patches with a cache of nine; without it a convolution would fail."""
+    assert train_in_process("run", mm_projector_type="ldpv2", max_steps=1)[0] == 0
+    other, _, _ = make_cache(tmp_path / "other", fingerprint={"made": "elsewhere"})
+    monkeypatch.setattr(captioner, "read_causal_lm", None)
+    with pytest.raises(ValueError, match="takes 16 patch features of width 32, found 9 of width 32; give the vision t"):
+        captioner.Captioner.load(tmp_path / "run", feature_cache=other)
+
+
+def test_weights_of_another_projector_are_refused_with_those_that_differ(train_in_process, tmp_path, capsys):
+    assert train_in_process("run", mm_projector_type="ldpv2", max_steps=1)[0] == 0
+    adapter = {"pretrain_mm_mlp_adapter": tmp_path / "run" / "mm_projector.bin"}
+    assert train_in_process("next", mm_projector_type="ldpv2", max_steps=1, **adapter) == (0, True)
+    assert train_in_process("other", mm_projector_type="avgpool_mlp", **adapter) == (1, False)
+    text = capsys.readouterr().err
+    assert "holds another projector: it has {'pointwise.0.weight': [64, 32]" in text
+    assert "this run needs {'mlp.0.weight': [64, 32]" in text
 
 
 def test_llava_types_write_the_config_that_they_always_wrote(train_in_process, tmp_path):

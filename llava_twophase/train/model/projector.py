@@ -70,16 +70,26 @@ def load_weights(path: str | Path, projector: nn.Module) -> None:
     Raises:
         UserError: The file cannot be read, or its names or shapes differ from the module's.
     """
-    found = read_projector(path)
-    expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    if shapes != expected:
-        found_only, missing = dict(shapes.items() - expected.items()), dict(expected.items() - shapes.items())
+    weights = read_projector(path)
+    found, expected = different_shapes(weights, projector)
+    if found or expected:
         raise UserError(
-            f"{path} holds another projector: it has {short_repr(found_only, 400)}, this run needs "
-            f"{short_repr(missing, 400)}"
+            f"{path} holds another projector: it has {short_repr(found, 400)}, this run needs "
+            f"{short_repr(expected, 400)}"
         )
-    projector.load_state_dict(found, strict=True)
+    projector.load_state_dict(weights, strict=True)
+
+
+def different_shapes(
+    weights: Mapping[str, torch.Tensor], projector: nn.Module
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Compare weights with those of a module; return the shapes of each that the other does not have."""
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    expected = {name: list(tensor.shape) for name, tensor in projector.state_dict().items()}
+    return (
+        {name: shape for name, shape in found.items() if expected.get(name) != shape},
+        {name: shape for name, shape in expected.items() if found.get(name) != shape},
+    )
 
 
 def projector_type(weights: Mapping[str, torch.Tensor]) -> str:
