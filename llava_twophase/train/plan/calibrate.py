@@ -138,11 +138,11 @@ def sample_seconds(probe: Probe, projector: nn.Module, flops: StepFlops, memory:
     samples = measurable_samples(flops, memory.layers, positions, most, probe.device)
     one, two = (probe.seconds(probe.llm(layers), projector, samples, memory) for layers in (1, 2))
     layer = max(two - one, 0.0) / samples
-    # The output embedding at the rate of a layer, for the part of the vocabulary that was left out.
+    # The output embedding at the rate of a layer, for the part of the vocabulary that was skipped.
     vocabulary = int(probe.config.vocab_size)
-    left_out = max(0, vocabulary - _VOCABULARY) / vocabulary
+    skipped = max(0, vocabulary - _VOCABULARY) / vocabulary
     complete = flops.count(1, positions, 0)
-    head = left_out * (flops.count(1, positions, probe.length) - complete) * layer * memory.layers / complete
+    head = skipped * (flops.count(1, positions, probe.length) - complete) * layer * memory.layers / complete
     return one / samples + (memory.layers - 1) * layer + head
 
 

@@ -99,12 +99,14 @@ class MemoryPlan:
         parts: Bytes by part; they are in use at the same time.
         micro_batching: The trainer's choice.
         batch: Samples of a batch.
+        first: Number of ids of the longest sample of the first batch.
         free: Bytes that are free before anything is loaded.
     """
 
     parts: dict[str, int]
     micro_batching: MicroBatching
     batch: int
+    first: int
     free: int
 
     @property
@@ -121,6 +123,12 @@ class MemoryPlan:
     def samples(self) -> int:
         """Samples of a micro-batch."""
         return min(self.micro_batching.samples, self.batch)
+
+    @property
+    def typical(self) -> tuple[int, int]:
+        """Bytes of a micro-batch of the first batch, and those of its logits and their gradients alone."""
+        memory, every = self.micro_batching.memory, self.micro_batching.checkpoint_every
+        return memory.needed(self.samples, self.first, every), self.samples * self.first * memory.head
 
 
 def plan_memory(workload: Workload, setup: Setup, device: Device) -> MemoryPlan:
@@ -152,7 +160,13 @@ def plan_memory(workload: Workload, setup: Setup, device: Device) -> MemoryPlan:
         "batch: features, projected features": batch + projected,
         "micro-batch: activations and logits": used.peak(workload.lengths[1]),
     }
-    return MemoryPlan({part: size for part, size in parts.items() if size}, micro_batching, setup.batch, device.free)
+    return MemoryPlan(
+        parts={part: size for part, size in parts.items() if size},
+        micro_batching=micro_batching,
+        batch=setup.batch,
+        first=workload.lengths[0],
+        free=device.free,
+    )
 
 
 def alternatives(workload: Workload, setup: Setup, device: Device) -> Iterator[tuple[str, MemoryPlan]]:

@@ -83,11 +83,15 @@ class PlanReport:
 
     def _micro_batches(self) -> list[str]:
         passes = -(-self.memory.batch // self.memory.samples)
-        return [f"{self.memory.micro_batching}; {passes} for a batch of {self.memory.batch}"]
+        needed, logits = (size / 1e9 for size in self.memory.typical)
+        return [
+            f"{self.memory.micro_batching}; {passes} for a batch of {self.memory.batch}",
+            f"about {needed:.3f} GB each in the first batch; its logits and their gradients alone take {logits:.3f} GB",
+        ]
 
     def _memory(self) -> list[str]:
         rows = {**self.memory.parts, "peak": self.memory.peak, "free": self.memory.free}
-        title = f"GB of {'this machine' if self.process else 'each device'}: {self.device}; the LLM in {self.dtype}"
+        title = f"GB of each {'process' if self.process else 'device'}: {self.device}; the LLM in {self.dtype}"
         lines = [title, *(f"{size / 1e9:9.3f}  {part}" for part, size in rows.items())]
         if self.process:
             lines.append(f"{self.process / 1e9:9.3f}  Python and its libraries, beside the peak")

@@ -68,7 +68,7 @@ def test_free_memory_divides_host_memory_among_the_ranks_of_a_node(monkeypatch):
 
 
 def test_process_memory_is_that_of_this_process_and_not_of_its_parent():
-    """A block that was freed counts in the peak alone; a child that is started by a large process starts anew."""
+    """A block that was freed counts in the peak alone; the peak of a child is not that of its large parent."""
     before = process_memory()
     block = torch.ones(64, 2**20)
     assert process_memory() - before > 200 * 2**20

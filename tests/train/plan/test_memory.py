@@ -47,6 +47,8 @@ def test_plan_uses_the_choice_of_the_trainer(workload):
     )
     assert plan.micro_batching == expected and plan.fits and 1 < plan.samples < 32
     assert plan.parts["micro-batch: activations and logits"] == expected.peak(200)
+    needed = workload.activations.needed(plan.samples, 40, expected.checkpoint_every)
+    assert plan.typical == (needed, plan.samples * 40 * workload.activations.head)
 
 
 def test_plan_of_less_memory_has_smaller_micro_batches_then_recomputes_then_does_not_fit(workload):

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from cache.make import make_cache
-from commands import train_command
+from commands import torchrun, train_command
 from drawn import make_record, write_records
-from helpers import run
+from helpers import ROOT, run
 from llava_twophase.train.cli import main
 from llava_twophase.train.plan import calibrate
 from llava_twophase.train.plan.show import absent_devices
@@ -44,11 +44,15 @@ def command(inputs, tmp_path):
 
     def build(llm="tiny", **flags):
         return train_command(
-            data_path=inputs.records,
             model_name_or_path=inputs.folder / llm,
-            vision_tower="my/tower",
-            feature_cache=inputs.cache,
-            **{"output_dir": tmp_path / "out", "per_device_train_batch_size": 8, **flags},
+            **{
+                "data_path": inputs.records,
+                "vision_tower": "my/tower",
+                "feature_cache": inputs.cache,
+                "output_dir": tmp_path / "out",
+                "per_device_train_batch_size": 8,
+                **flags,
+            },
         )
 
     return build
@@ -135,10 +139,13 @@ def test_plan_for_absent_gpus_needs_neither_bitsandbytes_nor_a_launcher(command,
     assert gigabytes(report, "LLM weights") < 0.8 * full  # most of it is embeddings
 
 
-def test_plan_for_eight_absent_gpus_counts_their_steps(command, capsys):
-    _, report = plan(command(per_device_train_batch_size=1), capsys, "8x80")
+def test_plan_for_eight_absent_gpus_with_zero3_has_their_steps_and_shares(command):
+    zero3 = command("larger", per_device_train_batch_size=1, deepspeed=ROOT / "pipelines" / "zero3.json")
+    report = run(["python", *zero3, "--plan", "8x80"]).stdout
     assert "8 samples in a step: 8 devices x batches of 1 x 1 accumulated" in report
     assert "6 optimizer steps, 3 in an epoch" in report
+    share, gathered = (gigabytes(report, f"LLM weights, {part}") for part in ("this device's share", "gathered"))
+    assert share == pytest.approx(gathered / 8, abs=0.001) and gathered > 0.08
 
 
 @pytest.mark.parametrize(("text", "ranks", "gigabytes"), [("24", 1, 24), ("8x80", 8, 80), ("2x39.5", 2, 39.5)])
@@ -155,3 +162,18 @@ def test_absent_devices_is_none_for_this_machine(text):
 def test_plan_refuses_a_value_that_describes_no_gpus(command, capsys):
     assert main([*command()[1:], "--plan", "big"]) == 1
     assert "--plan big: expected no value, or GPUs that are not at hand, such as 24 (GB)" in capsys.readouterr().err
+
+
+def test_plan_of_a_run_on_the_fly_has_the_tower(plain_set, tiny_clip, command, capsys, inputs):
+    """Its weights, its features, and its time."""
+    flags = {"data_path": plain_set.json, "image_folder": plain_set.folder, "vision_tower": tiny_clip}
+    code, report = plan(command(feature_cache=None, num_train_epochs=1, **flags), capsys)
+    assert code == 0 and gigabytes(report, "vision tower") >= 0
+    assert "16 of them its image" in report and "random weights in float32, and of the tower" in report
+
+
+def test_plan_of_several_ranks_is_printed_once(command):
+    done = run([*torchrun(2), *command(per_device_train_batch_size=2), "--plan"])
+    assert done.stdout.count("optimizer steps") == 1
+    assert "4 samples in a step: 2 devices x batches of 2 x 1 accumulated" in done.stdout
+    assert "18 in an epoch" not in done.stdout and "6 in an epoch" in done.stdout
