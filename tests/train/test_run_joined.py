@@ -230,3 +230,9 @@ def test_joined_caches_of_other_dtypes_and_of_a_cache_writer_train(
     assert len(outcome(train_in_process.folder / "out").losses) == 3
     assert caplog.text.count("not compared") == 2
     assert "joined features of 2 vision towers (one, two); LLaVA and LLaVA-NeXT have one tower" in caplog.text
+
+
+def test_a_wrong_compute_dtype_of_towers_on_the_fly_is_reported(refusal, joined, plain_set):
+    on_the_fly = {**joined, "feature_cache": None, "image_folder": plain_set.folder}
+    said = refusal(**on_the_fly, compute_dtype="float16")
+    assert "--compute_dtype float16: expected bf16, fp16 or fp32" in said and "Traceback" not in said
