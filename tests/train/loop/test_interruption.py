@@ -2,12 +2,16 @@
 
 import os
 import signal
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
+from transformers import TrainingArguments
 
 from commands import assert_same_outcome, outcome, torchrun, train_command
 from helpers import run
 from llava_twophase.train.loop.checkpoints import checkpoint_problems, complete_checkpoints
+from llava_twophase.train.loop.interruption import StopOnSignal
 from llava_twophase.train.loop.trainer import ProjectorTrainer
 
 
@@ -61,6 +65,18 @@ def test_signal_in_the_last_step_finishes_the_run(train_in_process, interrupt):
     interrupt(3, signal.SIGTERM)
     assert train_in_process(max_steps=4) == (0, True)
     assert (train_in_process.folder / "out" / "finished.json").is_file()
+
+
+def test_stop_on_signal_waits_for_other_ranks_as_long_as_ddp_timeout(monkeypatch):
+    """Without it, the group would wait for torch's 30 minutes while the others end after --ddp_timeout."""
+    timeouts = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: timeouts.append((backend, timeout)))
+    stopper, arguments = StopOnSignal(), TrainingArguments(ddp_timeout=7, use_cpu=True, report_to="none")
+    stopper.on_train_begin(arguments, None, None)
+    stopper.on_train_end(arguments, None, None)
+    assert timeouts == [("gloo", timedelta(seconds=7))]
 
 
 INTERRUPTED = """\
