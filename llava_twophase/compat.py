@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +23,25 @@ def is_zero3_enabled() -> bool:
     from transformers.integrations import is_deepspeed_zero3_enabled  # type: ignore[attr-defined]
 
     return bool(is_deepspeed_zero3_enabled())
+
+
+@contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Load models completely, also under ZeRO-3, where ``from_pretrained`` would give each rank a part of the weights.
+
+    ``transformers.integrations.deepspeed`` documents its two functions for tests only.
+    """
+    if not is_zero3_enabled():
+        yield
+        return
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def apply_liger(llm: Any, options: dict[str, Any] | None) -> None:

@@ -12,9 +12,12 @@ import torch.distributed.elastic.agent.server.api as elastic_api
 from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.elastic.utils import store as store_util
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llava_twophase import compat
 from llava_twophase.train.command_line import parse_arguments
+from llava_twophase.vision.preprocess import Preprocessor
+from llava_twophase.vision.tower import VisionTower
 
 
 def parse(tmp_path, **flags):
@@ -35,8 +38,6 @@ def parse(tmp_path, **flags):
 @pytest.fixture
 def zero3(tmp_path, monkeypatch):
     """The training arguments of a run with a ZeRO-3 configuration of its own."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # TrainingArguments sets it; restored after the test
     config = {
         "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}},
@@ -54,6 +55,15 @@ def test_is_zero3_enabled_without_deepspeed():
 
 def test_is_zero3_enabled_with_a_stage_3_configuration(zero3):
     assert compat.is_zero3_enabled()
+
+
+def test_unpartitioned_loads_a_complete_tower_under_zero3(zero3, tiny_clip):
+    fingerprint = VisionTower(str(tiny_clip), Preprocessor(str(tiny_clip))).fingerprint()
+    with compat.unpartitioned():
+        assert not compat.is_zero3_enabled()
+    assert compat.is_zero3_enabled()
+    unset_hf_deepspeed_config()
+    assert fingerprint == VisionTower(str(tiny_clip), Preprocessor(str(tiny_clip))).fingerprint()
 
 
 def test_deepspeed_config_is_accelerates_own_dictionary(zero3):

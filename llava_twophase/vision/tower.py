@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from llava_twophase.compat import unpartitioned
 from llava_twophase.errors import UserError
 from llava_twophase.layers import Layers, as_tuple, from_the_end
 from llava_twophase.vision.families import FAMILIES, TowerFamily, refusal
@@ -178,7 +179,8 @@ def _depth(num_hidden_layers: int, select_layer: int) -> int:
 
 def _load(family: TowerFamily, name: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     try:
-        with _quiet():
+        # ZeRO-3 is for the model that is trained.
+        with _quiet(), unpartitioned():
             model: nn.Module
             model, info = getattr(transformers, family.model_class).from_pretrained(
                 name,
