@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from llava_twophase.train.model.activation_memory import ActivationMemory
 from llava_twophase.train.model.micro_batches import (
@@ -171,7 +172,8 @@ def plan_memory(workload: Workload, setup: Setup, device: Device) -> MemoryPlan:
 
 def alternatives(workload: Workload, setup: Setup, device: Device) -> Iterator[tuple[str, MemoryPlan]]:
     """Yield what to type instead and its plan, for each change of the command that fits in the device's memory."""
-    for advice, changed in _changes(setup):
+    changes = _changes(setup) if device.type == "cpu" else chain(_changes(setup), _changes_on_accelerators(setup))
+    for advice, changed in changes:
         plan = plan_memory(workload, changed, device)
         if plan.fits:
             yield advice, plan
@@ -189,6 +191,14 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
             f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {accumulation}",
             replace(automatic, batch=batch, accumulation=accumulation),
         )
+    if setup.placement.element_size == 4:
+        # The activations are smaller too; counting them in float32 errs on the safe side.
+        yield "--bf16 True", replace(automatic, placement=replace(setup.placement, element_size=2))
+
+
+def _changes_on_accelerators(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    # bitsandbytes needs CUDA, and ranks on CPUs of one machine share its memory.
+    automatic = replace(setup, samples=None, checkpoint_every=None)
     if setup.zero_stage != 3:
         for bits in (8, 4):
             if bits < setup.placement.bits:

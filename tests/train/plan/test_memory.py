@@ -84,6 +84,13 @@ def test_alternatives_of_an_llm_that_is_too_large_for_one_device_partition_or_qu
     assert "--bits 4" in found and not any("micro_batch_size" in text for text in found)
 
 
+def test_alternatives_on_a_cpu_need_no_gpu(workload):
+    setup = Setup(Placement(4), batch=1)
+    device = Device("cpu", int(5.5e9))
+    assert not plan_memory(workload, setup, device).fits
+    assert [text for text, _ in alternatives(workload, setup, device)] == ["--bf16 True"]
+
+
 def test_zero3_does_not_offer_bits(workload):
     setup = Setup(Placement(2, shares=2), ranks=2, zero_stage=3)
     found = [text for text, _ in alternatives(workload, setup, Device("cuda", 10**10))]
