@@ -54,6 +54,19 @@ class Integer:
         return value
 
 
+def boolean(text: str) -> bool:
+    """Convert a flag's value, spelled as HF Trainer's flags accept it, to a truth value.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not one.
+    """
+    if text.lower() in ("true", "yes", "y", "t", "1"):
+        return True
+    if text.lower() in ("false", "no", "n", "f", "0"):
+        return False
+    raise argparse.ArgumentTypeError("expected True or False")
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that collects problems instead of exiting at the first one.
 

@@ -134,6 +134,8 @@ def _require_expressible(projector: TrainedProjector, config: Any, weights: dict
         problem = f"the vision tower is a {tower}; llama.cpp's LLaVA projector goes with CLIP only"
     elif projector.select_feature != "patch":
         problem = "the projector was trained with cls_patch; llama.cpp drops the CLS token"
+    elif projector.s2_scales:
+        problem = "the projector reads features of several scales (S2), which llama.cpp's LLaVA does not have"
     elif len(as_tuple(projector.select_layer)) > 1:
         problem = f"the projector reads {describe(projector.select_layer)}; llama.cpp's LLaVA reads one"
     elif act not in ("gelu", "quick_gelu"):

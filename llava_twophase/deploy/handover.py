@@ -82,6 +82,8 @@ def run_checks(projector: TrainedProjector) -> Iterator[Check]:
     yield _check("generation_config.json", generation_config_problem(str(llm)), "valid, or there is none")
     yield _check_tokenizer(llm, base)
     yield _check_tower(tower, vision)
+    if projector.s2_scales:
+        yield Check("s2", "LLaVA from c121f04 and LLaVA-NeXT read S2 features, with the package s2wrapper")
     yield _check("mm_vision_select_layer", layers_problem(projector.select_layer), describe(projector.select_layer))
     yield Check(
         "image_aspect_ratio",
@@ -100,6 +102,7 @@ def stage_2_command(projector: TrainedProjector) -> str:
         f"--mm_projector_type {projector.projector_type}",
         f"--mm_vision_select_layer {' '.join(map(str, as_tuple(projector.select_layer)))}",
         f"--mm_vision_select_feature {projector.select_feature}",
+        *([f"--s2 True --s2_scales {','.join(map(str, projector.s2_scales))}"] if projector.s2_scales else []),
         "--mm_use_im_start_end False --mm_use_im_patch_token False",
         "--image_aspect_ratio pad --group_by_modality_length True",
         "--bf16 True --output_dir ./checkpoints/llava-v1.5-finetuned",
@@ -116,6 +119,7 @@ def _check_projector(projector: TrainedProjector, base: dict[str, Any], vision: 
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in projector.weights().items() if tensor.ndim == 2}
     hidden, width = base.get("hidden_size"), vision.get("hidden_size", 0) * len(as_tuple(projector.select_layer))
+    width *= max(1, len(projector.s2_scales))
     first, last = next(iter(shapes.values())), list(shapes.values())[-1]
     found = f"{projector.projector_type}, {first[1]} -> {last[0]}"
     stored = projector_type(projector.weights())

@@ -99,6 +99,8 @@ def require_expressible(parts: HfParts, weights: dict[str, torch.Tensor]) -> Non
             f"the projector is {kind}; transformers' LLaVA has mlp2x_gelu only, so it cannot be exported; "
             "llava-use-projector caption and evaluate run it"
         )
+    if parts.projector.s2_scales:
+        raise UserError("the projector reads features of several scales (S2), which transformers' LLaVA does not have")
     if tower not in _TOWERS:
         raise UserError(f"the vision tower is a {tower}; transformers' LLaVA takes {', '.join(_TOWERS)}")
     if parts.projector.select_feature == "cls_patch" and not _TOWERS[tower]:

@@ -81,7 +81,10 @@ class ImageFeatures:
             projector = self._projector
             self._tower = load_towers(
                 projector.tower_settings,
-                [Preprocessor(tower, projector.image_aspect_ratio) for tower in projector.vision_towers],
+                [
+                    Preprocessor(tower, projector.image_aspect_ratio, projector.s2_scales)
+                    for tower in projector.vision_towers
+                ],
                 [getattr(torch, dtype or "float32") for dtype in projector.tower_dtypes],
                 self._device,
                 projector.interpolate_patch_grid,

@@ -15,6 +15,7 @@ from torch import nn
 from llava_twophase.errors import UserError, short_repr
 from llava_twophase.joining import parts_of_fingerprint
 from llava_twophase.layers import Layers, as_layers
+from llava_twophase.multi_scale import DEFAULT_SCALES, parse_scales
 from llava_twophase.projectors.build import ProjectorSpec, build_projector, recorded_spec
 from llava_twophase.projectors.find import source_digests
 from llava_twophase.projectors.names import is_llava
@@ -39,6 +40,7 @@ class TrainedProjector:
             concatenated on channels.
         select_feature: ``patch`` (without the CLS token) or ``cls_patch``.
         image_aspect_ratio: ``square`` or ``pad``.
+        s2_scales: Scales of LLaVA's S2 mode in pixels, smallest first; none for one scale.
         llm_dtype: Dtype that the LLM ran in; None where it is not recorded.
         tower_dtypes: Dtype that each tower ran in; None where it is not recorded.
         interpolate_patch_grid: Whether patch grids of other sizes are resampled to the first tower's.
@@ -53,6 +55,7 @@ class TrainedProjector:
     select_layer: Layers
     select_feature: str
     image_aspect_ratio: str
+    s2_scales: tuple[int, ...] = ()
     llm_dtype: str | None = None
     tower_dtypes: tuple[str | None, ...] = (None,)
     interpolate_patch_grid: bool = False
@@ -63,7 +66,7 @@ class TrainedProjector:
     def tower_settings(self) -> list[TowerSettings]:
         """What the projector reads of each tower."""
         return [
-            TowerSettings(tower, self.select_layer, self.select_feature, self.image_aspect_ratio)
+            TowerSettings(tower, self.select_layer, self.select_feature, self.image_aspect_ratio, self.s2_scales)
             for tower in self.vision_towers
         ]
 
@@ -122,6 +125,7 @@ def find_projector(
         "select_layer": config.get("mm_vision_select_layer", -2),
         "select_feature": config.get("mm_vision_select_feature", "patch"),
         "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
+        "s2_scales": parse_scales(bool(config.get("s2")), str(config.get("s2_scales", DEFAULT_SCALES))),
     }
     recorded.update({name: value for name, value in overrides.items() if value is not None})
     recorded["select_layer"] = as_layers(recorded["select_layer"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_twophase.cache.format import QUANTISED
-from llava_twophase.command_line import CommandParser, Integer, problems_error
+from llava_twophase.command_line import CommandParser, Integer, boolean, problems_error
 from llava_twophase.cpu import available_cpus
 from llava_twophase.distributed import ranks_from_environment
 from llava_twophase.errors import UserError, raise_on_termination, run_command
@@ -19,6 +19,7 @@ from llava_twophase.extract.config import ExtractConfig
 from llava_twophase.extract.inputs import load_inputs
 from llava_twophase.layers import as_layers
 from llava_twophase.memory import is_out_of_memory
+from llava_twophase.multi_scale import DEFAULT_SCALES, parse_scales
 from llava_twophase.records import Record
 from llava_twophase.versions import require_supported
 
@@ -96,6 +97,8 @@ def _add_feature_flags(add: Callable[..., Any]) -> None:
     )
     add("--mm_vision_select_feature", choices=("patch", "cls_patch"), default="patch", help="patch drops the CLS token")
     add("--image_aspect_ratio", choices=("square", "pad"), default="square", help="as in LLaVA (default: square)")
+    add("--s2", type=boolean, default=False, metavar="BOOL", help="True: multi-scale features, as in LLaVA's S2 mode")
+    add("--s2_scales", default=DEFAULT_SCALES, help=f"with --s2 True: sides in pixels (default: {DEFAULT_SCALES})")
     add("--compute_dtype", choices=tuple(COMPUTE_DTYPES), default="bf16", help="dtype of the tower (default: bf16)")
     add(
         "--storage_dtype",
@@ -150,6 +153,7 @@ def make_config(args: argparse.Namespace) -> ExtractConfig:
         select_layer=as_layers(args.mm_vision_select_layer),
         select_feature=args.mm_vision_select_feature,
         image_aspect_ratio=args.image_aspect_ratio,
+        s2_scales=parse_scales(args.s2, args.s2_scales),
         compute_dtype=COMPUTE_DTYPES[args.compute_dtype],
         storage_dtype=choose_storage_dtype(args.compute_dtype, args.storage_dtype),
         batch_size=args.batch_size,
@@ -213,6 +217,8 @@ def _missing_flags(args: argparse.Namespace) -> list[str]:
 
 def _refused_values(args: argparse.Namespace, faulty: Collection[str]) -> list[str]:
     checks: list[Callable[[], object]] = []
+    if "s2" not in faulty:
+        checks.append(partial(parse_scales, args.s2, args.s2_scales))
     if not {"compute_dtype", "storage_dtype"} & set(faulty):
         checks.append(partial(choose_storage_dtype, args.compute_dtype, args.storage_dtype))
     # These import torch, which takes seconds.

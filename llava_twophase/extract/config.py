@@ -20,6 +20,7 @@ class ExtractConfig:
         select_layer: Hidden state to store, or several whose channels are concatenated.
         select_feature: ``patch`` or ``cls_patch``.
         image_aspect_ratio: ``square`` or ``pad``.
+        s2_scales: Scales of ``--s2 True`` in pixels, smallest first; none without it.
         compute_dtype: Dtype of the tower, such as ``bfloat16``.
         storage_dtype: Dtype of the cache, a key of ``STORAGE_DTYPES``.
         batch_size: Images of one forward pass.
@@ -40,6 +41,7 @@ class ExtractConfig:
     select_layer: Layers = -2
     select_feature: str = "patch"
     image_aspect_ratio: str = "square"
+    s2_scales: tuple[int, ...] = ()
     compute_dtype: str = "bfloat16"
     storage_dtype: str = "bfloat16"
     batch_size: int = 32

@@ -40,7 +40,7 @@ def load_tower(config: ExtractConfig, local_rank: int) -> VisionTower:
     device = choose_device(config.device, local_rank)
     return VisionTower(
         config.vision_tower,
-        Preprocessor(config.vision_tower, config.image_aspect_ratio),
+        Preprocessor(config.vision_tower, config.image_aspect_ratio, config.s2_scales),
         select_layer=config.select_layer,
         select_feature=config.select_feature,
         dtype=getattr(torch, config.compute_dtype),

@@ -114,7 +114,7 @@ def load_tower(rows: CheckedRows, name: str | None, device: str) -> VisionTower:
     try:
         tower = VisionTower(
             name,
-            Preprocessor(name, ratio),
+            Preprocessor(name, ratio, made.get("s2_scales", ())),
             select_layer=layer,
             select_feature=feature,
             dtype=dtype,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_twophase.layers import Layers, as_layers
+from llava_twophase.multi_scale import DEFAULT_SCALES
 from llava_twophase.projectors.names import SHIPPED, parse_kwargs
 
 
@@ -53,6 +54,8 @@ class ModelArguments:
     interpolate_patch_grid: bool = _flag(
         False, "several towers: resample patch grids of other sizes to the first one's, bilinearly; otherwise an error"
     )
+    s2: bool = _flag(False, "True: multi-scale features, as in LLaVA's S2 mode")
+    s2_scales: str = _flag(DEFAULT_SCALES, "with --s2 True: sides in pixels")
     mm_patch_merge_type: str = _flag("flat", "stage 1 has one: flat")
     mm_use_im_start_end: bool = _flag(False, "must be False: it needs trained embeddings")
     mm_use_im_patch_token: bool = _flag(False, "must be False: it needs trained embeddings")

@@ -30,7 +30,7 @@ _SUBJECTS: Mapping[str, Sequence[str]] = {
     "models": (
         *("model_name_or_path", "vision_tower", "mm_projector_type", "mm_projector_kwargs", "pretrain_mm_mlp_adapter"),
         *("tune_mm_mlp_adapter", "mm_tunable_parts", "version", "mm_vision_select_layer", "mm_vision_select_feature"),
-        *("interpolate_patch_grid", "cache_dir"),
+        *("s2", "s2_scales", "interpolate_patch_grid", "cache_dir"),
     ),
     "data": (
         *("data_path", "feature_cache", "stage_dir", "stage_gb", "image_folder", "image_aspect_ratio"),

@@ -5,6 +5,7 @@ Shapes: S side of the crop in pixels (336 for CLIP-L/14-336).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor
 from llava_twophase.errors import UserError
 from llava_twophase.hub import download_advice, use_cache_if_unreachable
 from llava_twophase.model_names import require_tower_folder
+from llava_twophase.multi_scale import require_multiples
 from llava_twophase.vision.images import OUT_OF_MEMORY, BadImage
 from llava_twophase.vision.resize import (
     Canvas,
@@ -49,16 +51,22 @@ class Preprocessor:
     Args:
         vision_tower: Hub id or folder with ``preprocessor_config.json``.
         image_aspect_ratio: ``square`` (the processor alone) or ``pad`` (a square canvas of the mean colour first).
+        s2_scales: Sides of ``--s2_scales``, smallest first; crops have the largest. None for one scale.
+
+    Attributes:
+        image_size: S.
+        tile_size: Side of what the tower sees at once: S, or the smallest scale.
 
     Raises:
         UserError: There is no processor, its output is not one square RGB crop, or the ratio is unknown.
     """
 
-    def __init__(self, vision_tower: str, image_aspect_ratio: str = "square") -> None:
+    def __init__(self, vision_tower: str, image_aspect_ratio: str = "square", s2_scales: Sequence[int] = ()) -> None:
         if image_aspect_ratio not in ASPECT_RATIOS:
             raise UserError(f"--image_aspect_ratio {image_aspect_ratio}: expected one of {', '.join(ASPECT_RATIOS)}")
         self._processor = _load_processor(vision_tower)
         self.image_aspect_ratio = image_aspect_ratio
+        self.s2_scales = tuple(s2_scales)
         # LLaVA parity: the canvas colour is the mean rounded down to integers, (122, 116, 104) for CLIP.
         self._color = tuple(int(mean * 255) for mean in self._processor.image_mean)
         try:
@@ -68,7 +76,11 @@ class Preprocessor:
             raise UserError(f"--vision_tower {vision_tower}: its image processor does not work: {error}") from error
         if probe.shape[0] != probe.shape[1]:
             raise UserError(f"--vision_tower {vision_tower}: its processor makes crops of {probe.shape}, not squares")
-        self.image_size = int(probe.shape[0])
+        self.image_size = self.tile_size = int(probe.shape[0])
+        if self.s2_scales:
+            require_multiples(self.s2_scales, self.tile_size, vision_tower)
+            self.image_size = self.s2_scales[-1]
+            self._processor = _load_processor(vision_tower, **_sizes(self._processor, self.image_size))
 
     def settings(self) -> dict[str, Any]:
         """Return the processor's class and the settings that change a pixel value, for the fingerprint."""
@@ -168,17 +180,23 @@ class Preprocessor:
         return torch.stack(planes, dim=1)  # [B, 3, S, S]
 
 
-def _load_processor(vision_tower: str) -> Any:
+def _sizes(processor: Any, side: int) -> dict[str, Any]:
+    # LLaVA parity: with S2, both the resized image and the crop have the largest scale.
+    square = {"height": side, "width": side}
+    return {"size": {"shortest_edge": side} if processor.size.get("shortest_edge") else square, "crop_size": square}
+
+
+def _load_processor(vision_tower: str, **changes: Any) -> Any:
     require_tower_folder(str(vision_tower))
     use_cache_if_unreachable([str(vision_tower)])
     try:
         settings, _ = BaseImageProcessor.get_image_processor_dict(vision_tower)
         kind = str(settings.get("image_processor_type")).removesuffix("Fast")
         if kind in _PILLOW_VERSIONS:
-            processor: Any = getattr(transformers, _PILLOW_VERSIONS[kind]).from_pretrained(vision_tower)
+            processor: Any = getattr(transformers, _PILLOW_VERSIONS[kind]).from_pretrained(vision_tower, **changes)
         else:
             from_pretrained: Any = AutoImageProcessor.from_pretrained
-            processor = from_pretrained(vision_tower, backend="pil")
+            processor = from_pretrained(vision_tower, backend="pil", **changes)
     except Exception as error:  # any type: the file may hold anything
         raise UserError(
             f"--vision_tower {vision_tower}: no image processor could be loaded: {type(error).__name__}: {error}"

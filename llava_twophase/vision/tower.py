@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from llava_twophase.compat import unpartitioned
 from llava_twophase.errors import UserError
 from llava_twophase.layers import Layers, as_tuple, from_the_end
+from llava_twophase.multi_scale import multi_scale_features
 from llava_twophase.vision.families import FAMILIES, TowerFamily, refusal
 from llava_twophase.vision.preprocess import Preprocessor
 
@@ -75,13 +76,16 @@ class VisionTower:
         family = FAMILIES[config.model_type]
         self._prefix = family.prefix_tokens(config)
         self._keep_cls = select_feature == "cls_patch" and family.leading_tokens > 0
-        side = _grid_side(name, family, config, preprocessor.image_size)
+        side = _grid_side(name, family, config, preprocessor.tile_size)
+        scales = preprocessor.s2_scales
+        if scales and select_feature != "patch":
+            raise UserError(f"--mm_vision_select_feature {select_feature}: with --s2 True only patch is possible")
         self.grid = (side, side)
         layers = as_tuple(select_layer)
         self._depths = [_depth(config.num_hidden_layers, layer) for layer in layers]
         if len(set(self._depths)) < len(layers):
             raise UserError(f"--mm_vision_select_layer {' '.join(map(str, layers))}: a layer is listed twice")
-        self.feature_shape = (side * side + self._keep_cls, config.hidden_size * len(layers))
+        self.feature_shape = (side * side + self._keep_cls, config.hidden_size * len(layers) * max(1, len(scales)))
         spelled = from_the_end(self._depths, config.num_hidden_layers)
         fields = (*_CONFIG_FIELDS, *family.config_fields)
         self._fingerprint: dict[str, Any] = {
@@ -96,6 +100,8 @@ class VisionTower:
             "processor": preprocessor.settings(),
             "compute_dtype": str(dtype).removeprefix("torch."),
         }
+        if scales:
+            self._fingerprint["s2_scales"] = list(scales)
         config.num_hidden_layers = max(self._depths)
         for option, value in family.without_head.items():
             setattr(config, option, value)
@@ -130,7 +136,14 @@ class VisionTower:
         return features[0] if len(features) == 1 else torch.cat(features)
 
     def _encode(self, crops: torch.Tensor) -> torch.Tensor:
-        pixels = self.preprocessor.pixel_values(crops, self.dtype)  # [B, 3, S, S]
+        scales = self.preprocessor.s2_scales
+        if not scales:
+            return self._features(self.preprocessor.pixel_values(crops, self.dtype))  # [B, 3, S, S] -> [B, L, D]
+        # LLaVA parity: scales are resampled in float32, before the pixels are rounded to the compute dtype.
+        pixels = self.preprocessor.pixel_values(crops)
+        return multi_scale_features(lambda tiles: self._features(tiles.to(self.dtype)), pixels, scales)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         hidden = self._hidden_states(pixels)  # [B, P + G * G, D]
         patches = hidden[:, self._prefix :]
         if not self._keep_cls:

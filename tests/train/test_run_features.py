@@ -72,3 +72,26 @@ def test_run_refuses_a_cache_of_other_layers(train_in_process, caplog, capsys):
     assert train_in_process(mm_vision_select_layer=[-2, -3]) == (1, False)
     found = "select_layer: the cache has -2, this run [-2, -3] (--mm_vision_select_layer)"
     assert found in caplog.text + capsys.readouterr().err
+
+
+def test_run_on_several_scales_is_the_same_from_a_cache_and_on_the_fly(train_both, plain_set, tmp_path):
+    run = train_both(s2=True, s2_scales="56,112,168")
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    assert (config["s2"], config["s2_scales"], config["mm_hidden_size"]) == (True, "56,112,168", 96)
+    cache = FeatureCache(tmp_path / "features")
+    assert cache.fingerprint["s2_scales"] == [56, 112, 168] and cache.feature_shape == (16, 96)
+    projector = find_projector(run)
+    features = Captioner.load(projector).features([plain_set.folder / plain_set.keys[0]])
+    assert torch.equal(features, cache.read_tensor(plain_set.keys[:1]))
+    assert "--s2 True --s2_scales 56,112,168" in stage_2_command(projector)
+    checks = {check.what: check for check in run_checks(projector)}
+    assert "s2wrapper" in checks["s2"].found and not checks["projector"].fix
+    for export, target in ((export_hf, "hf"), (export_gguf, "mmproj.gguf")):
+        with pytest.raises(UserError, match=r"several scales \(S2\)"):
+            export(projector, tmp_path / target)
+
+
+def test_run_refuses_a_cache_of_other_scales(train_in_process, caplog, capsys):
+    assert train_in_process(s2=True, s2_scales="56,112") == (1, False)
+    found = "s2_scales: the cache has [], this run [56, 112] (--s2 and --s2_scales)"
+    assert found in caplog.text + capsys.readouterr().err

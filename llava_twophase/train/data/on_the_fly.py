@@ -53,7 +53,9 @@ class OnTheFlyFeatures:
         self._device = device
         self._interpolate = interpolate
         self._images, self._image_folder = open_images(image_folder), image_folder
-        self._preprocessors = [Preprocessor(part.vision_tower, part.image_aspect_ratio) for part in self._settings]
+        self._preprocessors = [
+            Preprocessor(part.vision_tower, part.image_aspect_ratio, part.s2_scales) for part in self._settings
+        ]
         self._tower: VisionTower | JoinedTowers | None = None
 
     @property

@@ -21,6 +21,7 @@ from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.staging import Stage
 from llava_twophase.errors import UserError, combined_error
+from llava_twophase.multi_scale import parse_scales
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.prefetch import Batch, PrefetchDataset
@@ -120,6 +121,7 @@ def open_source(arguments: Arguments) -> FeatureSource:
             select_layer=model.select_layer,
             select_feature=model.mm_vision_select_feature,
             image_aspect_ratio=data.image_aspect_ratio,
+            s2_scales=parse_scales(model.s2, model.s2_scales),
         )
         for tower in model.vision_tower
     ]

@@ -37,6 +37,7 @@ _FLAGS = {
     "select_layer": "--mm_vision_select_layer",
     "select_feature": "--mm_vision_select_feature",
     "image_aspect_ratio": "--image_aspect_ratio",
+    "s2_scales": "--s2 and --s2_scales",
 }
 _COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -50,12 +51,14 @@ class TowerSettings:
         select_layer: Which hidden state, or several whose channels are concatenated.
         select_feature: ``patch`` or ``cls_patch``.
         image_aspect_ratio: ``square`` or ``pad``.
+        s2_scales: Scales of ``--s2 True`` in pixels, smallest first; none without it.
     """
 
     vision_tower: str
     select_layer: Layers
     select_feature: str
     image_aspect_ratio: str
+    s2_scales: tuple[int, ...] = ()
 
 
 def check_all_settings(caches: Sequence[FeatureCache], settings: Sequence[TowerSettings]) -> None:
@@ -97,6 +100,8 @@ def check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
     found = {name: fingerprint[name] for name in given.keys() & fingerprint.keys()}
     if "select_layer" in found:
         found["select_layer"] = from_the_end(found["select_layer"], layers)
+    if settings.s2_scales or "s2_scales" in fingerprint:
+        found["s2_scales"], given["s2_scales"] = fingerprint.get("s2_scales", []), list(settings.s2_scales)
     lines = differences(found, {name: given[name] for name in found})
     different = [f"{line} ({_FLAGS[line.partition(':')[0]]})" for line in lines]
     compared = None if different else compare_with_tower(fingerprint, settings)
@@ -209,7 +214,7 @@ def _compute_fingerprint(folder: Path, settings: TowerSettings, dtype: str) -> d
 
     tower = VisionTower(
         name=str(folder),
-        preprocessor=Preprocessor(str(folder), settings.image_aspect_ratio),
+        preprocessor=Preprocessor(str(folder), settings.image_aspect_ratio, settings.s2_scales),
         select_layer=settings.select_layer,
         select_feature=settings.select_feature,
         dtype=getattr(torch, dtype),

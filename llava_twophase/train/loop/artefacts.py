@@ -74,6 +74,8 @@ def llava_config(
     }
     if len(model.vision_tower) > 1:
         config["mm_interpolate_patch_grid"] = model.interpolate_patch_grid
+    if model.s2:
+        config |= {"s2": True, "s2_scales": model.s2_scales}  # as LLaVA's vision tower reads them
     if model.mm_tunable_parts is not None:
         config["mm_tunable_parts"] = model.mm_tunable_parts
     return config
