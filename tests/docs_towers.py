@@ -3,24 +3,14 @@
 python tests/docs_towers.py
 """
 
-import math
 import re
 from pathlib import Path
 
-from llava_twophase.cache.format import ROW_PARTS, STORAGE_DTYPES, layout
+from llava_twophase.cache.format import row_bytes
 from llava_twophase.vision.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 STORAGES = ("float32", "bfloat16", "int8", "int4")
-
-
-def row_bytes(storage, feature_shape):
-    """Return the bytes of one image: its features, and their scales in int8 and int4."""
-    datasets = layout(storage, 1, feature_shape, 1)
-    parts = [datasets[name] for name in ROW_PARTS if name in datasets]
-    sizes = [(2 if dtype == "bfloat16" else int(dtype[-1])) * math.prod(shape) for dtype, shape in parts]
-    assert STORAGE_DTYPES[storage].itemsize == int(STORAGE_DTYPES[storage].str[-1])
-    return sum(sizes)
 
 
 def table(header, rows):

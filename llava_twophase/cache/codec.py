@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_twophase.cache.format import BLOCK, QUANTISED, ROW_PARTS, STORAGE_DTYPES, layout
+from llava_twophase.cache.format import BLOCK, QUANTISED, ROW_PARTS, STORAGE_DTYPES, layout, row_bytes
 from llava_twophase.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Codec:
         shapes = layout(storage, 1, feature_shape, 1)
         self._part_shapes = [shapes[name][1][1:] for name in ROW_PARTS if name in shapes]
         self._features_bytes = prod(self._part_shapes[0]) * STORAGE_DTYPES[storage].itemsize
-        self.row_bytes = self._features_bytes + 2 * sum(prod(shape) for shape in self._part_shapes[1:])
+        self.row_bytes = row_bytes(storage, feature_shape)
         wanted = (feature_shape[1],)
         if storage in QUANTISED and (channels is None or not channels.mean.shape == channels.std.shape == wanted):
             raise UserError(f"{storage} needs the mean and std of {feature_shape[1]} channels")

@@ -53,6 +53,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,17 @@ def layout(
     dtype = "bfloat16" if storage == "bfloat16" else STORAGE_DTYPES[storage].str
     datasets["features"] = (dtype, (rows, tokens, dim // 2 if storage == "int4" else dim))
     return datasets
+
+
+def row_bytes(storage: str, feature_shape: tuple[int, int]) -> int:
+    """Return the bytes of a stored row: its features and, for ``int8`` and ``int4``, their scales.
+
+    Raises:
+        UserError: The storage is ``int4`` and the width is not a multiple of 32.
+    """
+    datasets = layout(storage, 1, feature_shape, 1)
+    features = prod(datasets["features"][1]) * STORAGE_DTYPES[storage].itemsize
+    return features + (2 * prod(datasets["scale"][1]) if "scale" in datasets else 0)
 
 
 def canonical_json(value: Any) -> str:

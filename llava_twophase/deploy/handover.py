@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_twophase.deploy.hf_parts import TOWERS
 from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.deploy.weights import model_folder
 from llava_twophase.errors import UserError
@@ -166,7 +167,8 @@ def _check_tower(folder: Path, vision: dict[str, Any]) -> Check:
         return _check("vision tower", tower_problem(folder), f"{kind}, whose weights transformers 4.37 reads")
     if kind.startswith("siglip"):
         return Check("vision tower", f"{kind}, which LLaVA-NeXT loads; LLaVA 1.2 loads CLIP towers only")
-    return Check("vision tower", kind, "LLaVA loads CLIP towers, LLaVA-NeXT also SigLIP; use: export --to hf")
+    use = "export --to hf" if kind in TOWERS else "llava-use-projector caption"
+    return Check("vision tower", kind, f"LLaVA loads CLIP towers, LLaVA-NeXT also SigLIP; use: {use}")
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from llava_twophase.deploy.weights import model_folder, tensor_names
 from llava_twophase.errors import UserError
 from llava_twophase.layers import as_tuple
 
-# Towers that transformers' LLaVA can hold, and whether they have a CLS token.
-_TOWERS = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}
+TOWERS = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}
+"""Towers that an export holds, by test, and whether they have a CLS token."""
 # LLMs whose exported model gives the same logits, by test. transformers' LLaVA has a plain ``lm_head`` after the LLM's
 # base model, so families that scale, bias or cap their logits (cohere, phi, gemma2) do not fit.
 LLMS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma3_text", "olmo", "olmo2", "phi3")
@@ -44,7 +44,7 @@ class HfParts:
     @property
     def has_cls(self) -> bool:
         """Whether the tower's output begins with a CLS token."""
-        return _TOWERS[self.vision_config.model_type]
+        return TOWERS[self.vision_config.model_type]
 
     @property
     def strategy(self) -> str:
@@ -101,9 +101,12 @@ def require_expressible(parts: HfParts, weights: dict[str, torch.Tensor]) -> Non
         )
     if parts.projector.s2_scales:
         raise UserError("the projector reads features of several scales (S2), which transformers' LLaVA does not have")
-    if tower not in _TOWERS:
-        raise UserError(f"the vision tower is a {tower}; transformers' LLaVA takes {', '.join(_TOWERS)}")
-    if parts.projector.select_feature == "cls_patch" and not _TOWERS[tower]:
+    if tower not in TOWERS:
+        raise UserError(
+            f"the vision tower is a {tower}; exports hold {', '.join(TOWERS)}. Use the projector with "
+            "`llava-use-projector caption`"
+        )
+    if parts.projector.select_feature == "cls_patch" and not TOWERS[tower]:
         raise UserError(f"a {tower} has no CLS token, so cls_patch cannot be exported")
     if llm not in LLMS:
         raise UserError(

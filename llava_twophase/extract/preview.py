@@ -49,7 +49,7 @@ def show_plan(inputs: Inputs) -> int:
         plan,
         bad,
         missing=len(missing),
-        row_bytes=codec.row_bytes,
+        codec=codec,
         cache=config.feature_cache,
         rate=rates.extraction if rates else None,
         break_even=break_even,

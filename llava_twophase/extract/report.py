@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+from llava_twophase.cache.codec import Codec
+from llava_twophase.cache.format import BLOCK, STORAGE_DTYPES, row_bytes
 from llava_twophase.cache.quarantine import Quarantined
 from llava_twophase.extract.break_even import BreakEven
 from llava_twophase.extract.plan import Plan
 from llava_twophase.files import free_bytes
+from llava_twophase.text import format_bytes
 
 _SHOWN = 20
 
@@ -32,6 +35,8 @@ class PlanReport:
         to_encode: Images to encode.
         shards: Shards to write.
         bytes: Bytes to write.
+        features: Tokens and width of one image's features.
+        bytes_per_image: Stored bytes of one image for each storage dtype that can hold the features.
         free_bytes: Free bytes on the cache's disk.
         fits: Whether the features fit on the disk.
         images_per_second: Measured rate of one rank; None without work.
@@ -52,6 +57,8 @@ class PlanReport:
     bytes: int
     free_bytes: int
     fits: bool
+    features: tuple[int, int]
+    bytes_per_image: dict[str, int]
     images_per_second: float | None = None
     seconds: float | None = None
     problems: list[str] = field(default_factory=list)
@@ -68,6 +75,8 @@ class PlanReport:
             f"disk        {self.bytes / 1e9:.3f} GB of {self.free_bytes / 1e9:.3f} GB free"
             + ("" if self.fits else ": they do not fit"),
         ]
+        sizes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in self.bytes_per_image.items())
+        lines.append(f"one image   {self.features[0]} x {self.features[1]}: {sizes}")
         if self.seconds is not None and self.images_per_second is not None:
             estimate = timedelta(seconds=round(self.seconds))
             lines.append(f"time        {estimate}, at {self.images_per_second:.2f} images/s")
@@ -83,12 +92,18 @@ class PlanReport:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
 
+def bytes_per_image(feature_shape: tuple[int, int]) -> dict[str, int]:
+    """Return the stored bytes of one image for each storage dtype; int4 is absent if it cannot hold the width."""
+    dtypes = [dtype for dtype in STORAGE_DTYPES if dtype != "int4" or feature_shape[1] % BLOCK == 0]
+    return {dtype: row_bytes(dtype, feature_shape) for dtype in dtypes}
+
+
 def report_plan(
     records: Sequence[str],
     plan: Plan,
     bad: Sequence[Quarantined],
     missing: int,
-    row_bytes: int,
+    codec: Codec,
     cache: Path,
     rate: float | None,
     break_even: BreakEven | None = None,
@@ -100,14 +115,14 @@ def report_plan(
         plan: The plan.
         bad: Images to encode that cannot be used, missing ones included.
         missing: Number of missing images.
-        row_bytes: Stored bytes of one image.
+        codec: Stores the features.
         cache: The cache's directory.
         rate: Measured images per second, if any.
         break_even: Training runs with the cache and without, if computed.
     """
     counts = Counter(records)
     images = len(plan.keys)
-    needed, free = images * row_bytes, free_bytes(cache)
+    needed, free = images * codec.row_bytes, free_bytes(cache)
     return PlanReport(
         records=len(records),
         images=len(counts),
@@ -121,6 +136,8 @@ def report_plan(
         bytes=needed,
         free_bytes=free,
         fits=needed <= free,
+        features=codec.feature_shape,
+        bytes_per_image=bytes_per_image(codec.feature_shape),
         images_per_second=rate,
         seconds=images / rate if rate and images else None,
         break_even=break_even,

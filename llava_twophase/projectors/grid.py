@@ -10,6 +10,7 @@ from math import isqrt
 import torch
 
 from llava_twophase.errors import UserError
+from llava_twophase.patch_grid import grid_shape
 
 Grid = tuple[int, int]
 """Rows and columns of patches."""
@@ -17,8 +18,7 @@ Grid = tuple[int, int]
 
 def square_grid(patches: int) -> Grid | None:
     """Return the grid of ``[L, D]`` features; None if L is not a square, as with a CLS token (577)."""
-    side = isqrt(patches)
-    return (side, side) if side * side == patches else None
+    return grid_shape(patches, "patch")
 
 
 def require_grid(kind: str, grid: Grid | None) -> Grid:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_twophase.cache.codec import Channels, Codec
-from llava_twophase.cache.format import QUANTISED
+from llava_twophase.cache.format import QUANTISED, row_bytes
 from llava_twophase.vision.families import FAMILIES
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
@@ -31,7 +31,7 @@ from llava_twophase.vision.tower import VisionTower
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from docs_towers import STORAGES, row_bytes
+from docs_towers import STORAGES
 from pipelines.demo.scenes import draw, random_scene
 from vision import tiny_towers
 

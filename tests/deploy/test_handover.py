@@ -90,6 +90,8 @@ def test_handover_reports_a_tower_that_llava_does_not_load(trained, tmp_path):
     tower = edited(trained.tower, tmp_path / "tower", model_type="dinov2")
     check = checks(trained, vision_tower=tower)["vision tower"]
     assert check.found == "dinov2" and "export --to hf" in check.fix
+    other = edited(trained.tower, tmp_path / "other", model_type="vit_msn")
+    assert checks(trained, vision_tower=other)["vision tower"].fix.endswith("use: llava-use-projector caption")
 
 
 def test_handover_command_prints_checks_and_the_stage_2_command(trained):

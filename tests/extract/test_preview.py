@@ -19,6 +19,9 @@ def test_plan_reports_the_work_and_writes_nothing(server, command, image_set, tm
     plan = json.loads(done.stdout)
     expected = {"records": 30, "images": 29, "repeated": 1, "cached": 12, "to_encode": 17, "shards": 3, "fits": True}
     assert {name: plan[name] for name in expected} == expected
+    sizes = {"bfloat16": 1024, "float16": 1024, "float32": 2048, "int8": 16 * 32 + 16 * 2, "int4": 16 * 16 + 16 * 2}
+    assert plan["features"] == [16, 32] and plan["bytes_per_image"] == sizes
+    assert "one image   16 x 32: bfloat16 1.024 kB, float16 1.024 kB, float32 2.048 kB, int8 544 bytes" in log
     assert plan["bytes"] == 17 * 16 * 32 * 4 and plan["seconds"] > 0 and plan["images_per_second"] > 0
     assert files(tmp_path / "cache") == before
 

@@ -81,8 +81,9 @@ def test_run_on_several_scales_is_the_same_from_a_cache_and_on_the_fly(train_bot
     cache = FeatureCache(tmp_path / "features")
     assert cache.fingerprint["s2_scales"] == [56, 112, 168] and cache.feature_shape == (16, 96)
     projector = find_projector(run)
-    features = Captioner.load(projector).features([plain_set.folder / plain_set.keys[0]])
-    assert torch.equal(features, cache.read_tensor(plain_set.keys[:1]))
+    keys = plain_set.keys[:2]  # as many as the tower encodes at once on a CPU: how a product rounds depends on it
+    features = Captioner.load(projector).features([plain_set.folder / key for key in keys])
+    assert torch.equal(features, cache.read_tensor(keys))
     assert "--s2 True --s2_scales 56,112,168" in stage_2_command(projector)
     checks = {check.what: check for check in run_checks(projector)}
     assert "s2wrapper" in checks["s2"].found and not checks["projector"].fix
