@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from llava_twophase.errors import UserError
+from llava_twophase.vision.families import UNSUPPORTED, refusal
 
 _TOWER_FIELDS = ("vision_config", "image_size", "patch_size")
 
@@ -14,7 +16,8 @@ def require_tower_folder(name: str) -> None:
     """Check that ``--vision_tower`` is a vision tower's folder, or can be a hub id.
 
     Raises:
-        UserError: The folder does not exist, has no ``preprocessor_config.json``, or holds another model.
+        UserError: The folder does not exist, has no ``preprocessor_config.json``, or holds another model, or a tower
+            that is known not to fit.
     """
     try:
         config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
@@ -25,6 +28,9 @@ def require_tower_folder(name: str) -> None:
             f"--vision_tower {name} holds a model of type {config.get('model_type')}, expected a vision tower such as "
             "openai/clip-vit-large-patch14-336; an LLM is given as --model_name_or_path"
         )
+    kind = _tower_type(name, config if isinstance(config, dict) else {})
+    if kind in UNSUPPORTED:
+        raise UserError(f"--vision_tower {name} {refusal(kind)}")
     require_model_folder(
         "--vision_tower",
         name,
@@ -32,6 +38,14 @@ def require_tower_folder(name: str) -> None:
         file="preprocessor_config.json",
         described="image processor (preprocessor_config.json)",
     )
+
+
+def _tower_type(name: str, config: dict[str, Any]) -> str:
+    # Configurations of timm have no model_type.
+    if name.startswith("timm/") or "pretrained_cfg" in config:
+        return "timm_wrapper"
+    vision = config.get("vision_config")
+    return str((vision if isinstance(vision, dict) else config).get("model_type"))
 
 
 def require_model_folder(flag: str, name: str, expected: str, file: str = "config.json", described: str = "") -> None:

@@ -1,5 +1,6 @@
 """Names that are not a model's folder."""
 
+import json
 import shutil
 
 import pytest
@@ -49,3 +50,22 @@ def test_require_tower_folder_refuses_other_folders(tiny_llama, tmp_path):
         require_tower_folder(str(tmp_path))
     with pytest.raises(UserError, match="there is no such folder"):
         require_tower_folder("/nowhere/clip")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"architecture": "vit_small_patch14_reg4_dinov2", "pretrained_cfg": {"input_size": [3, 518, 518]}}, "timm"),
+        ({"model_type": "siglip2", "vision_config": {"model_type": "siglip2_vision_model"}}, "NaFlex"),
+        ({"model_type": "vit_mae"}, "random patches"),
+    ],
+)
+def test_require_tower_folder_refuses_towers_that_do_not_fit(config, reason, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{reason}.*supported towers: clip_vision_model, siglip"):
+        require_tower_folder(str(tmp_path))
+
+
+def test_require_tower_folder_refuses_hub_ids_of_timm():
+    with pytest.raises(UserError, match="timm/vit_base_patch16_224 is a timm_wrapper: a timm model"):
+        require_tower_folder("timm/vit_base_patch16_224")
