@@ -6,7 +6,7 @@ Shapes: B images, S the crop's side, L tokens out of the tower (577 for CLIP-L/1
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,11 +81,9 @@ class VisionTower:
         if scales and select_feature != "patch":
             raise UserError(f"--mm_vision_select_feature {select_feature}: with --s2 True only patch is possible")
         self.grid = (side, side)
-        layers = as_tuple(select_layer)
-        self._depths = [_depth(config.num_hidden_layers, layer) for layer in layers]
-        if len(set(self._depths)) < len(layers):
-            raise UserError(f"--mm_vision_select_layer {' '.join(map(str, layers))}: a layer is listed twice")
-        self.feature_shape = (side * side + self._keep_cls, config.hidden_size * len(layers) * max(1, len(scales)))
+        self._depths = _depths(config.num_hidden_layers, as_tuple(select_layer))
+        width = config.hidden_size * len(self._depths) * max(1, len(scales))
+        self.feature_shape = (side * side + self._keep_cls, width)
         spelled = from_the_end(self._depths, config.num_hidden_layers)
         fields = (*_CONFIG_FIELDS, *family.config_fields)
         self._fingerprint: dict[str, Any] = {
@@ -103,8 +101,6 @@ class VisionTower:
         if scales:
             self._fingerprint["s2_scales"] = list(scales)
         config.num_hidden_layers = max(self._depths)
-        for option, value in family.without_head.items():
-            setattr(config, option, value)
         self._model = _load(family, name, config, dtype)
         setattr(self._model, family.norm, nn.Identity())
         self._model.requires_grad_(False).eval().to(self.device)
@@ -179,6 +175,13 @@ def _grid_side(name: str, family: TowerFamily, config: PretrainedConfig, image_s
     return image_size // int(config.patch_size)
 
 
+def _depths(num_hidden_layers: int, layers: Sequence[int]) -> list[int]:
+    depths = [_depth(num_hidden_layers, layer) for layer in layers]
+    if len(set(depths)) < len(depths):
+        raise UserError(f"--mm_vision_select_layer {' '.join(map(str, layers))}: a layer is listed twice")
+    return depths
+
+
 def _depth(num_hidden_layers: int, select_layer: int) -> int:
     # hidden_states[0] is the embedding's output, so a tower of N layers has N + 1 of them.
     depth = select_layer + num_hidden_layers + 1 if select_layer < 0 else select_layer
@@ -191,6 +194,8 @@ def _depth(num_hidden_layers: int, select_layer: int) -> int:
 
 
 def _load(family: TowerFamily, name: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    for option, value in family.without_head.items():
+        setattr(config, option, value)
     try:
         # ZeRO-3 is for the model that is trained.
         with _quiet(), unpartitioned():
