@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     import torch
 
 
@@ -156,6 +158,18 @@ def is_lost_rank(error: RuntimeError) -> bool:
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or "/gloo/" in str(error)
+
+
+def set_group_timeouts(timeout: timedelta) -> None:
+    """Let operations of every process group wait this long for other ranks.
+
+    ``--ddp_timeout`` reaches only the first group, and on a CPU none. Those that DeepSpeed makes have torch's default:
+    10 minutes for NCCL, 30 for gloo.
+    """
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def wait_for_torchrun(seconds: float = 30.0) -> None:

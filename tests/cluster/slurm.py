@@ -51,7 +51,7 @@ class Slurm:
         node_timeout: Seconds without an answer after which a node is down.
     """
 
-    def __init__(self, hosts, folder, node_timeout=10):
+    def __init__(self, hosts, folder, node_timeout=30):
         self.hosts = hosts
         self.folder = folder
         self._node_timeout = node_timeout

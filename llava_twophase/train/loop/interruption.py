@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava_twophase.compat import set_group_timeouts
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -40,11 +42,15 @@ class StopOnSignal(TrainerCallback):
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
-        """Install the signal handlers; the ranks get a group on the host, so that no step waits for the device."""
+        """Install the signal handlers; the ranks get a group on the host, so that no step waits for the device.
+
+        From now on, every group waits for other ranks as long as ``--ddp_timeout``.
+        """
         if train_dataloader is not None:
             self._steps_per_epoch = -(-len(train_dataloader) // args.gradient_accumulation_steps)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
+            self._group = dist.new_group(backend="gloo")
+            set_group_timeouts(args.ddp_timeout_delta)
         self._former = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def on_step_end(

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from commands import assert_same_outcome, outcome, torchrun, train_command
 from helpers import run
+from llava_twophase.train.loop import interruption
 from llava_twophase.train.loop.checkpoints import checkpoint_problems, complete_checkpoints
 from llava_twophase.train.loop.interruption import StopOnSignal
 from llava_twophase.train.loop.trainer import ProjectorTrainer
@@ -67,16 +68,16 @@ def test_signal_in_the_last_step_finishes_the_run(train_in_process, interrupt):
     assert (train_in_process.folder / "out" / "finished.json").is_file()
 
 
-def test_stop_on_signal_waits_for_other_ranks_as_long_as_ddp_timeout(monkeypatch):
-    """Without it, the group would wait for torch's 30 minutes while the others end after --ddp_timeout."""
+def test_stop_on_signal_lets_all_groups_wait_as_long_as_ddp_timeout(monkeypatch):
     timeouts = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: timeouts.append((backend, timeout)))
+    monkeypatch.setattr(dist, "new_group", lambda backend: timeouts.append(backend))
+    monkeypatch.setattr(interruption, "set_group_timeouts", timeouts.append)
     stopper, arguments = StopOnSignal(), TrainingArguments(ddp_timeout=7, use_cpu=True, report_to="none")
     stopper.on_train_begin(arguments, None, None)
     stopper.on_train_end(arguments, None, None)
-    assert timeouts == [("gloo", timedelta(seconds=7))]
+    assert timeouts == ["gloo", timedelta(seconds=7)]  # its own group too, which exists by then
 
 
 INTERRUPTED = """\
