@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 # Seconds; CLIP-L/14-336 takes more than this.
 _WORTH_KEEPING = 1.0
+# Increased when kept fingerprints are computed in another way. 2: not from weights that ZeRO-3 had partitioned.
+_KEPT_FORMAT = 2
 _FLAGS = {
     "select_layer": "--mm_vision_select_layer",
     "select_feature": "--mm_vision_select_feature",
@@ -186,7 +188,7 @@ def _tower_fingerprint(folder: Path, settings: TowerSettings, dtype: str) -> dic
     """Return a tower's fingerprint, from an earlier run if none of its files has changed."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     flags = {**asdict(settings), "vision_tower": str(folder.resolve())}
-    releases = [__version__, version("transformers")]
+    releases = [__version__, version("transformers"), _KEPT_FORMAT]
     key = hashlib.sha256(json.dumps([flags, dtype, files, releases]).encode("utf-8", "surrogateescape")).hexdigest()
     stored = _memory() / f"{key}.json"
     try:
