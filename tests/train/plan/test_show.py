@@ -5,13 +5,14 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cache.make import make_cache
 from commands import torchrun, train_command
 from drawn import make_record, write_records
 from helpers import ROOT, run
 from llava_twophase.train.cli import main
-from llava_twophase.train.plan import calibrate
+from llava_twophase.train.plan import calibrate, measure
 from llava_twophase.train.plan.show import absent_devices
 from tiny import write_llama
 
@@ -177,3 +178,26 @@ def test_plan_of_several_ranks_is_printed_once(command):
     assert done.stdout.count("optimizer steps") == 1
     assert "4 samples in a step: 2 devices x batches of 2 x 1 accumulated" in done.stdout
     assert "18 in an epoch" not in done.stdout and "6 in an epoch" in done.stdout
+
+
+@pytest.mark.parametrize("cause", ["no free memory", "out of memory"])
+def test_plan_says_why_there_is_no_time_if_two_layers_do_not_fit(command, capsys, monkeypatch, cause):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if cause == "no free memory":
+        monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
+    else:
+        monkeypatch.setattr(measure, "sample_seconds", fail)
+    code, report = plan(command(), capsys)
+    assert code == 0 and "not known: two of 2 layers do not fit in the free memory of cpu" in report
+
+
+def test_plan_adds_the_time_of_recomputed_layers(command, capsys, monkeypatch):
+    """A layer's forward pass is half of its work: recomputing all of them makes it one and a half."""
+    monkeypatch.setattr(measure, "sample_seconds", lambda *_, **__: 1.0)
+    rates = []
+    for recompute in (0, 1):
+        _, report = plan(command(recompute=recompute), capsys)
+        rates.append(float(re.search(r"([\d.]+) samples a second", report)[1]))
+    assert rates == [1.0, pytest.approx(1 / 1.5, rel=0.01)]
