@@ -78,13 +78,9 @@ def _add_coverage(commands: Any) -> None:
         from llava_twophase.inspection import coverage
 
         return coverage.run(
-            args.cache,
-            args.data_path,
-            image_folder=args.image_folder,
-            llm=args.model_name_or_path,
-            model_max_length=args.model_max_length,
-            as_json=args.json,
-        )
+            args.cache, args.data_path, image_folder=args.image_folder, llm=args.model_name_or_path,
+            model_max_length=args.model_max_length, image_tokens=args.image_tokens, as_json=args.json,
+        )  # fmt: skip
 
     text = "compare records with features; exit 1 if records have none"
     parser = _subcommand(commands, "coverage", run, text, _DATA)
@@ -92,6 +88,8 @@ def _add_coverage(commands: Any) -> None:
     parser.add_argument("--image_folder", help=_ABSOLUTE)
     parser.add_argument("--model_name_or_path", help="LLM whose tokenizer counts the captions that would be truncated")
     parser.add_argument("--model_max_length", type=Integer(1), default=2048, help="as in training (default: 2048)")
+    text = "tokens of an image after the projector (default: the cache's, as with LLaVA's projectors)"
+    parser.add_argument("--image_tokens", type=Integer(1), metavar="N", help=text)
     _json(parser)
 
 

@@ -22,11 +22,18 @@ _EXAMPLES = 5
 
 
 def run(
-    path: str, data_path: str, image_folder: str | None, llm: str | None, model_max_length: int, as_json: bool
+    path: str,
+    data_path: str,
+    image_folder: str | None,
+    llm: str | None,
+    model_max_length: int,
+    image_tokens: int | None,
+    as_json: bool,
 ) -> int:
     """Print the coverage; return 1 if records have no features."""
     records = load_records(data_path, image_folder=image_folder)
     values = coverage(CheckedRows(path), records)
+    values["image_tokens"] = image_tokens or values["image_tokens"]
     values["truncated"] = truncated(records, llm, model_max_length, values["image_tokens"]) if llm else None
     output.print_result(
         {"path": path, "data_path": data_path, **values}, as_json, lambda out: _print(values, data_path, out)

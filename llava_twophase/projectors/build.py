@@ -78,7 +78,7 @@ def build_projector(
     """Build ``mm_projector`` with initial weights drawn from torch's global generator.
 
     Args:
-        kind: ``linear``, ``mlp{N}x_gelu``, a short name of ``projectors.find.SHIPPED``, or
+        kind: ``linear``, ``mlp{N}x_gelu``, a short name of ``projectors.names.SHIPPED``, or
             ``package.module:ClassName``.
         in_features: Tower width D.
         out_features: LLM width H.

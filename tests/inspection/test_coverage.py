@@ -104,6 +104,8 @@ def test_coverage_counts_truncated_captions(tmp_path, tiny_llama, image_set):
     path = write_records(records, tmp_path / "records.jsonl")
     flags = ("--model_name_or_path", tiny_llama, "--model_max_length", "12")
     assert f"{len(keys):,} of more than 2 tokens (12 in all)" in coverage(cache, path, *flags)
+    fewer = coverage(cache, path, *flags, "--image_tokens", "4")
+    assert "of more than 7 tokens (12 in all)" in fewer
 
 
 @pytest.mark.parametrize(

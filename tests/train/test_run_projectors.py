@@ -78,6 +78,35 @@ def test_projector_of_a_users_own_file_trains_captions_and_resumes(
     assert json.loads(capsys.readouterr().out)["evaluated_records"] == 4
 
 
+STATEFUL = """
+import torch
+from torch import nn
+class Stateful(nn.Module):
+    def __init__(self, tower_width, llm_width, grid):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((tower_width,), 0.5), requires_grad=False)
+        self.norm, self.drop = nn.BatchNorm1d(tower_width), nn.Dropout(0.1)
+        self.layer = nn.Linear(tower_width, llm_width)
+    def forward(self, features):
+        normed = self.norm((features * self.scale).transpose(1, 2)).transpose(1, 2)
+        return self.layer(self.drop(normed))
+"""
+
+
+def test_projector_with_buffers_dropout_and_a_frozen_part_resumes(own_file, train_in_process):
+    own_file.write_text(STATEFUL, encoding="utf-8")
+    flags = {"mm_projector_type": "my_projectors:Stateful", "save_total_limit": 5}
+    assert train_in_process("run", **flags) == (0, True)
+    finished = own_file.parent / "run"
+    interrupted = interrupt(finished, own_file.parent / "interrupted")
+    assert train_in_process("interrupted", **flags) == (0, True)
+    assert_same_outcome(outcome(interrupted), outcome(finished))
+    state = outcome(finished).projector
+    assert (state["model.mm_projector.scale"] == 0.5).all() and state["model.mm_projector.norm.running_mean"].any()
+    module, features = load_projector(finished), torch.ones(1, 16, 32)
+    assert torch.equal(module(features), module(features)) and module.norm.num_batches_tracked == 6
+
+
 def test_use_projector_warns_if_the_source_has_changed(own_file, train_in_process, caplog):
     assert train_in_process("run", **OWN, max_steps=2)[0] == 0
     load_projector(own_file.parent / "run")
