@@ -43,10 +43,12 @@ class _Batch:
     features: torch.Tensor  # [b, L, H] in the LLM's dtype
     input_ids: torch.Tensor  # [b, T]
     labels: torch.Tensor  # [b, T]
+    weights: torch.Tensor | None  # [b], of each sample's tokens in the loss; None for their mean
 
     def select(self, index: torch.Tensor, length: int) -> _Batch:
         """Return some samples, and of their ids the first `length`."""
-        return _Batch(self.features[index], self.input_ids[index, :length], self.labels[index, :length])
+        weights = None if self.weights is None else self.weights[index]
+        return _Batch(self.features[index], self.input_ids[index, :length], self.labels[index, :length], weights)
 
 
 class FrozenLLM:
@@ -105,6 +107,7 @@ class FrozenLLM:
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         lengths: Sequence[int] | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the mean loss over a batch's caption tokens, which does not depend on the micro-batches.
 
@@ -113,6 +116,7 @@ class FrozenLLM:
             input_ids: int64 ``[B, T]``, right-padded.
             labels: int64 ``[B, T]``, -100 where no loss is computed.
             lengths: Number of ids of each sample, on the host. Without them each micro-batch is padded as the batch is.
+            weights: float32 ``[B]``, weight of each token of a sample in a sum that takes the place of the mean.
 
         Returns:
             float32 scalar, differentiable with respect to `projected`; 0 if there is no caption token.
@@ -123,7 +127,7 @@ class FrozenLLM:
         with_gradient = torch.is_grad_enabled() and projected.requires_grad
 
         def run(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            batch = _Batch(features.detach().to(self.llm.dtype), input_ids, labels)
+            batch = _Batch(features.detach().to(self.llm.dtype), input_ids, labels, weights)
             # The LLM's weights have the run's dtype already, so autocast would only add casts.
             with torch.autocast(features.device.type, enabled=False):
                 return self._run_batch(batch, lengths, with_gradient)
@@ -145,7 +149,8 @@ class FrozenLLM:
             self.micro_batching = self._choose(batch)
         # Divided before the sum, as in a mean: a sum of float16 gradients times the scale could overflow. The clamp
         # gives a batch without a caption token (dropped <unk>s only) a loss of 0 instead of 0 / 0.
-        weight = self._scale / (batch.labels[:, self.image_position + 1 :] != IGNORE_INDEX).sum().clamp(min=1)
+        tokens = (batch.labels[:, self.image_position + 1 :] != IGNORE_INDEX).sum().clamp(min=1)
+        weight = self._scale / tokens if batch.weights is None else self._scale
         total = torch.zeros((), device=batch.features.device)
         gradient = torch.empty_like(batch.features) if with_gradient else None
         # Longest first: a micro-batch holds little padding, and what does not fit is found at once.
@@ -216,9 +221,9 @@ class FrozenLLM:
             inputs_embeds=embeds, use_cache=False, logits_to_keep=read
         ).logits  # [b, T - image_position - 1, V]
         targets = batch.labels[:, self.image_position + 1 :]  # [b, T - image_position - 1], as logits [..., V]
-        return cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        flat, reduction = logits.flatten(0, 1).float(), "sum" if batch.weights is None else "none"
+        losses = cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
+        return losses if batch.weights is None else (losses.view_as(targets).sum(1) * batch.weights).sum()
 
     def _first_read(self, batch: _Batch) -> int:
         # The last image position predicts the caption's first token; no output before it is read.

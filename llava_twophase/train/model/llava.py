@@ -58,6 +58,7 @@ class LlavaProjectorModel(nn.Module):
         features: torch.Tensor | None = None,
         crops: torch.Tensor | None = None,
         lengths: Sequence[int] | None = None,
+        weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the loss of a batch.
@@ -68,6 +69,7 @@ class LlavaProjectorModel(nn.Module):
             features: ``[B, L, D]`` from the cache, in any float dtype.
             crops: ``uint8 [B, S, S, 3]`` instead, for on-the-fly mode.
             lengths: Number of ids of each sample, on the host. Without them each micro-batch is padded as the batch is.
+            weights: float32 ``[B]``, weight of each token of a sample; the loss is their weighted sum.
             num_items_in_batch: Caption tokens of the optimizer's complete batch, over accumulation steps and devices;
                 Trainer passes it with ``--average_tokens_across_devices True``.
 
@@ -81,7 +83,7 @@ class LlavaProjectorModel(nn.Module):
         if features is None:
             assert self._encode is not None and crops is not None, "a batch has features, or crops and a tower"
             features = self._encode(crops)
-        loss = self.frozen.loss(self._project(features), input_ids, labels, lengths)
+        loss = self.frozen.loss(self._project(features), input_ids, labels, lengths, weights)
         if num_items_in_batch is not None:
             loss = loss * (labels != IGNORE_INDEX).sum() / num_items_in_batch
         return {"loss": loss}

@@ -46,6 +46,24 @@ def test_loss_is_the_same_without_lengths(llm):
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("samples", [1, 2, 8])
+def test_weights_of_samples_take_the_place_of_the_mean(llm, samples):
+    """The mean is the sum with equal weights; the loss of two batches is their sum with weights of their own."""
+    features, ids, labels, lengths = build_batch()
+    features.requires_grad_()
+    counts = (labels != IGNORE_INDEX).sum(1)
+    half = len(counts) // 2
+    weights = torch.cat([1 / counts[:half].sum().repeat(half), 3 / counts[half:].sum().repeat(len(counts) - half)])
+    frozen = freeze(llm, 1, samples)
+    parts = [slice(0, half), slice(half, None)]
+    one, other = (frozen.loss(features[part], ids[part], labels[part], lengths[part]) for part in parts)
+    (expected,) = torch.autograd.grad(one + 3 * other, features)
+    weighted = frozen.loss(features, ids, labels, lengths, weights)
+    (gradient,) = torch.autograd.grad(weighted, features)
+    torch.testing.assert_close(weighted, one + 3 * other, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("every", [0, 1, 2, 4])
 def test_activation_checkpointing_changes_no_bit(llm, every):
     batch = build_batch()
