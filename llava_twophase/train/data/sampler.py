@@ -25,6 +25,7 @@ class EpochSampler(Sampler[int]):
         lengths: For grouped order, the number of words of each sample; else None.
         batch_size: For grouped order, samples in the batch of one process.
         groups: For grouped order, batches in a mega-batch: processes times accumulation steps.
+        samples: Samples of an epoch: fewer drop the last ones, more begin again with the first; None for `size`.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class EpochSampler(Sampler[int]):
         lengths: Sequence[int] | None = None,
         batch_size: int = 1,
         groups: int = 1,
+        samples: int | None = None,
     ) -> None:
         self._size = size
+        self._samples = size if samples is None else samples
         self._seed = seed
         self._world_size = world_size
         self._lengths = lengths
@@ -45,19 +48,20 @@ class EpochSampler(Sampler[int]):
         self._epoch = 0
 
     def __len__(self) -> int:
-        """Return the number of samples."""
-        return self._size
+        """Return the number of samples of an epoch."""
+        return self._samples
 
     def __iter__(self) -> Iterator[int]:
         """Iterate over the sample indices of the current epoch."""
-        return iter(self.order(self._epoch))
+        order = self.order(self._epoch)
+        return (order[position % self._size] for position in range(self._samples))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, 0 for the first."""
         self._epoch = epoch
 
     def order(self, epoch: int) -> list[int]:
-        """Return the sample indices of one epoch, independently of earlier calls."""
+        """Return all sample indices in the order of one epoch, independently of earlier calls."""
         if self._lengths is not None:
             generator = torch.Generator().manual_seed(self._seed)
             for _ in range(epoch + 1):
