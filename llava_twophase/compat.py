@@ -198,3 +198,18 @@ def wait_for_torchrun(seconds: float = 30.0) -> None:
         if store.add("torchelastic/agent/terminal_state/num_members", 0) >= others:
             return
         time.sleep(0.1)
+
+
+def gradient_clipping(training: Any) -> float:
+    """Return the gradient norm that a run clips at; DeepSpeed's default, which releases changed, if it decides.
+
+    Args:
+        training: ``TrainingArguments``.
+    """
+    config = deepspeed_config(training)
+    if config is None:
+        return float(training.max_grad_norm)
+    from deepspeed.runtime.constants import GRADIENT_CLIPPING, GRADIENT_CLIPPING_DEFAULT
+
+    value = config.get(GRADIENT_CLIPPING, GRADIENT_CLIPPING_DEFAULT)
+    return float(training.max_grad_norm if value == "auto" else value)

@@ -200,3 +200,16 @@ def test_wait_for_torchrun_does_not_wait_for_another_rendezvous(torchrun_store):
     started = time.monotonic()
     compat.wait_for_torchrun(seconds=60)
     assert time.monotonic() - started < 50
+
+
+def test_gradient_clipping_without_deepspeed(tmp_path):
+    assert compat.gradient_clipping(parse(tmp_path, max_grad_norm=0.5).training) == 0.5
+
+
+def test_gradient_clipping_of_a_deepspeed_configuration(zero3):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    batch = {"train_batch_size": 1}
+    assert compat.gradient_clipping(zero3) == DeepSpeedConfig(batch).gradient_clipping
+    zero3.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0.25
+    assert compat.gradient_clipping(zero3) == DeepSpeedConfig({**batch, "gradient_clipping": 0.25}).gradient_clipping

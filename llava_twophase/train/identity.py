@@ -10,23 +10,24 @@ from typing import Any
 from transformers.training_args import OptimizerNames
 
 from llava_twophase.cache.fingerprint import differences
-from llava_twophase.compat import zero_stage
+from llava_twophase.compat import gradient_clipping
 from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
+from llava_twophase.train.layout import Layout, flags_for_global_batch
 from llava_twophase.train.llm_files import llm_identity
 from llava_twophase.train.preflight import TrainingInputs
 
 # What to change where two values of a field differ; other fields have the name of their flag.
 _FLAGS = {
-    "world_size": "number of processes",
+    "global_batch_size": "--gradient_accumulation_steps",
     "records_sha256": "--data_path, --eval_fraction or --drop_quarantined",
     "tokenizer": "tokenizer of --model_name_or_path",
     "features": "--feature_cache, or --vision_tower and its flags",
     "llm": "--model_name_or_path",
     "mm_projector_source": "the source file of --mm_projector_type; restore it to resume",
     "dtype": "--bf16 or --fp16",
-    "zero_stage": "--deepspeed",
     "learning_rate": "--learning_rate or --mm_projector_lr",
+    "max_grad_norm": "--max_grad_norm, or gradient_clipping of --deepspeed",
     "adam": "--adam_beta1, --adam_beta2 or --adam_epsilon",
     "warmup_steps": "--warmup_steps or --warmup_ratio",
 }
@@ -40,25 +41,29 @@ def run_identity(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]
     return {**_data(arguments, inputs), **_model(arguments), **_projector(inputs), **_optimization(arguments)}
 
 
-def identity_differences(found: dict[str, Any], expected: dict[str, Any], name: str) -> list[str]:
+def identity_differences(
+    found: dict[str, Any], expected: dict[str, Any], name: str, layout: Layout | None = None
+) -> list[str]:
     """Compare the identities of two runs; return one line for each field that differs, with its flag.
 
     Args:
         found: The identity of the earlier run.
         expected: The identity of this run.
         name: What to call the earlier run in the result.
+        layout: This run's layout, to say how it gets another global batch.
     """
     lines = differences(found, expected, names=(name, "this run"))
     fields = [line.partition(":")[0].partition(".")[0] for line in lines]
-    return [f"{line} ({_FLAGS.get(field, f'--{field}')})" for line, field in zip(lines, fields, strict=True)]
+    flags = dict(_FLAGS)
+    if layout is not None and "global_batch_size" in found:
+        flags["global_batch_size"] = flags_for_global_batch(found["global_batch_size"], layout)
+    return [f"{line} ({flags.get(field, f'--{field}')})" for line, field in zip(lines, fields, strict=True)]
 
 
 def _data(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:
     training = arguments.training
     return {
-        "world_size": training.world_size,
-        "per_device_train_batch_size": training.per_device_train_batch_size,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "global_batch_size": Layout.of(training).global_batch,
         "seed": training.seed,
         "data_seed": training.seed if training.data_seed is None else training.data_seed,
         "dataloader_drop_last": training.dataloader_drop_last,
@@ -92,13 +97,12 @@ def _optimization(arguments: Arguments) -> dict[str, Any]:
     # A checkpoint's optimizer and scheduler would silently override other values of these.
     training = arguments.training
     return {
-        "zero_stage": zero_stage(training),
         "learning_rate": training.learning_rate,
         "weight_decay": training.weight_decay,
         "optim": OptimizerNames(training.optim).value,
         "optim_args": training.optim_args,
         "adam": [training.adam_beta1, training.adam_beta2, training.adam_epsilon],
-        "max_grad_norm": training.max_grad_norm,
+        "max_grad_norm": gradient_clipping(training),
         "lr_scheduler_type": str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)),
         "lr_scheduler_kwargs": training.lr_scheduler_kwargs,
         "warmup_steps": training.warmup_steps,

@@ -17,11 +17,13 @@ from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.environment import output_folder
 from llava_twophase.train.identity import run_identity
+from llava_twophase.train.layout import Layout
 from llava_twophase.train.loop.agreement import explain_lost_ranks, on_all_ranks, on_main_rank
 from llava_twophase.train.loop.artefacts import llava_config, write_artefacts, write_held_out
 from llava_twophase.train.loop.checkpoints import CheckpointKeeper, explain_disk_errors, saved_micro_batching
 from llava_twophase.train.loop.generated_captions import CaptionSamples
 from llava_twophase.train.loop.interruption import StopOnSignal
+from llava_twophase.train.loop.optimizer_state import load_portably, require_portable
 from llava_twophase.train.loop.output_lock import output_lock
 from llava_twophase.train.loop.resume import RunLength, find_start, restore_config, write_finished
 from llava_twophase.train.loop.trackers import start_trackers
@@ -73,23 +75,27 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
     """Train unless the run is finished; return the signal that interrupted it, if one did."""
     training, identity = arguments.training, run_identity(arguments, inputs)
     length = RunLength(training.max_steps, training.num_train_epochs)
-    start = find_start(folder, training.resume_from_checkpoint, identity, length)
+    layout = Layout.of(training)
+    start = find_start(folder, training.resume_from_checkpoint, identity, length, layout)
     config = llava_config(inputs.config, arguments, inputs.spec.tower_width, inputs.projector_record)
     if start.finished:
         if start.config_is_damaged:
             on_main_rank(lambda: restore_config(folder, config))
         return None
+    if start.checkpoint is not None and start.layout is not None:
+        require_portable(start.checkpoint, start.layout, training)
     warn_about_stage_2(arguments)
     if arguments.data.holds_out:
         on_main_rank(lambda: write_held_out(folder, inputs.eval_records))
     trainer_arguments = arguments.for_trainer()
     trackers = on_main_rank(lambda: start_trackers(trainer_arguments, folder))
     try:
-        model = _build_model(arguments, inputs, start.checkpoint)
-        keeper = CheckpointKeeper(identity, training.save_total_limit, model.frozen)
+        model = _build_model(arguments, inputs, start.checkpoint if start.layout == layout else None)
+        keeper = CheckpointKeeper(identity, training.save_total_limit, layout, start.origin, model.frozen)
         stopper = StopOnSignal()
         callbacks = [keeper, stopper, *trackers, *_caption_samples(arguments, inputs, model)]
-        trainer = _build_trainer(trainer_arguments, inputs, model, callbacks)
+        trainer = _build_trainer(trainer_arguments, inputs, model, callbacks, start.origin)
+        load_portably(trainer, start.checkpoint, start.layout)
         with logging_redirect_tqdm():  # log lines above the progress bar, where there is one
             trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
     except torch.OutOfMemoryError as error:
@@ -143,6 +149,7 @@ def _build_trainer(
     inputs: TrainingInputs,
     model: LlavaProjectorModel,
     callbacks: list[TrainerCallback],
+    origin: Layout | None,
 ) -> ProjectorTrainer:
     template, source = inputs.template, inputs.source
     truncated = inputs.rows.truncated
@@ -157,6 +164,7 @@ def _build_trainer(
         train_dataset=CaptionDataset(inputs.records, template, source),
         eval_dataset=CaptionDataset(inputs.eval_records, template, source) if inputs.eval_records else None,
         callbacks=callbacks,
+        origin=origin,
     )
 
 

@@ -42,6 +42,7 @@ def identity(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path_factory):
         ("lr_scheduler_type", "linear", "lr_scheduler_type"),
         ("lr_scheduler_kwargs", '{"num_cycles": 1}', "lr_scheduler_kwargs"),
         ("max_grad_norm", 0.5, "max_grad_norm"),
+        ("gradient_accumulation_steps", 2, "global_batch_size"),
         ("adam_beta2", 0.9, "adam"),
         ("data_seed", 7, "data_seed"),
         ("model_max_length", 256, "model_max_length"),
@@ -61,9 +62,13 @@ def test_identity_differences_names_flags_that_exist(identity):
     named = {line.partition(":")[0].partition(".")[0]: set(re.findall(r"--\w+", line)) for line in lines}
     assert named.keys() == expected.keys()
     assert {flag for flags in named.values() for flag in flags} <= known
-    assert {field for field, flags in named.items() if not flags} == {"world_size"}
+    assert all(named.values())
     assert named["records_sha256"] == {"--data_path", "--eval_fraction", "--drop_quarantined"}
     assert any(re.fullmatch(r"seed: the checkpoint has 'another', this run 42 \(--seed\)", line) for line in lines)
+
+
+def test_run_identity_ignores_how_the_global_batch_is_spread(identity):
+    assert identity() == identity(per_device_train_batch_size=2, gradient_accumulation_steps=2)
 
 
 def test_run_identity_ignores_length_paths_and_speed(identity, tiny_llama, tmp_path):

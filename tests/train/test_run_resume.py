@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from commands import assert_same_outcome, checkpoint_command, deepspeed, outcome, torchrun
+from commands import assert_same_outcome, checkpoint_command, deepspeed, outcome
 from helpers import ROOT, needs_compiler, process_environment, run
 from llava_twophase.train.loop.checkpoints import complete_checkpoints
 
@@ -88,23 +88,20 @@ def test_killed_run_of_two_deepspeed_ranks_equals_an_uninterrupted_one(
     assert_killed_equals_uninterrupted(deepspeed, make, tmp_path, updates=24)
 
 
-def test_resume_with_other_settings_is_refused_before_the_llm_loads(
-    plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path
-):
-    """Another world size or seed would repeat samples; another learning rate would be ignored."""
-    inputs = plain_set.json, tiny_llama, tiny_clip, plain_cache, tmp_path / "out"
-    make = checkpoint_command(*inputs, max_steps=3)
-    run(["python", *make])
-    result = run(["python", *checkpoint_command(*inputs, max_steps=3, learning_rate=5e-4, data_seed=7)], expect=1)
-    assert "learning_rate: the checkpoint has 0.001, this run 0.0005 (--learning_rate or --mm_" in result.stderr
-    assert "data_seed: the checkpoint has 42, this run 7 (--data_seed)" in result.stderr
-    bars = {"TQDM_DISABLE": ""}  # shown, although stderr is not a terminal: one is "Loading weights"
-    result = run([*torchrun(), *make], expect=1, **bars)
-    assert "world_size: the checkpoint has 1, this run 2" in result.stderr
-    assert all("Loading weights" not in line for line in result.stderr.splitlines())
-    longer = run(["python", *checkpoint_command(*inputs, max_steps=4)], **bars)
-    assert f"resuming from {inputs[-1] / 'checkpoint-3'}" in longer.stderr and "Loading weights" in longer.stderr
-    assert [path.name for path in complete_checkpoints(inputs[-1])] == ["checkpoint-4"]
+def test_resume_with_other_settings_is_refused_before_the_llm_loads(train_in_process, caplog, capsys):
+    """Another seed would repeat samples; another learning rate would be ignored."""
+    train = train_in_process
+    assert train(max_steps=4) == (0, True)
+    assert train(max_steps=4, learning_rate=5e-4, data_seed=7) == (1, False)
+    message = capsys.readouterr().err
+    assert "learning_rate: the finished run has 0.001, this run 0.0005 (--learning_rate or --mm_" in message
+    assert "data_seed: the finished run has 42, this run 7 (--data_seed)" in message
+    assert train(max_steps=4, per_device_train_batch_size=2) == (1, False)
+    message = capsys.readouterr().err
+    assert "global_batch_size: the finished run has 4, this run 2 (set --gradient_accumulation_steps 2)" in message
+    assert train(max_steps=6) == (0, True)
+    assert f"resuming from {train.folder / 'out' / 'checkpoint-4'}" in caplog.text
+    assert [path.name for path in complete_checkpoints(train.folder / "out")][-1] == "checkpoint-6"
 
 
 def test_run_resumes_from_an_older_checkpoint(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path):

@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from llava_twophase.cache.fingerprint import normalize
 from llava_twophase.errors import UserError
 from llava_twophase.files import explain_os_errors
+from llava_twophase.train.layout import Layout
 from llava_twophase.train.loop.artefacts import write_json
 from llava_twophase.train.loop.checksums import damaged_files, file_checksums, read_checked_json, write_checked_json
 from llava_twophase.train.model.frozen_llm import FrozenLLM
@@ -41,12 +42,22 @@ class CheckpointRecord:
     Attributes:
         identity: What a run that resumes from the checkpoint must have in common with the one that wrote it.
         steps_per_epoch: Optimizer steps of an epoch.
+        layout: Layout of the run that wrote the checkpoint.
+        origin: Layout at the run's begin, which decides the samples of each step and their weights in the loss.
         files: Size and checksum of every other file of the checkpoint.
     """
 
     identity: dict[str, Any]
     steps_per_epoch: int
+    layout: Layout
+    origin: Layout
     files: dict[str, dict[str, Any]]
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> CheckpointRecord:
+        """Return what ``dataclasses.asdict`` turned into a dictionary."""
+        layouts = {name: Layout(**content[name]) for name in ("layout", "origin")}
+        return cls(**{**content, **layouts})
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -55,15 +66,25 @@ class CheckpointKeeper(TrainerCallback):
     Args:
         identity: What a run that resumes from them must have in common with this one.
         keep: How many to keep, None for all.
+        layout: This run's layout.
+        origin: Layout at the run's begin, if it was resumed with another one.
         frozen: The LLM, whose micro-batches are stored: other ones would round differently after a resume.
 
     Attributes:
         steps_per_epoch: Optimizer steps of an epoch, known when training has begun.
     """
 
-    def __init__(self, identity: dict[str, Any], keep: int | None, frozen: FrozenLLM | None = None) -> None:
+    def __init__(
+        self,
+        identity: dict[str, Any],
+        keep: int | None,
+        layout: Layout,
+        origin: Layout | None = None,
+        frozen: FrozenLLM | None = None,
+    ) -> None:
         self._identity = normalize(identity)
         self._keep = keep
+        self._layout, self._origin = layout, origin or layout
         self._frozen = frozen
         self.steps_per_epoch = 0
 
@@ -112,9 +133,14 @@ class CheckpointKeeper(TrainerCallback):
         files = [path for path in checkpoint.rglob("*") if path.is_file()]
         for path in files:
             _sync(path)
-        write_marker(
-            checkpoint, CheckpointRecord(self._identity, self.steps_per_epoch, file_checksums(checkpoint, files))
+        record = CheckpointRecord(
+            identity=self._identity,
+            steps_per_epoch=self.steps_per_epoch,
+            layout=self._layout,
+            origin=self._origin,
+            files=file_checksums(checkpoint, files),
         )
+        write_marker(checkpoint, record)
         for old in self._surplus(complete_checkpoints(folder), state.best_model_checkpoint):
             # The marker is removed first: an interrupted removal leaves no checkpoint that looks complete.
             remove_marker(old)
@@ -154,8 +180,8 @@ def read_record(checkpoint: Path) -> CheckpointRecord:
     """
     content = read_checked_json(checkpoint / MARKER)
     try:
-        return CheckpointRecord(**content)
-    except TypeError:
+        return CheckpointRecord.from_dict(content)
+    except (TypeError, KeyError):
         raise UserError(f"{MARKER} was written by another version") from None
 
 

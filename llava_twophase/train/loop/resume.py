@@ -14,11 +14,13 @@ from typing import Any
 from llava_twophase.cache.fingerprint import differences, normalize
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.train.identity import identity_differences
+from llava_twophase.train.layout import Layout, describe_change
 from llava_twophase.train.loop.agreement import on_all_ranks, on_main_rank
 from llava_twophase.train.loop.artefacts import ARTEFACTS, CONFIG, write_json
 from llava_twophase.train.loop.checkpoints import (
     FINISHED,
     MARKER,
+    CheckpointRecord,
     checkpoint_problems,
     checkpoint_step,
     complete_checkpoints,
@@ -54,11 +56,15 @@ class Start:
         finished: The run has ended before; there is nothing to train.
         config_is_damaged: The finished run's ``config.json`` is damaged or missing, and nothing else is.
         checkpoint: The checkpoint to resume from; None to start from the beginning.
+        layout: Layout of the run that wrote the checkpoint.
+        origin: Layout at that run's begin.
     """
 
     finished: bool = False
     config_is_damaged: bool = False
     checkpoint: Path | None = None
+    layout: Layout | None = None
+    origin: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class _FinishedRun:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def find_start(folder: Path, asked: str | None, identity: dict[str, Any], length: RunLength) -> Start:
+def find_start(folder: Path, asked: str | None, identity: dict[str, Any], length: RunLength, layout: Layout) -> Start:
     """Decide where a run starts; the same command run again resumes from its newest checkpoint.
 
     Args:
@@ -88,13 +94,14 @@ def find_start(folder: Path, asked: str | None, identity: dict[str, Any], length
         asked: ``--resume_from_checkpoint``: a folder, ``True``, ``False`` or None.
         identity: What this run must have in common with the one that wrote a checkpoint.
         length: How long this command trains.
+        layout: This run's layout.
 
     Raises:
         UserError: The folder holds a run with other settings, a damaged checkpoint, or not what was asked for; or a
             rank does not see the checkpoint that rank 0 chose.
     """
     identity = normalize(identity)
-    start = on_main_rank(lambda: _find_start(folder, asked, identity, length))
+    start = on_main_rank(lambda: _find_start(folder, asked, _Command(identity, length, layout)))
     if start.checkpoint is not None:
         on_all_ranks(lambda: _require_visible(start.checkpoint))
     return start
@@ -132,12 +139,27 @@ def _write_record(folder: Path, record: _FinishedRun) -> None:
     write_checked_json(folder / FINISHED, asdict(record))
 
 
-def _find_start(folder: Path, asked: str | None, identity: dict[str, Any], length: RunLength) -> Start:
+@dataclass(frozen=True)
+class _Command:
+    """What this command trains.
+
+    Attributes:
+        identity: What it must have in common with an earlier run.
+        length: How long it trains.
+        layout: Its layout.
+    """
+
+    identity: dict[str, Any]
+    length: RunLength
+    layout: Layout
+
+
+def _find_start(folder: Path, asked: str | None, command: _Command) -> Start:
     wanted = None if asked is None else {"true": "True", "false": "False"}.get(asked.lower(), asked)
     complete = complete_checkpoints(folder)
     record = _read_finished(folder, wanted)
-    if record is not None and not (complete and differences(record.identity, identity)):  # reported below
-        start = _start_of_finished(folder, record, identity, length, bool(complete))
+    if record is not None and not (complete and differences(record.identity, command.identity)):  # reported below
+        start = _start_of_finished(folder, record, command, bool(complete))
         if start is not None:
             return start
     if wanted == "False":
@@ -153,9 +175,11 @@ def _find_start(folder: Path, asked: str | None, identity: dict[str, Any], lengt
     else:
         return Start()
     _require_undamaged(chosen, [path for path in reversed(complete) if path != chosen])
-    _require_continuation(chosen, identity, length)
-    logger.info("resuming from %s", chosen)
-    return Start(checkpoint=chosen)
+    found = _require_continuation(chosen, command)
+    written = found.layout
+    change = "" if written == command.layout else f"; {describe_change(written, command.layout)}"
+    logger.info("resuming from %s%s", chosen, change)
+    return Start(checkpoint=chosen, layout=written, origin=found.origin)
 
 
 def _read_finished(folder: Path, wanted: str | None) -> _FinishedRun | None:
@@ -171,12 +195,10 @@ def _read_finished(folder: Path, wanted: str | None) -> _FinishedRun | None:
     return record if wanted in (None, "True", "False", record.resume_from_checkpoint) else None
 
 
-def _start_of_finished(
-    folder: Path, record: _FinishedRun, identity: dict[str, Any], length: RunLength, has_checkpoints: bool
-) -> Start | None:
+def _start_of_finished(folder: Path, record: _FinishedRun, command: _Command, has_checkpoints: bool) -> Start | None:
     """Return where a command starts whose run has ended; None if the checkpoints decide."""
-    _require_same(record.identity, identity, f"the finished run in {folder}", "the finished run")
-    planned = length.steps(record.steps_per_epoch)
+    _require_same(record.identity, command, f"the finished run in {folder}", "the finished run")
+    planned = command.length.steps(record.steps_per_epoch)
     if planned < record.step:
         raise UserError(
             f"--output_dir {folder} holds a finished run of {record.step} steps, and this command trains {planned}; "
@@ -242,19 +264,20 @@ def _require_undamaged(checkpoint: Path, others: list[Path]) -> None:
     raise UserError(f"{checkpoint} is damaged: {'; '.join(problems)}; {way_out}")
 
 
-def _require_continuation(checkpoint: Path, identity: dict[str, Any], length: RunLength) -> None:
+def _require_continuation(checkpoint: Path, command: _Command) -> CheckpointRecord:
     record = read_record(checkpoint)
-    _require_same(record.identity, identity, str(checkpoint), "the checkpoint")
-    planned = length.steps(record.steps_per_epoch)
+    _require_same(record.identity, command, str(checkpoint), "the checkpoint")
+    planned = command.length.steps(record.steps_per_epoch)
     if checkpoint_step(checkpoint) > planned:
         raise UserError(
             f"{checkpoint} was written after the {planned} steps that this command trains; give another --output_dir, "
             "or more --max_steps or --num_train_epochs"
         )
+    return record
 
 
-def _require_same(found: dict[str, Any], identity: dict[str, Any], what: str, name: str) -> None:
-    different = identity_differences(found, identity, name)
+def _require_same(found: dict[str, Any], command: _Command, what: str, name: str) -> None:
+    different = identity_differences(found, command.identity, name, command.layout)
     if different:
         raise combined_error(
             different, f"{what} cannot be continued with other settings; use its own, or another --output_dir"

@@ -13,11 +13,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava_twophase.constants import IGNORE_INDEX
 from llava_twophase.cpu import CpuMeter
 from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import ProjectorTrainingArguments
 from llava_twophase.train.data.dataset import CaptionDataset
+from llava_twophase.train.data.loss_weights import LossWeights
 from llava_twophase.train.data.sampler import EpochSampler
+from llava_twophase.train.layout import Layout
 from llava_twophase.train.loop.interruption import ignore_signals
 from llava_twophase.train.loop.log_lines import use_log_lines
 from llava_twophase.train.loop.metrics import GradientProbe, Meter, StepFlops
@@ -31,11 +34,21 @@ _CPU_SECONDS = 120.0
 
 
 class ProjectorTrainer(Trainer):
-    """Trains the projector. The loss is the mean of each device's batch, averaged over devices, as in LLaVA."""
+    """Trains the projector. The loss is the mean of each device's batch, averaged over devices, as in LLaVA.
 
-    def __init__(self, model: LlavaProjectorModel, *args: Any, **kwargs: Any) -> None:
+    Args:
+        model: The model.
+        args: Further arguments of ``Trainer``.
+        origin: The layout at the run's begin, which decides the samples of each step and their weights in the loss.
+        kwargs: Further arguments of ``Trainer``.
+    """
+
+    def __init__(self, model: LlavaProjectorModel, *args: Any, origin: Layout | None = None, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         use_log_lines(self)
+        self._layout = Layout.of(self.args)
+        self._origin = origin or self._layout
+        self._weights: LossWeights | None = None
         self._projector_model = model
         self._flops = StepFlops.of(model.llm)
         self._meter = Meter()
@@ -47,7 +60,7 @@ class ProjectorTrainer(Trainer):
         """Return this process's share of the data loader, in LLaVA's order."""
         args = cast(ProjectorTrainingArguments, self.args)
         assert isinstance(self.train_dataset, CaptionDataset)
-        order = sample_order(args, len(self.train_dataset), self.train_dataset.lengths, args.world_size)
+        order, drop_last = self._order(self.train_dataset)
         self.add_callback(_SetEpoch(order))
         self.add_callback(_StopAtLastStep())
         prefetching = self.train_dataset.prefetch(
@@ -64,7 +77,7 @@ class ProjectorTrainer(Trainer):
                 batch_size=args.train_batch_size,
                 sampler=order,
                 collate_fn=_unchanged,
-                drop_last=args.dataloader_drop_last,
+                drop_last=drop_last,
             )
             prepared: DataLoader[Any] = self.accelerator.prepare(loader)
             return prepared
@@ -78,10 +91,21 @@ class ProjectorTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            drop_last=args.dataloader_drop_last,
+            drop_last=drop_last,
         )
         prepared = self.accelerator.prepare(loader)
         return prepared
+
+    def _order(self, dataset: CaptionDataset) -> tuple[EpochSampler, bool]:
+        """Return the order of samples, and whether the loader drops an incomplete batch."""
+        args = cast(ProjectorTrainingArguments, self.args)
+        origin, size = self._origin, len(dataset)
+        samples, drop_last = size, args.dataloader_drop_last
+        if not self._layout.splits_batches_like(origin):
+            # The samples that the first layout adds or drops are part of the order.
+            samples, drop_last = origin.samples_per_epoch(size, drop_last), False
+            self._weights = LossWeights(origin, self._layout, args.process_index, samples)
+        return sample_order(args, size, dataset.lengths, origin, samples), drop_last
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -90,7 +114,14 @@ class ProjectorTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             return [], None
         started = time.perf_counter()
-        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._weights is None:
+            batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        else:
+            used = self._weights.without_surplus(epoch_iterator, self.state.global_step)
+            found, items = super().get_batch_samples(used, num_batches, device)
+            if not self.args.average_tokens_across_devices:
+                found = self._weights.weigh(found, self.state.global_step, self.accelerator.gather)
+            batches = found, items
         self._meter.waited += time.perf_counter() - started
         self._meter.steps += 1
         return batches
@@ -104,7 +135,7 @@ class ProjectorTrainer(Trainer):
             UserError: The first loss or gradient is not finite, or the gradients are zero.
         """
         self._count(inputs)
-        if self._checked:
+        if self._checked or not (inputs["labels"] != IGNORE_INDEX).any():
             return super().training_step(model, inputs, num_items_in_batch)
         probe = GradientProbe(self._projector_model.mm_projector)
         try:
@@ -154,7 +185,11 @@ class ProjectorTrainer(Trainer):
 
 
 def sample_order(
-    training: ProjectorTrainingArguments, size: int, lengths: Callable[[], Sequence[int]], ranks: int
+    training: ProjectorTrainingArguments,
+    size: int,
+    lengths: Callable[[], Sequence[int]],
+    layout: Layout,
+    samples: int | None = None,
 ) -> EpochSampler:
     """Return the order of a run's samples over all ranks.
 
@@ -162,15 +197,17 @@ def sample_order(
         training: The run's arguments.
         size: Number of samples.
         lengths: Returns the number of words of each sample; called for ``--group_by_modality_length`` only.
-        ranks: Devices of the run.
+        layout: The layout at the run's begin.
+        samples: Samples of an epoch; None for `size`.
     """
     return EpochSampler(
         size,
         seed=training.seed if training.data_seed is None else training.data_seed,
-        world_size=ranks,
+        world_size=layout.world_size,
         lengths=lengths() if training.group_by_modality_length else None,
-        batch_size=training.train_batch_size,
-        groups=ranks * training.gradient_accumulation_steps,
+        batch_size=layout.batch_size,
+        groups=layout.world_size * layout.accumulation,
+        samples=samples,
     )
 
 

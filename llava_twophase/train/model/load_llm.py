@@ -113,13 +113,20 @@ def read_causal_lm(name: str, options: dict[str, Any]) -> Any:
     return llm
 
 
-def gathered(module: nn.Module) -> AbstractContextManager[Any]:
-    """Gather a module's complete parameters on every rank; under ZeRO-3 all ranks must enter this context."""
+def gathered(module: nn.Module, modified: bool = False) -> AbstractContextManager[Any]:
+    """Gather a module's complete parameters on every rank; under ZeRO-3 all ranks must enter this context.
+
+    Args:
+        module: The module.
+        modified: Keep what rank 0 writes into them.
+    """
     if not is_zero3_enabled():
         return nullcontext()
     import deepspeed
 
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(module.parameters()))
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        list(module.parameters()), modifier_rank=0 if modified else None
+    )
     return context
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -12,6 +13,7 @@ from llava_twophase.files import free_bytes
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.environment import checkpoint_space, output_folder
+from llava_twophase.train.layout import Layout
 from llava_twophase.train.loop.trainer import sample_order
 from llava_twophase.train.model.activation_memory import analytic_estimate, free_memory, process_memory
 from llava_twophase.train.plan.llm_weights import LLMWeights, Placement
@@ -147,7 +149,8 @@ def _feature_bytes(arguments: Arguments, inputs: TrainingInputs) -> int:
 def _longest_of_first_batch(arguments: Arguments, inputs: TrainingInputs, ranks: int) -> int:
     records, template = inputs.records, inputs.template
     dataset = CaptionDataset(records, template, inputs.source)
-    order = sample_order(arguments.training, len(records), dataset.lengths, ranks)
+    layout = replace(Layout.of(arguments.training), world_size=ranks)
+    order = sample_order(arguments.training, len(records), dataset.lengths, layout)
     first = islice(order, ranks * arguments.training.per_device_train_batch_size)
     return max(min(template.count_ids(records[sample].caption), template.max_ids) for sample in first)
 

@@ -24,7 +24,7 @@ from llava_twophase.train.loop.checkpoints import (
 from llava_twophase.train.loop.checksums import write_checked_json
 from llava_twophase.train.model.activation_memory import ActivationMemory
 from llava_twophase.train.model.micro_batches import MicroBatching
-from train.loop.checkpoint_files import IDENTITY, write
+from train.loop.checkpoint_files import IDENTITY, LAYOUT, write
 
 
 def test_complete_checkpoints_are_listed_by_number_without_incomplete_ones(tmp_path):
@@ -52,7 +52,7 @@ def test_on_save_keeps_the_newest_and_the_best(tmp_path, keep, best, left):
     write(tmp_path, 15, complete=False)
     state = TrainerState(global_step=15, best_model_checkpoint=best and f"{tmp_path}/checkpoint-{best}")
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    CheckpointKeeper(IDENTITY, keep).on_save(arguments, state, TrainerControl())
+    CheckpointKeeper(IDENTITY, keep, LAYOUT).on_save(arguments, state, TrainerControl())
     assert [path.name for path in complete_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 
@@ -61,9 +61,9 @@ def test_on_save_records_identity_and_checksums_of_all_files(tmp_path):
     (checkpoint / "global_step3").mkdir()
     (checkpoint / "global_step3" / "rank_0.pt").write_bytes(b"optimizer")
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    CheckpointKeeper(IDENTITY, None).on_save(arguments, TrainerState(global_step=3), TrainerControl())
+    CheckpointKeeper(IDENTITY, None, LAYOUT).on_save(arguments, TrainerState(global_step=3), TrainerControl())
     record = read_record(checkpoint)
-    assert record.identity == IDENTITY
+    assert (record.identity, record.layout, record.origin) == (IDENTITY, LAYOUT, LAYOUT)
     on_disk = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
     assert set(record.files) == on_disk - {MARKER}
     assert checkpoint_problems(checkpoint) == []
@@ -73,7 +73,7 @@ def test_on_save_replaces_a_marker_that_is_a_folder(tmp_path):
     checkpoint = write(tmp_path, 3, complete=False)
     (checkpoint / MARKER).mkdir()
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    CheckpointKeeper(IDENTITY, None).on_save(arguments, TrainerState(global_step=3), TrainerControl())
+    CheckpointKeeper(IDENTITY, None, LAYOUT).on_save(arguments, TrainerState(global_step=3), TrainerControl())
     assert checkpoint_problems(checkpoint) == []
 
 

@@ -6,15 +6,20 @@ import shutil
 import pytest
 
 from llava_twophase.errors import UserError
+from llava_twophase.train.layout import Layout
 from llava_twophase.train.loop.checkpoints import FINISHED, MARKER
 from llava_twophase.train.loop.resume import RunLength, Start, find_start, restore_config, write_finished
-from train.loop.checkpoint_files import IDENTITY, write
+from train.loop.checkpoint_files import IDENTITY, LAYOUT, write
 
 LENGTH = RunLength(max_steps=20, epochs=3.0)
 
 
-def start(folder, asked=None, identity=IDENTITY, length=LENGTH):
-    return find_start(folder, asked, identity, length)
+def start(folder, asked=None, identity=IDENTITY, length=LENGTH, layout=LAYOUT):
+    return find_start(folder, asked, identity, length, layout)
+
+
+def resumed(checkpoint, layout=LAYOUT, origin=LAYOUT):
+    return Start(checkpoint=checkpoint, layout=layout, origin=origin)
 
 
 def finish(folder, step=20, steps_per_epoch=10, asked=None):
@@ -33,13 +38,13 @@ def test_find_start_resumes_from_the_newest_complete_checkpoint(tmp_path):
     write(tmp_path, 9)
     newest = write(tmp_path, 10)
     write(tmp_path, 11, complete=False)
-    assert start(tmp_path) == start(tmp_path, "True") == start(tmp_path, "true") == Start(checkpoint=newest)
+    assert start(tmp_path) == start(tmp_path, "True") == start(tmp_path, "true") == resumed(newest)
 
 
 def test_find_start_takes_the_checkpoint_that_is_asked_for(tmp_path):
     older = write(tmp_path, 3)
     write(tmp_path, 6)
-    assert start(tmp_path, str(older)) == Start(checkpoint=older)
+    assert start(tmp_path, str(older)) == resumed(older)
 
 
 def test_find_start_begins_without_a_checkpoint(tmp_path):
@@ -71,9 +76,29 @@ def test_find_start_refuses_false_beside_a_checkpoint(tmp_path):
 def test_find_start_refuses_other_settings_field_by_field(tmp_path):
     write(tmp_path, 3)
     with pytest.raises(UserError) as caught:
-        start(tmp_path, identity={"world_size": 1, "features": {"select_layer": -1}})
-    assert "world_size: the checkpoint has 2, this run 1 (number of processes)" in str(caught.value)
+        start(tmp_path, identity={"global_batch_size": 2, "features": {"select_layer": -1}}, layout=Layout(1, 2, 1))
+    expected = "global_batch_size: the checkpoint has 8, this run 2 (set --gradient_accumulation_steps 4)"
+    assert expected in str(caught.value)
     assert "features.select_layer: the checkpoint has -2, this run -1" in str(caught.value)
+
+
+def test_find_start_resumes_with_another_layout_and_says_what_is_carried_over(tmp_path, caplog):
+    """The first layout stays that of the run's begin, however often it changes."""
+    origin, here = Layout(4, 2, 1), Layout(1, 4, 2, zero_stage=2)
+    checkpoint = write(tmp_path, 3, origin=origin)
+    with caplog.at_level("INFO"):
+        assert start(tmp_path, layout=here) == resumed(checkpoint, origin=origin)
+    assert "written by 2 processes" in caplog.text and "this run has 1 process" in caplog.text
+    assert "the optimizer's state" in caplog.text and "carried over" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        start(tmp_path)
+    assert "carried over" not in caplog.text
+
+
+def test_find_start_recognises_a_run_that_was_finished_with_another_layout(tmp_path):
+    finish(tmp_path)
+    assert start(tmp_path, layout=Layout(8, 1, 1)) == Start(finished=True)
 
 
 def test_find_start_refuses_a_checkpoint_after_the_last_step(tmp_path):
@@ -119,7 +144,7 @@ def test_find_start_recognises_a_finished_run_with_and_without_checkpoints(tmp_p
 def test_find_start_goes_back_once_if_a_checkpoint_is_asked_for(tmp_path):
     older = write(tmp_path, 10)
     finish(tmp_path)
-    assert start(tmp_path, str(older)) == Start(checkpoint=older)
+    assert start(tmp_path, str(older)) == resumed(older)
     finish(tmp_path, asked=str(older))
     assert start(tmp_path, str(older)) == start(tmp_path) == Start(finished=True)
 
@@ -128,16 +153,16 @@ def test_find_start_continues_a_finished_run_for_longer(tmp_path):
     finish(tmp_path)
     assert start(tmp_path, length=RunLength(30, 1.0)) == Start()
     newest = write(tmp_path, 20)
-    assert start(tmp_path, length=RunLength(30, 1.0)) == Start(checkpoint=newest)
-    assert start(tmp_path, length=RunLength(-1, 2.5)) == Start(checkpoint=newest)
+    assert start(tmp_path, length=RunLength(30, 1.0)) == resumed(newest)
+    assert start(tmp_path, length=RunLength(-1, 2.5)) == resumed(newest)
 
 
 def test_find_start_refuses_to_shorten_or_change_a_finished_run(tmp_path):
     finish(tmp_path)
     with pytest.raises(UserError, match="a finished run of 20 steps, and this command trains 5"):
         start(tmp_path, length=RunLength(5, 1.0))
-    with pytest.raises(UserError, match="world_size: the finished run has 2, this run 1"):
-        start(tmp_path, identity={**IDENTITY, "world_size": 1})
+    with pytest.raises(UserError, match="global_batch_size: the finished run has 8, this run 1"):
+        start(tmp_path, identity={**IDENTITY, "global_batch_size": 1})
 
 
 @pytest.mark.parametrize(
@@ -152,7 +177,7 @@ def test_find_start_writes_a_damaged_projector_again_from_the_last_checkpoint(tm
     finish(tmp_path)
     newest = write(tmp_path, 20)
     damage(tmp_path / "mm_projector.bin")
-    assert start(tmp_path) == Start(checkpoint=newest)
+    assert start(tmp_path) == resumed(newest)
     assert f"{problem}; it is written again from the last checkpoint" in caplog.text
     shutil.rmtree(newest)
     with pytest.raises(UserError, match=f"{problem}; there is no checkpoint .* after: rm .*finished.json"):
@@ -180,7 +205,7 @@ def test_find_start_treats_config_and_projector_alike_if_both_are_damaged(tmp_pa
     newest = write(tmp_path, 20)
     for name in ("config.json", "mm_projector.bin"):
         (tmp_path / name).unlink()
-    assert start(tmp_path) == Start(checkpoint=newest)
+    assert start(tmp_path) == resumed(newest)
 
 
 @pytest.mark.parametrize("content", ["", "null", '{"step": 20}', None])
@@ -190,5 +215,5 @@ def test_find_start_repeats_the_end_of_a_run_whose_record_is_damaged(tmp_path, c
     record = tmp_path / FINISHED
     changed = record.read_text(encoding="utf-8").replace('"step": 20', '"step": 30')
     record.write_text(changed if content is None else content, encoding="utf-8")
-    assert start(tmp_path) == Start(checkpoint=newest)
+    assert start(tmp_path) == resumed(newest)
     assert "finished.json" in caplog.text and "the artefacts are written again" in caplog.text
