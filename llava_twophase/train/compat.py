@@ -51,8 +51,8 @@ def read_zero_checkpoint(folder: Path, work: Path) -> tuple[dict[str, dict[str, 
         work: A folder for about as many bytes again.
 
     Returns:
-        By name of the parameter: ``fp32`` (master weights), ``exp_avg`` and ``exp_avg_sq``, float32, flat or in the
-        parameter's shape; and the optimizer's step count.
+        By name of the trained parameter: ``fp32`` (master weights), ``exp_avg``, ``exp_avg_sq``, float32, flat or in
+        the parameter's shape; and the optimizer's step count.
     """
     import torch
     from deepspeed.checkpoint import ds_to_universal
@@ -73,7 +73,7 @@ def read_zero_checkpoint(folder: Path, work: Path) -> tuple[dict[str, dict[str, 
         content = torch.load(path, map_location="cpu", weights_only=True)
         return content["param"] if isinstance(content, dict) else content
 
-    parameters = sorted(path.parent for path in (work / "universal" / "zero").glob("*/fp32.pt"))
+    parameters = sorted(path.parent for path in (work / "universal" / "zero").glob(f"*/{MOMENTS[0]}.pt"))
     tensors = {path.name: {key: read(path / f"{key}.pt") for key in ("fp32", *MOMENTS)} for path in parameters}
     step = parameters[0] / "step.pt"
     if step.is_file():  # ZeRO-1 and ZeRO-2
@@ -90,7 +90,7 @@ def load_zero_optimizer(engine: Any, tensors: dict[str, dict[str, torch.Tensor]]
 
     Args:
         engine: A DeepSpeed engine of stage 1, 2 or 3.
-        tensors: As ``read_zero_checkpoint`` returns them, for every parameter of the module, in its shape.
+        tensors: As ``read_zero_checkpoint`` returns them, for every trained parameter of the module, in its shape.
         step: The optimizer's step count.
     """
     import torch
@@ -112,7 +112,8 @@ def load_zero_optimizer(engine: Any, tensors: dict[str, dict[str, torch.Tensor]]
     is_partitioned = engine.zero_optimization_partition_weights()
     if not is_partitioned:
         zero._lazy_init_hp_params_optimizer_state()
-    for name, parameter in engine.module.named_parameters():
+    trained = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
         values = tensors[name]
         if is_partitioned:
             # Not by safe_set_full_*, which fails where the ranks do not divide the number of weights.

@@ -7,8 +7,8 @@ can load it. Here the state is read by the names of the parameters: float32 weig
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ class OptimizerState:
     """State that does not depend on ranks and engine.
 
     Attributes:
-        tensors: By name of the parameter: ``fp32`` (its weights), ``exp_avg`` and ``exp_avg_sq``, float32.
+        tensors: By name of the trained parameter: ``fp32`` (its weights), ``exp_avg`` and ``exp_avg_sq``, float32.
         step: AdamW's step count.
+        buffers: By name, those of a projector that has some.
     """
 
     tensors: dict[str, dict[str, torch.Tensor]]
     step: float
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def require_portable(checkpoint: Path, layout: Layout, training: Any) -> None:
@@ -99,30 +101,33 @@ def load_portably(trainer: Any, checkpoint: Path | None, layout: Layout | None) 
         load_instead(trainer, lambda: load_state(trainer, checkpoint, layout))
 
 
-def read_state(checkpoint: Path, layout: Layout, names: Sequence[str]) -> OptimizerState:
+def read_state(checkpoint: Path, layout: Layout, names: Sequence[str], buffers: Collection[str] = ()) -> OptimizerState:
     """Read a checkpoint of any layout.
 
     Args:
         checkpoint: The checkpoint.
         layout: The layout of the run that wrote it.
-        names: Names of the parameters in the optimizer's order.
+        names: Names of the trained parameters in the optimizer's order.
+        buffers: Names of the projector's buffers.
     """
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path) if path.is_file() else {}
+    kept = {name: weights[name] for name in buffers if name in weights}
     if layout.zero_stage is not None:
         work = checkpoint.parent / _WORK
         shutil.rmtree(work, ignore_errors=True)
         try:
             folder = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
-            return OptimizerState(*read_zero_checkpoint(folder, work))
+            return OptimizerState(*read_zero_checkpoint(folder, work), kept)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    weights = load_file(checkpoint / "model.safetensors")
     content = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     indices = [index for group in content["param_groups"] for index in group["params"]]
     states = {name: content["state"][index] for name, index in zip(names, indices, strict=True)}
     tensors = {
         name: {"fp32": weights[name].float(), **{key: state[key] for key in MOMENTS}} for name, state in states.items()
     }
-    return OptimizerState(tensors, float(states[names[0]]["step"]))
+    return OptimizerState(tensors, float(states[names[0]]["step"]), kept)
 
 
 def load_state(trainer: Any, checkpoint: Path, layout: Layout) -> None:
@@ -150,25 +155,30 @@ def load_state(trainer: Any, checkpoint: Path, layout: Layout) -> None:
 
 def _read_on_main_rank(trainer: Any, checkpoint: Path, layout: Layout) -> OptimizerState:
     shapes = {name: parameter_shape(parameter) for name, parameter in trainer.model.named_parameters()}
-    state = on_main_rank(lambda: read_state(checkpoint, layout, parameter_order(trainer)))
+    buffers = [name for name, _ in trainer.model.named_buffers()]
+    state = on_main_rank(lambda: read_state(checkpoint, layout, parameter_order(trainer), buffers))
     tensors = {
         name: {key: value.view(shapes[name]) for key, value in tensors.items()}
         for name, tensors in state.tensors.items()
     }
-    return OptimizerState(tensors, state.step)
+    return OptimizerState(tensors, state.step, state.buffers)
 
 
 def parameter_order(trainer: Any) -> list[str]:
-    """Return the names of the parameters in the order of HF Trainer's optimizer: first those with weight decay."""
+    """Return the names of the trained parameters in the optimizer's order: first those with weight decay."""
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
-    names = [name for name, _ in trainer.model.named_parameters()]
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     return sorted(names, key=lambda name: name not in decayed)
 
 
 def _load_weights(module: nn.Module, state: OptimizerState) -> None:
     with gathered(module, modified=True), torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(state.tensors[name]["fp32"])
+            if parameter.requires_grad:  # others never change
+                parameter.copy_(state.tensors[name]["fp32"])
+        for name, buffer in module.named_buffers():
+            if name in state.buffers:
+                buffer.copy_(state.buffers[name])
 
 
 def _load_optimizer(trainer: Any, state: OptimizerState) -> None:

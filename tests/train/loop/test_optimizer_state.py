@@ -22,16 +22,19 @@ def arguments(optim="adamw_torch"):
 
 
 class Network(nn.Module):
-    """Weights with decay and without, in an order that differs from the optimizer's."""
+    """Weights with decay and without, in another order than the optimizer's, frozen ones, and a buffer."""
 
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(3, 5)
         self.norm = nn.LayerNorm(5)
         self.last = nn.Linear(5, 2)
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, values):
-        return self.last(self.norm(self.first(values)))
+        self.calls += 1
+        return self.last(self.norm(self.first(values))) * self.frozen
 
 
 def make_trainer(seed):
@@ -39,7 +42,7 @@ def make_trainer(seed):
     torch.manual_seed(seed)
     model = Network()
     decayed = ["first.weight", "last.weight"]
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = [
         {"params": [parameters[name] for name in decayed], "weight_decay": 0.1},
         {"params": [parameters[name] for name in parameters if name not in decayed], "weight_decay": 0.0},
@@ -89,7 +92,9 @@ def test_read_state_gives_each_parameter_its_own_moments(tmp_path):
     order = ["first.weight", "last.weight", "first.bias", "norm.weight", "norm.bias", "last.bias"]
     state = read_state(tmp_path, ONE_PROCESS, order)
     assert state.step == 3
-    for name, parameter in trainer.model.named_parameters():
+    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert state.tensors.keys() == trained.keys()
+    for name, parameter in trained.items():
         assert torch.equal(state.tensors[name]["fp32"], parameter)
         assert torch.equal(state.tensors[name]["exp_avg"], trainer.optimizer.state[parameter]["exp_avg"])
 
