@@ -82,8 +82,7 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
         if start.config_is_damaged:
             on_main_rank(lambda: restore_config(folder, config))
         return None
-    if start.checkpoint is not None and start.layout is not None:
-        require_portable(start.checkpoint, start.layout, training)
+    require_portable(start.checkpoint, start.layout, training)
     warn_about_stage_2(arguments)
     if arguments.data.holds_out:
         on_main_rank(lambda: write_held_out(folder, inputs.eval_records))

@@ -51,11 +51,11 @@ class OptimizerState:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def require_portable(checkpoint: Path, layout: Layout, training: Any) -> None:
+def require_portable(checkpoint: Path | None, layout: Layout | None, training: Any) -> None:
     """Check that a run can take over the optimizer's state of a checkpoint from other ranks or another engine.
 
     Args:
-        checkpoint: The checkpoint.
+        checkpoint: The checkpoint; None without one.
         layout: The layout of the run that wrote it.
         training: The arguments of this run.
 
@@ -63,7 +63,7 @@ def require_portable(checkpoint: Path, layout: Layout, training: Any) -> None:
         UserError: It cannot.
     """
     here = Layout.of(training)
-    if here.shards_optimizer_like(layout):
+    if checkpoint is None or layout is None or here.shards_optimizer_like(layout):
         return
     config = deepspeed_config(training) or {}
     problem = None
