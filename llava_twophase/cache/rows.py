@@ -18,8 +18,8 @@ from llava_twophase.cache.shard_files import ShardFiles
 from llava_twophase.cache.storage import Storage
 from llava_twophase.errors import UserError
 
-_REPEATS = 3
-_PAUSE = 0.5  # seconds
+_REPEATS = 4
+_PAUSE = 0.5  # seconds, from the second repetition on
 
 Place = tuple[int, int]
 """A shard's position in the manifest, and a row of it."""
@@ -80,7 +80,7 @@ class StoredRows:
         # A row that does not match is requested again: something between the server and here may have changed it.
         wanted = list(range(len(places)))
         for repeat in range(_REPEATS):
-            time.sleep(_PAUSE * repeat)
+            time.sleep(_PAUSE * max(0, repeat - 1))
             pieces = (self._pieces(*places[position], memoryview(target[position])) for position in wanted)
             self._files.read_together(list(chain.from_iterable(pieces)))
             wanted = [position for position in wanted if not self._is_intact(*places[position], target[position])]
