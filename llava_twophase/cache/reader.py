@@ -36,7 +36,7 @@ class FeatureCache:
     """A feature cache, opened for reading.
 
     Instances can be shared between threads and survive fork and spawn. The number of open files does not depend on the
-    number of shards. Behind a URL, the rows of a call are requested together, and failed requests are repeated.
+    number of shards. At a URL, the rows of a call are requested together, and failed requests are repeated.
 
     Args:
         path: The cache's directory, or its URL, such as ``s3://bucket/cache``.

@@ -1,4 +1,4 @@
-"""A cache behind a URL, read by ranges: fsspec makes the requests, this module combines and repeats them.
+"""A cache at a URL, read by ranges: fsspec makes the requests, this module combines and repeats them.
 
 Credentials, endpoints and proxies are those of fsspec and of the library that it uses for the protocol. Requests are
 made by threads, because some file systems of fsspec are synchronous. A forked process connects again: fsspec's event
@@ -44,7 +44,7 @@ _VERSIONS = ("ETag", "etag", "blob_id", "Last-Modified", "LastModified", "mtime"
 
 
 class RemoteStorage:
-    """A cache behind a URL. Threads and forked processes may share an instance.
+    """A cache at a URL. Threads and forked processes may share an instance.
 
     Args:
         url: The URL of the cache's folder, for any protocol of fsspec.
@@ -240,7 +240,7 @@ class RemoteStorage:
 
 
 class RemoteShard(Shard):
-    """A shard behind a URL.
+    """A shard at a URL.
 
     Args:
         storage: The cache.

@@ -1,6 +1,6 @@
 """Read stored rows into a caller's memory, and compare each with its checksum.
 
-From a local disk, the rows of a call are read one after another; callers use threads. Behind a URL, they are requested
+From a local disk, the rows of a call are read one after another; callers use threads. From a URL, they are requested
 together.
 """
 

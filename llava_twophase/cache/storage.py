@@ -24,7 +24,7 @@ class Storage(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """The folder on this machine; None behind a URL."""
+        """The folder on this machine; None for a URL."""
 
     def read_file(self, name: str) -> bytes | None:
         """Return the content of a small file, None if there is no such file.
@@ -66,7 +66,7 @@ class Staging(Protocol):
 
 
 def is_url(path: str | Path) -> bool:
-    """Return whether a cache is behind a URL, such as ``s3://bucket/cache``."""
+    """Return whether a cache is at a URL, such as ``s3://bucket/cache``."""
     return isinstance(path, str) and "://" in path
 
 

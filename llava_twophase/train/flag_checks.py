@@ -89,7 +89,7 @@ def _data(data: DataArguments, training: ProjectorTrainingArguments) -> list[Che
         (
             "stage_dir",
             data.stage_dir is not None and not any(map(is_url, data.feature_cache or [])),
-            "--stage_dir copies shards of a cache behind a URL, and --feature_cache is not one: remove it",
+            "--stage_dir copies shards of a cache at a URL, and --feature_cache is not one: remove it",
         ),
         (
             "stage_gb",

@@ -100,7 +100,7 @@ class DataArguments:
     )
     stage_dir: str | None = _flag(
         None,
-        "folder for copies of the shards of a cache behind a URL, made ahead of their use and shared by the ranks of a "
+        "folder for copies of the shards of a cache at a URL, made ahead of their use and shared by the ranks of a "
         "machine; needs --stage_gb",
         metavar="FOLDER",
     )

@@ -1,4 +1,4 @@
-"""Measure how long training waits for a cache behind a URL: a real HTTP server and a real S3 server with added latency.
+"""Measure how long training waits for a cache at a URL: a real HTTP server and a real S3 server with added latency.
 
     python tests/benchmarks/remote_read.py --folder /some/disk/with/2GB
 

@@ -1,4 +1,4 @@
-"""Caches behind URLs, read from real HTTP and S3 servers on this machine, with injected faults."""
+"""Caches at URLs, read from real HTTP and S3 servers on this machine, with injected faults."""
 
 import multiprocessing
 import os

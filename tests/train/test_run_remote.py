@@ -1,4 +1,4 @@
-"""Training from a cache behind a URL: the same run bit for bit, or one error before the LLM is loaded."""
+"""Training from a cache at a URL: the same run bit for bit, or one error before the LLM is loaded."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_training_with_a_stage_equals_a_local_run(train_in_process, s3, plain_ca
     [
         ({"feature_cache": "http://127.0.0.1:9/cache"}, "http://127.0.0.1:9/cache/manifest.json cannot be read"),
         ({"feature_cache": "s3://bucket/nothing"}, "s3://bucket/nothing is not a feature cache"),
-        ({"stage_dir": "stage", "stage_gb": 1}, "--stage_dir copies shards of a cache behind a URL"),
+        ({"stage_dir": "stage", "stage_gb": 1}, "--stage_dir copies shards of a cache at a URL"),
         ({"feature_cache": "s3://b/c", "stage_dir": "stage"}, "--stage_gb 0: give --stage_dir and --stage_gb together"),
         ({"feature_cache": "s3://b/c", "stage_gb": 1}, "--stage_gb 1: give --stage_dir and --stage_gb together"),
     ],
