@@ -119,29 +119,6 @@ def test_readme_example_runs(tmp_path, monkeypatch, capsys):
     assert lines == [expected[0].partition(", float32")[0]] == ["(1, 576, 1024)"]
 
 
-def test_quickstart_leads_from_images_to_captions(tmp_path, monkeypatch, plain_set, tiny_clip, tiny_llama):
-    """Its Python block and its commands, with tiny models in place of the ones on the hub."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(plain_set.folder, "my-images")
-    for record in plain_set.records:
-        image = tmp_path / "my-images" / record["image"]
-        image.rename(image.with_suffix(".jpg"))
-        image.with_suffix(".txt").write_text(record["conversations"][1]["value"], encoding="utf-8")
-    (script,) = fenced_blocks(text("docs/quickstart.md"), "python")
-    exec(compile(script, "quickstart", "exec"), {})
-    models = {"openai/clip-vit-large-patch14-336": tiny_clip, "HuggingFaceTB/SmolLM2-135M": tiny_llama, "0.05": "0.25"}
-    commands = [(script, words) for script, words in our_commands("docs/quickstart.md") if "my-images" in words]
-    assert len(commands) == 4
-    for script, words in commands:
-        done = run(["python", ROOT / script, *(models.get(word, word) for word in words)], cwd=tmp_path)
-        assert "%|" not in done.stderr  # no progress bar in a log file, of no library
-    samples = tmp_path / "my-projector" / "samples"
-    steps = re.findall(r'href="(step-\d+\.html)"', (samples / "index.html").read_text(encoding="utf-8"))
-    assert len(steps) == 2
-    for page in (samples / steps[-1], tmp_path / "my-captions.html"):
-        assert "data:image" in page.read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_are_short(page):
     read = docs_tree.BLOCK.sub("", text(page)) if page == "docs/modules.md" else text(page)  # no tree
