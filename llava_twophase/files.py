@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llava_twophase.errors import UserError
+from llava_twophase.text import format_bytes
 
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -90,7 +91,7 @@ def require_free_space(folder: Path, needed: int, what: str, advice: str) -> Non
     free = free_bytes(folder)
     if needed > free:
         raise UserError(
-            f"{what} need {needed / 1e9:.3f} GB, but the disk of {folder} has {free / 1e9:.3f} GB free; {advice}"
+            f"{what} need {format_bytes(needed)}, but the disk of {folder} has {format_bytes(free)} free; {advice}"
         )
 
 

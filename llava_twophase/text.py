@@ -13,9 +13,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def format_bytes(count: float) -> str:
-    """Return a number of bytes with a decimal unit, such as ``1.933 MB``."""
+def format_bytes(count: float, digits: int = 3) -> str:
+    """Return a number of bytes with a decimal unit, such as ``1.933 MB``.
+
+    Args:
+        count: The number.
+        digits: Digits after the decimal point, if the unit is not bytes.
+    """
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
-            return f"{count / scale:.3f} {unit}"
-    return f"{count} bytes"
+            return f"{count / scale:.{digits}f} {unit}"
+    return f"{count:.0f} bytes"

@@ -21,6 +21,7 @@ from llava_twophase.cache.shard import Shard
 from llava_twophase.cache.staging import Stage
 from llava_twophase.cache.storage import Piece, Storage
 from llava_twophase.errors import UserError
+from llava_twophase.text import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class StagedStorage:
         largest = max(entry.file_bytes for entry in manifest.shards)
         if largest > stage.limit:
             raise UserError(
-                f"--stage_gb {stage.limit / 1e9:g} is too small: a shard of {storage} has {largest / 1e9:.3f} GB"
+                f"--stage_gb {stage.limit / 1e9:g} is too small: a shard of {storage} has {format_bytes(largest)}"
             )
         self._storage, self._stage = storage, stage
         self._manifest = manifest

@@ -9,6 +9,8 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from llava_twophase.text import format_bytes
+
 logger = logging.getLogger(__name__)
 
 LINE_SECONDS = 30.0
@@ -40,9 +42,9 @@ class Progress:
             done: Number of processed ``images``, and of ``quarantined`` ones among them.
         """
         images, quarantined = done["images"], done["quarantined"]
-        stored = (images - quarantined) * self._row_bytes / 1e9
+        stored = format_bytes((images - quarantined) * self._row_bytes, 2)
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"{stored:.2f} GB, {quarantined} quarantined", refresh=False)
+            self._bar.set_postfix_str(f"{stored}, {quarantined} quarantined", refresh=False)
             self._bar.update(images - self._bar.n)
             return
         now = time.monotonic()
@@ -51,6 +53,6 @@ class Progress:
             rate = images / (now - self._started)
             left = timedelta(seconds=round((self._total - images) / rate))
             logger.info(
-                "%d of %d images, %.1f images/s, %s left, %.2f GB, %d quarantined",
+                "%d of %d images, %.1f images/s, %s left, %s, %d quarantined",
                 images, self._total, rate, left, stored, quarantined,
             )  # fmt: skip

@@ -72,7 +72,7 @@ class PlanReport:
             f"quarantined {self.quarantined}",
             f"to encode   {self.to_encode}, of which {self.missing} are missing and {self.unusable} cannot be used",
             f"shards      {self.shards}",
-            f"disk        {self.bytes / 1e9:.3f} GB of {self.free_bytes / 1e9:.3f} GB free"
+            f"disk        {format_bytes(self.bytes)} of {format_bytes(self.free_bytes)} free"
             + ("" if self.fits else ": they do not fit"),
         ]
         sizes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in self.bytes_per_image.items())

@@ -47,7 +47,7 @@ from llava_twophase.extract.tower import (
 )
 from llava_twophase.files import explain_os_errors, require_free_space, require_writable
 from llava_twophase.records import Record
-from llava_twophase.text import counted
+from llava_twophase.text import counted, format_bytes
 from llava_twophase.vision.tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -193,9 +193,9 @@ def _begin(session: CacheSession, manifest: Manifest, work: _Work) -> None:
         new_plan = {"first_shard": plan.first_shard, "digest": plan.digest, **software_plan(manifest, used)}
     session.begin(manifest, plan.sealed, new_plan)
     logger.info(
-        "%s: %s cached, %d to encode into %s of %s, %.3f GB",
+        "%s: %s cached, %d to encode into %s of %s, %s",
         work.cache, counted(plan.cached, "image"), len(plan.keys), counted(len(plan.work), "shard"),
-        config.storage_dtype, size / 1e9,
+        config.storage_dtype, format_bytes(size),
     )  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def test_faults_of_the_server_end_in_complete_copies(opened, web, tmp_path):
 
 
 def test_a_limit_below_one_shard_is_refused(opened):
-    with pytest.raises(UserError, match=r"--stage_gb .* is too small: a shard of http.* has 0.000 GB"):
+    with pytest.raises(UserError, match=r"--stage_gb .* is too small: a shard of http.* has \d+\.\d+ kB"):
         opened(0.5)
 
 

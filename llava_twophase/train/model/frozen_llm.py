@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from llava_twophase.constants import IGNORE_INDEX
 from llava_twophase.errors import UserError
+from llava_twophase.text import format_bytes
 from llava_twophase.train.model.activation_checkpointing import activation_checkpointing, checkpointable_layers
 from llava_twophase.train.model.activation_memory import analytic_estimate, free_memory, measure_activations
 from llava_twophase.train.model.last_layer import LastLayer, decoder_layers
@@ -252,9 +253,9 @@ class FrozenLLM:
             checkpoint_every=self._checkpoint_every,
         )
         logger.info(
-            "%s, %.1f GB are free (--micro_batch_size and --recompute override it; the losses are the same)",
+            "%s, %s are free (--micro_batch_size and --recompute override it; the losses are the same)",
             choice.describe(size, lengths),
-            -negative_free / 1e9,
+            format_bytes(-negative_free, 1),
         )
         return choice
 

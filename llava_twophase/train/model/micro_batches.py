@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llava_twophase.text import format_bytes
 from llava_twophase.train.model.activation_memory import ActivationMemory
 
 # Values of a micro-batch's hidden states beyond which larger matrices are no faster. On an accelerator the last wave of
@@ -111,8 +112,8 @@ class MicroBatching:
         used = replace(self, samples=min(self.samples, batch))
         return (
             f"a batch of {batch} goes through the LLM in {used}: about "
-            f"{self.memory.needed(used.samples, first, self.checkpoint_every) / 1e9:.1f} GB, at most "
-            f"{used.peak(longest) / 1e9:.1f} GB for the longest sample "
+            f"{format_bytes(self.memory.needed(used.samples, first, self.checkpoint_every), 1)}, at most "
+            f"{format_bytes(used.peak(longest), 1)} for the longest sample "
             f"({longest - 1 + self.memory.image_tokens} positions)"
         )
 

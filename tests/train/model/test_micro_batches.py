@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from llava_twophase.text import format_bytes
 from llava_twophase.train.model.activation_memory import ActivationMemory
 from llava_twophase.train.model.micro_batches import MicroBatch, MicroBatching, choose_micro_batching
 
@@ -92,8 +93,8 @@ def test_describe_counts_no_more_samples_than_the_batch_has(batch, used):
     samples = int(used.split()[0])
     said = choice.describe(batch, (100, 1000))
     assert said.startswith(f"a batch of {batch} goes through the LLM in micro-batches of {used} no activation")
-    assert f"about {memory.needed(samples, 100, 0) / 1e9:.1f} GB, at most " in said
-    assert said.endswith("GB for the longest sample (1006 positions)")
+    assert f"about {format_bytes(memory.needed(samples, 100, 0), 1)}, at most " in said
+    assert said.endswith("B for the longest sample (1006 positions)")
 
 
 def test_after_out_of_memory_halves_then_recomputes_then_gives_up():
