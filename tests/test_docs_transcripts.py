@@ -10,7 +10,7 @@ from inspection.command import SUBCOMMANDS
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 # What differs from machine to machine: versions, age, device, hashes of files that Pillow wrote, what limits the speed.
 VOLATILE = re.compile(
-    r"^  (age|device|torch|provenance\.software|software\.|command|made from)|sha256|^bound by", re.MULTILINE
+    r"^disk |^  (age|device|torch|provenance\.software|software\.|command|made from)|sha256|^bound by", re.MULTILINE
 )
 
 
