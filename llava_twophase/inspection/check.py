@@ -161,7 +161,7 @@ def _print_verify(path: str, problems: Iterable[Problem], checked: list[str], ou
     if wrong:
         output.print_line(f"{path}: {counted(wrong, 'problem')} found", out)
     else:
-        manifest = read_manifest(Path(path))
+        manifest = read_manifest(path)
         size = f"{counted(manifest.rows, 'image')} in {counted(len(manifest.shards), 'shard')}"
         output.print_line(f"{path}: {size}, {', '.join(checked)}", out, "green")
 

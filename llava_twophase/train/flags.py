@@ -94,8 +94,8 @@ class DataArguments:
     image_folder: str | None = _flag(None, "folder of the images; needed without --feature_cache")
     feature_cache: list[str] | None = _flag(
         None,
-        "cache that phase one wrote; without it the tower runs in every step. For several --vision_tower, their caches "
-        "in the same order",
+        "cache that phase one wrote, a folder or a URL (https://, s3://, hf://, ...); without it the tower runs in "
+        "every step. For several --vision_tower, their caches in the same order",
         metavar="CACHE",
     )
     stage_dir: str | None = _flag(

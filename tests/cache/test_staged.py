@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import subprocess
 import time
 
 import numpy as np
@@ -130,6 +131,31 @@ def test_a_full_disk_is_reported_and_rows_are_requested(opened, tmp_path, monkey
     np.testing.assert_array_equal(cache.read_raw(opened.keys), opened.stored)
     monkeypatch.undo()
     wait_for(lambda: copies(tmp_path) == 3)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 100 kB."""
+    folder = tmp_path / "stage"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)]
+    if subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_really_full_disk_is_reported_and_rows_are_requested(small_disk, opened, caplog):
+    (small_disk / "other").write_bytes(bytes(90_000))
+    cache = opened(3)
+    cache.stage_ahead(np.arange(12))
+    wait_for(lambda: "No space left on device" in caplog.text)
+    np.testing.assert_array_equal(cache.read_raw(opened.keys), opened.stored)
+    assert not list(small_disk.glob("*.h5*"))
+    (small_disk / "other").unlink()
+    wait_for(lambda: list(small_disk.glob("*.h5")))
+    np.testing.assert_array_equal(cache.read_raw(opened.keys), opened.stored)
+    cache.close()
 
 
 def test_faults_of_the_server_end_in_complete_copies(opened, web, tmp_path):
