@@ -1,7 +1,10 @@
 """What HF Trainer loads can be replaced; DeepSpeed's checkpoints are in test_run_resume_ranks.py."""
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import torch
+
+from llava_twophase.train import compat
 from llava_twophase.train.compat import load_best_instead, load_instead
 
 
@@ -20,3 +23,15 @@ def test_load_instead_replaces_what_trainer_loads():
         trainer._load_best_model()
         if loaded:
             assert calls == [None, "load", "other"]
+
+
+def test_local_part_pads_the_last_rank(monkeypatch):
+    """Five weights on two ranks: DeepSpeed gives each rank three, one of them padding."""
+    value = torch.arange(5.0)
+    parameter = SimpleNamespace(ds_tensor=torch.empty(3))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        parts.append(compat._local_part(parameter, value).tolist())
+    assert parts == [[0, 1, 2], [3, 4, 0]]
