@@ -28,7 +28,7 @@ def warnings(tiny_llama, tiny_clip, tmp_path, caplog):
         arguments = parse_arguments(recipe(tmp_path / "out", *flags))
         caplog.clear()
         warn_about_stage_2(arguments)
-        return [record.getMessage() for record in caplog.records]
+        return [record.getMessage() for record in caplog.records if record.name == "llava_twophase.train.stage_2"]
 
     return check
 
