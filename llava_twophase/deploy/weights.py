@@ -111,7 +111,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _is_mappable(path: Path) -> bool:
-    # torch's format from before 1.6 is no zip file and is read into memory as a whole.
+    # torch's format from before 1.6 is not a zip file and is read into memory as a whole.
     return zipfile.is_zipfile(path)
 
 
