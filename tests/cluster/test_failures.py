@@ -33,14 +33,14 @@ def test_killed_rank_and_a_network_that_returns(idle_slurm, inputs, uninterrupte
 
 def test_lost_network_and_a_killed_node(idle_slurm, inputs, uninterrupted, tmp_path):
     """A failure that is longer than the timeout ends the job. Its rerun is requeued when a node dies."""
-    job = submit_training(idle_slurm, inputs, tmp_path / "out", TIMEOUT=5)
+    job = submit_training(idle_slurm, inputs, tmp_path / "out", TIMEOUT=15)
     wait_for_checkpoint(job, tmp_path / "out")
     idle_slurm.hosts.unplug("node2")
     job.wait_for_log(LOST)
     idle_slurm.hosts.plug_in("node2")
     # SLURM requeues the job itself if the node was away for SlurmdTimeout.
     wait_for(lambda: job.restarts or job.state == "FAILED", job.describe)
-    assert "the network was down for 5 s (--ddp_timeout)" in job.log() and RERUN in job.log()
+    assert "the network was down for 15 s (--ddp_timeout)" in job.log() and RERUN in job.log()
     idle_slurm.wait_for_nodes()
     job = submit_training(idle_slurm, inputs, tmp_path / "out") if job.state == "FAILED" else job
     restarts = job.restarts
