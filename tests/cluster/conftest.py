@@ -60,8 +60,7 @@ def idle_slurm(slurm):
     yield slurm
     slurm.run("scancel --user root", expect=None)
     slurm.restore_nodes()
-    for lock in slurm.hosts.extensions.glob("*/lock"):  # of a rank that was killed while it loaded an extension
-        lock.unlink()
+    slurm.hosts.unlock_extensions()
 
 
 @pytest.fixture(scope="session")

@@ -52,17 +52,16 @@ class Hosts:
 
     def __init__(self, shared):
         self.shared = shared
-        self.extensions = shared / "torch_extensions"
+        # DeepSpeed compiles an extension, which takes a minute: once for this Python environment.
+        self.extensions = Path(sys.prefix) / "torch_extensions"
         self._first = {}  # name -> (process that ends the host when it ends, id of the host's first process)
 
     def __enter__(self):
         lines = [f"{address} {name}" for name, address in ADDRESSES.items()]
         (self.shared / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]), encoding="utf-8")
         _write_ssh_files(self.shared)
-        # DeepSpeed compiles an extension in this folder, which takes a minute: use what is there, without its lock.
-        compiled = _extensions_of_this_machine()
-        if compiled.exists():
-            shutil.copytree(compiled, self.extensions, ignore=shutil.ignore_patterns("lock"))
+        self.extensions.mkdir(exist_ok=True)
+        self.unlock_extensions()
         self._boot(LOGIN)
         self.run(LOGIN, "ip link add br0 type bridge && ip link set br0 up")
         self.run(LOGIN, f"ip address add {ADDRESSES[LOGIN]}/24 dev br0")
@@ -93,6 +92,11 @@ class Hosts:
             holder.kill()
             holder.wait()
             holder.stdout.close()
+
+    def unlock_extensions(self):
+        """Remove the lock of a rank that was killed while it loaded an extension: others would wait for it."""
+        for lock in self.extensions.glob("*/lock"):
+            lock.unlink()
 
     def powered_off(self):
         """Return the names of the nodes that are powered off."""
@@ -151,11 +155,6 @@ class Hosts:
         children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text(encoding="utf-8")
         self._first[name] = holder, int(children)
         return int(children)
-
-
-def _extensions_of_this_machine():
-    """Return the folder in which torch keeps what it compiles."""
-    return Path.home() / ".cache" / "torch_extensions" / f"py3{sys.version_info.minor}_cpu"
 
 
 def _write_ssh_files(shared):
