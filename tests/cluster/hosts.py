@@ -34,7 +34,7 @@ def why_unavailable():
     return f"cannot create namespaces: {tried.stderr.decode().strip()}" if tried.returncode else None
 
 
-def wait_for(condition, what, seconds=300):
+def wait_for(condition, what, seconds=600):
     """Return the first true value of `condition()`; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

@@ -142,23 +142,23 @@ class Job:
             if Path(path).exists()
         )
 
-    def wait_for_log(self, text, seconds=300, count=1):
+    def wait_for_log(self, text, seconds=600, count=1):
         """Wait until it has printed a text `count` times."""
         self._wait(lambda: self.log().count(text) >= count, f"{text!r} in the log", seconds)
 
-    def wait_for_restart(self, count=1, seconds=300):
+    def wait_for_restart(self, count=1, seconds=600):
         """Wait until it was requeued `count` times."""
         self._wait(lambda: self.restarts >= count, f"restart {count}", seconds)
 
-    def wait_for_progress(self, seconds=300):
+    def wait_for_progress(self, seconds=600):
         """Wait until training logs another loss."""
         self.wait_for_log(": loss ", seconds, count=self.log().count(": loss ") + 1)
 
-    def wait_for_state(self, state, seconds=300):
+    def wait_for_state(self, state, seconds=600):
         """Wait until it is in a state."""
         self._wait(lambda: set(self.fields("JobState")) == {state}, state, seconds, ended_is_an_error=False)
 
-    def wait(self, state="COMPLETED", seconds=300):
+    def wait(self, state="COMPLETED", seconds=600):
         """Wait for its end, which must be in this state; return its log."""
         self._wait(lambda: set(self.fields("JobState")) <= set(FINISHED), "the end", seconds, ended_is_an_error=False)
         assert set(self.fields("JobState")) == {state}, self.describe()
