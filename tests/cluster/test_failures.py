@@ -57,10 +57,9 @@ def test_full_shared_disk(idle_slurm, inputs, uninterrupted, small_disk):
     disk = small_disk("size=4m")
     job = submit_training(idle_slurm, inputs, disk / "out")
     job.wait_for_progress()
-    with (disk / "ballast").open("wb") as ballast, pytest.raises(OSError, match="No space left"):
+    with (disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
         while True:
             ballast.write(bytes(4096))
-            ballast.flush()
     log = job.wait("FAILED")
     assert "error: " in log and "No space left" in log
     (disk / "ballast").unlink()
