@@ -1,6 +1,5 @@
 """A killed rank, a killed node, a lost network and a full disk: a message that says what to do, and a rerun."""
 
-import shutil
 import time
 
 import pytest
@@ -66,7 +65,6 @@ def test_full_shared_disk(idle_slurm, inputs, uninterrupted, small_disk):
     job = submit_training(idle_slurm, inputs, disk / "out")
     job.wait()
     assert_same_projector(disk / "out", uninterrupted.folder)
-    assert shutil.disk_usage(disk).free > 0
 
 
 def wait_for_checkpoint(job, folder):
