@@ -10,6 +10,8 @@ mount --bind "$2/ssh_config" /etc/ssh/ssh_config
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /dev/shm
 mkdir /run/sshd
+# A small disk that the nodes share.
+[ "$1" != login ] || mount -t tmpfs -o size=4m tmpfs "$2/disk"
 echo ready
 # A shell collects processes whose parents have ended.
 while :; do sleep 60 & wait $!; done

@@ -52,6 +52,7 @@ class Hosts:
 
     def __init__(self, shared):
         self.shared = shared
+        self.small_disk = shared / "disk"  # 4 MiB, mounted on the hosts only
         # DeepSpeed compiles an extension, which takes a minute: once for this Python environment.
         self.extensions = Path(sys.prefix) / "torch_extensions"
         self._first = {}  # name -> (process that ends the host when it ends, id of the host's first process)
@@ -61,6 +62,7 @@ class Hosts:
         (self.shared / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]), encoding="utf-8")
         _write_ssh_files(self.shared)
         self.extensions.mkdir(exist_ok=True)
+        self.small_disk.mkdir()
         self.unlock_extensions()
         self._boot(LOGIN)
         self.run(LOGIN, "ip link add br0 type bridge && ip link set br0 up")
@@ -139,6 +141,10 @@ class Hosts:
         )
         return done
 
+    def seen_from_here(self, path):
+        """Return a path under which this process reads a file of the hosts' small disk."""
+        return Path(f"/proc/{self._first[LOGIN][1]}/root{path}")
+
     def kill(self, name, pattern, number=signal.SIGKILL):
         """Send a signal to the processes of a host whose command line matches; return how many there were."""
         done = self.run(name, f"pkill --signal {int(number)} --count --full -- {shlex.quote(pattern)}", expect=None)
@@ -146,8 +152,10 @@ class Hosts:
 
     def _boot(self, name):
         # unshare ends with this process (pdeathsig), and the host's first process with unshare (kill-child).
+        # Nodes start with the mounts of the login host: they share its small disk.
+        mounts = ["nsenter", "--mount", "--target", str(self._first[LOGIN][1])] if name != LOGIN else []
         holder = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--uts", "--mount", "--propagation", "slave",
+            ["setpriv", "--pdeathsig", "KILL", *mounts, "unshare", "--net", "--uts", "--mount",
              "--pid", "--mount-proc", "--kill-child", "bash", str(HERE / "host.sh"), name, str(self.shared)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
