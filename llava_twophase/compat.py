@@ -201,15 +201,11 @@ def wait_for_torchrun(seconds: float = 30.0) -> None:
 
 
 def gradient_clipping(training: Any) -> float:
-    """Return the gradient norm that a run clips at; DeepSpeed's default, which releases changed, if it decides.
+    """Return the gradient norm that a run clips at; 0 for none.
 
     Args:
-        training: ``TrainingArguments``.
+        training: ``ProjectorTrainingArguments``, whose DeepSpeed configuration always has a ``gradient_clipping``.
     """
     config = deepspeed_config(training)
-    if config is None:
-        return float(training.max_grad_norm)
-    from deepspeed.runtime.constants import GRADIENT_CLIPPING, GRADIENT_CLIPPING_DEFAULT
-
-    value = config.get(GRADIENT_CLIPPING, GRADIENT_CLIPPING_DEFAULT)
+    value = "auto" if config is None else config["gradient_clipping"]
     return float(training.max_grad_norm if value == "auto" else value)

@@ -206,10 +206,17 @@ def test_gradient_clipping_without_deepspeed(tmp_path):
     assert compat.gradient_clipping(parse(tmp_path, max_grad_norm=0.5).training) == 0.5
 
 
-def test_gradient_clipping_of_a_deepspeed_configuration(zero3):
+def test_gradient_clipping_of_a_deepspeed_configuration_is_off_unless_it_is_set(zero3):
+    """LLaVA's zero2.json does not set it, and its DeepSpeed did not clip then."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    batch = {"train_batch_size": 1}
-    assert compat.gradient_clipping(zero3) == DeepSpeedConfig(batch).gradient_clipping
-    zero3.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0.25
-    assert compat.gradient_clipping(zero3) == DeepSpeedConfig({**batch, "gradient_clipping": 0.25}).gradient_clipping
+    config = zero3.deepspeed_plugin.deepspeed_config
+    assert compat.gradient_clipping(zero3) == 0.0
+    assert (
+        DeepSpeedConfig({"train_batch_size": 1, "gradient_clipping": config["gradient_clipping"]}).gradient_clipping
+        == 0
+    )
+    config["gradient_clipping"] = 0.25
+    assert compat.gradient_clipping(zero3) == 0.25
+    config["gradient_clipping"] = "auto"
+    assert compat.gradient_clipping(zero3) == zero3.max_grad_norm

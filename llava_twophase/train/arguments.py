@@ -41,6 +41,8 @@ class ProjectorTrainingArguments(TrainingFlags, TrainingArguments):
         if config is not None:
             # LLaVA's own zero2.json does not set it, and DeepSpeed would then accumulate gradients in bf16.
             config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+            # Nor this. LLaVA parity: its DeepSpeed did not clip then; the default of DeepSpeed 0.19 is 1.0.
+            config.setdefault("gradient_clipping", 0.0)
 
 
 @dataclass(frozen=True)

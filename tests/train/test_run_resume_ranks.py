@@ -14,7 +14,14 @@ from llava_twophase.train.compat import read_zero_checkpoint
 from llava_twophase.train.layout import Layout
 from llava_twophase.train.loop.checkpoints import checkpoint_problems, complete_checkpoints, read_record
 
-EVERY_STEP = {"save_steps": 1, "save_total_limit": 0, "logging_steps": 1, "num_train_epochs": 3, "weight_decay": 0.1}
+EVERY_STEP = {
+    "save_steps": 1,
+    "save_total_limit": 0,
+    "logging_steps": 1,
+    "num_train_epochs": 3,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.0,  # pipelines/zero2.json does not clip
+}
 
 
 def split(batch_size, accumulation, **flags):
