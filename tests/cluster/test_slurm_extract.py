@@ -35,9 +35,10 @@ def test_job_over_two_nodes_completes_after_a_node_is_killed(idle_slurm, inputs,
 def test_job_array_resumes_after_sigterm_and_the_later_jobs_find_nothing_to_do(idle_slurm, inputs, new_cache):
     job = submit(idle_slurm, inputs, new_cache, "--array=1-3%1")
     wait_for_shards(new_cache, job)
-    idle_slurm.run(f"scancel --signal=TERM {job.number}_1")
+    # For a job of an array, scancel sends the signal, may send it again, and fails because the job is ending.
+    idle_slurm.run(f"scancel --signal=TERM {job.number}_1", expect=None)
     log = job.wait()
-    assert job.restarts == 1
+    assert job.restarts >= 1
     assert "received SIGTERM: interrupted" in log and "Traceback" not in log
     assert log.count("complete, 192 images in 48 shards") == 1 and log.count("nothing to do") == 2
     assert files(new_cache) == files(inputs.cache)
