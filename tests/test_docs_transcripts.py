@@ -23,7 +23,7 @@ def compared(text):
 
 def test_inspection_pages_show_every_subcommand():
     shown = {command.split()[1] for page in INSPECT for command, _ in blocks(page)}
-    assert shown == set(SUBCOMMANDS)
+    assert shown == set(SUBCOMMANDS) - {"push", "pull"}  # they need a server: tests/inspection/test_transfer.py
 
 
 @pytest.mark.parametrize("page", PAGES)
