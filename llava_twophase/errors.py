@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_CLOSED_PIPE = 141  # as a process that SIGPIPE ends
 RESUMABLE = "interrupted: what was sealed or saved is kept; run the same command again to resume"
 
 
@@ -80,6 +82,16 @@ def short_repr(value: object, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
+def _stdout_is_closed() -> bool:
+    """Return whether the reader of stdout ended, as ``head`` does; from then on, output is discarded."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    closed = any(events & select.POLLERR for _, events in poll.poll(0))
+    if closed:  # Python would flush once more at exit and report the error again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
+
+
 def run_command(command: Callable[[], int], interrupted: str = RESUMABLE) -> int:
     """Run the body of a command, and print a ``UserError`` as one message on stderr.
 
@@ -91,15 +103,21 @@ def run_command(command: Callable[[], int], interrupted: str = RESUMABLE) -> int
 
     Returns:
         The exit code: 1 after a ``UserError``, 2 if it is a ``UsageError``, 130 after Ctrl-C, that of
-        ``Terminated``.
+        ``Terminated``, 141 if the reader of stdout ended.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported, so commands import it later
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        return _CLOSED_PIPE
     except Terminated as error:
         print(f"{error}: {interrupted}", file=sys.stderr)
         return error.exit_code

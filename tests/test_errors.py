@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -95,6 +97,25 @@ def test_run_command_shows_progress_bars_on_a_terminal_only(terminal, chosen, fo
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
     run_command(lambda: 0)
     assert os.environ.get("TQDM_DISABLE") == found
+
+
+def test_run_command_ends_silently_with_141_if_the_reader_of_stdout_ended():
+    program = (
+        "import sys; from llava_twophase.errors import run_command; sys.exit(run_command(lambda: print('x') or 0))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), errors) == (141, b"")
+
+
+def test_run_command_does_not_hide_a_broken_pipe_that_is_not_stdout():
+    def fail():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_command(fail)
 
 
 def test_run_command_does_not_hide_bugs():

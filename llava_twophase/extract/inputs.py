@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from llava_twophase.cache.session import existing_manifest
+from llava_twophase.cache.storage import is_url
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import require_writable
 from llava_twophase.model_names import require_tower_folder
@@ -52,7 +53,7 @@ def load_inputs(
     if vision_tower is not None:
         attempt(partial(require_tower_folder, vision_tower))
     if feature_cache is not None:
-        attempt(partial(_check_cache, Path(feature_cache), plan))
+        attempt(partial(_check_cache, feature_cache, plan))
     if image_folder is not None and (problems or other_problems or not Path(image_folder).exists()):
         attempt(partial(_check_images, image_folder, image_keys(records or [])))
     return records or [], problems
@@ -78,9 +79,14 @@ def refuse_if_all_missing(missing: Collection[str], keys: Collection[str], image
         )
 
 
-def _check_cache(cache: Path, plan: bool) -> None:
-    if existing_manifest(cache) is None and not plan:
-        require_writable(cache, "--feature_cache")
+def _check_cache(cache: str, plan: bool) -> None:
+    if is_url(cache):
+        raise UserError(
+            f"--feature_cache {cache}: extraction writes to a folder; extract to one on this machine, then run: "
+            f"llava-inspect-cache push FOLDER {cache}"
+        )
+    if existing_manifest(Path(cache)) is None and not plan:
+        require_writable(Path(cache), "--feature_cache")
 
 
 def _check_images(image_folder: str, keys: list[str]) -> None:

@@ -18,7 +18,6 @@ _DATA = "--data_path playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"
 _KEY = "00453/004539375.jpg"
 _FORMATS = ("npz", "safetensors", "pt")
 _MOST_IN_REPORT = 500
-_CLOSED_PIPE = 141  # as a process that SIGPIPE ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,9 +38,7 @@ def _run(argv: Sequence[str] | None) -> int:
         code = int(args.run(args))
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python would flush once more at exit and report the error again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _CLOSED_PIPE
+        raise  # run_command decides
     except OSError as error:
         where = f"{os.fsdecode(error.filename)}: " if error.filename else "the output cannot be written: "
         raise UserError(f"{where}{error.strerror or error}") from error

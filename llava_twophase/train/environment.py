@@ -78,6 +78,9 @@ def require_output(arguments: Arguments) -> None:
     Raises:
         UserError: It cannot be created or written, or a folder has the name of a file that the run would write.
     """
+    given = str(arguments.training.output_dir)
+    if "://" in given:
+        raise UserError(f"--output_dir {given}: it must be a folder on this machine; copy it after the run")
     folder = output_folder(arguments)
     if arguments.training.plan is not None:
         return require_writable(folder, "--output_dir")

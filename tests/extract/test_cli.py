@@ -87,6 +87,14 @@ def test_main_reports_wrong_inputs_together_and_exits_with_1(capsys, image_set, 
     assert "cannot be written" in error and f"images is in --image_folder {tmp_path}" in error
 
 
+def test_main_refuses_to_write_to_a_url(capsys, image_set, tiny_clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inputs = {"--data_path": image_set.json, "--image_folder": image_set.folder, "--vision_tower": tiny_clip}
+    assert main([*(str(part) for flag in inputs.items() for part in flag), "--feature_cache", "s3://bucket/cache"]) == 1
+    assert "then run: llava-inspect-cache push FOLDER s3://bucket/cache" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_make_config_uses_the_defaults_of_the_parser():
     config = make_config(build_parser().parse_args(REQUIRED))
     expected = ExtractConfig("r.json", "i", "t", Path("c"), num_workers=config.num_workers)

@@ -34,6 +34,13 @@ def test_require_output_refuses_a_file(parse, tmp_path):
         environment.require_output(arguments)
 
 
+def test_require_output_refuses_a_url(parse):
+    arguments = parse()
+    arguments.training.output_dir = "s3://bucket/run"
+    with pytest.raises(UserError, match="--output_dir s3://bucket/run: it must be a folder on this machine"):
+        environment.require_output(arguments)
+
+
 def test_require_output_refuses_a_folder_in_the_place_of_a_file(parse, tmp_path):
     """It would be found only when the run is over and writes its artefacts."""
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
