@@ -34,7 +34,7 @@ def test_extract_writes_a_complete_cache_and_a_second_run_changes_no_file(comman
     done = run(["python", COMMAND, *command(num_workers=2)])
     assert done.stdout == ""
     assert "29 to encode into 4 shards" in done.stderr and "complete, 29 images in 4 shards" in done.stderr
-    assert "bound by:" in done.stderr and "1 images have more than 8 bits" in done.stderr
+    assert "bound by:" in done.stderr and "1 image with more than 8 bits" in done.stderr
     assert sorted(files(cache)) == ["manifest.json", *(f"shards/shard-{number:06d}.h5" for number in range(4))]
     assert [entry.rows for entry in read_manifest(cache).shards] == [8, 8, 8, 5]
     assert list(FeatureCache(cache).keys()) == image_set.keys
@@ -129,7 +129,7 @@ def test_a_lost_shard_is_extracted_again_alone(server, command, expected_files, 
     server.run(command())
     (tmp_path / "cache/shards/shard-000001.h5").unlink()
     log = server.run(command())
-    assert "shard-000001.h5 is missing" in log and "8 to encode into 1 shards" in log
+    assert "shard-000001.h5 is missing" in log and "8 to encode into 1 shard of" in log
     assert files(tmp_path / "cache") == expected_files
 
 
@@ -187,7 +187,7 @@ def test_extraction_reports_duplicate_images(server, command, image_set, tmp_pat
         shutil.copy(folder / image_set.keys[0], folder / name)
         records.append(drawn.make_record(name, name, "not available"))
     log = server.run(command(image_folder=folder, data_path=drawn.write_records(records, tmp_path / "r.json")))
-    assert f"keys are duplicates of 1 image files, byte for byte: {image_set.keys[0]} (3 keys)" in log
+    assert f"keys are duplicates of 1 image file, byte for byte: {image_set.keys[0]} (3 keys)" in log
 
 
 @pytest.mark.parametrize("spelling", ["{}/", "{}/../{name}", "relative"])

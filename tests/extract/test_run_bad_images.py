@@ -103,7 +103,7 @@ def test_second_run_tries_only_changed_images(server, command, broken, image_set
         shutil.copy(image_set.folder / key, broken / key)
     (broken / BAD[2]).write_bytes(HTML)  # one bad for another reason
     log = server.run(skipping)
-    assert "24 images cached, 3 to encode into 1 shards" in log and "complete, 26 images" in log
+    assert "24 images cached, 3 to encode into 1 shard of" in log and "complete, 26 images" in log
     assert sorted(read_quarantine(cache)) == sorted([BAD[1], BAD[2], BAD[4]])
     assert read_quarantine(cache)[BAD[2]].source_size == len(HTML)
     after = files(cache)
@@ -160,7 +160,7 @@ def test_extract_from_an_archive_gives_the_same_cache(server, command, image_set
 def test_extract_makes_one_row_for_an_image_of_several_records(server, command, image_set, tmp_path):
     records = [drawn.make_record(str(i), image_set.keys[i % 3], f"caption {i}") for i in range(9)]
     log = server.run(command(data_path=drawn.write_records(records, tmp_path / "r.json")))
-    assert "complete, 3 images in 1 shards" in log
+    assert "complete, 3 images in 1 shard" in log
 
 
 def test_hostile_entries_spoil_only_themselves(server, command, image_set, tmp_path):
