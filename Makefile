@@ -8,11 +8,12 @@ VENV ?= .venv
 DATA ?= scenes
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2
+GPU_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv peers test test-cluster lint format type demo clean
+.PHONY: help venv peers test test-cluster gpu lint format type demo clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +43,9 @@ test: lint type ## lint, type check, then every test (PYTEST_ARGS="-n 2")
 
 test-cluster: $(STAMP) ## SLURM, torchrun and DeepSpeed on two test hosts (root on Debian; installs packages)
 	bash tests/cluster/run.sh $(BIN)/python
+
+gpu: ## measure a GPU in pieces, with the python of the environment that is active (GPU_ARGS=--rehearse)
+	python tests/benchmarks/gpu.py $(GPU_ARGS)
 
 lint: $(STAMP) ## ruff: rules, docstrings and layout
 	$(BIN)/ruff check .

@@ -163,9 +163,9 @@ def write_llama(folder, captions, add_bos=True, seed=5, **shape):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
     }
     config = LlamaConfig(
-        max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -8,7 +8,7 @@ Every repetition runs in turn, with the same weights, dtype, images and threads:
 (tower)     our tower alone, on crops that are ready
 (pipeline)  complete phase one: JPEG files to sealed, synced shards, including the start of worker processes
 (llava)     LLaVA's way: its processor for each image, the complete tower with output_hidden_states, in one loop
-(matmul)    the machine's rate for a bf16 product of two 2048 x 2048 matrices
+(matmul)    the machine's rate for a bf16 product of two 2048 x 2048 matrices, 8192 x 8192 on a GPU
 
 Ratios are medians of the repetitions' own ratios, so that other load on the machine affects both sides. Weights are
 random: speed does not depend on them. The last line is one JSON object.
@@ -39,7 +39,9 @@ from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.sources import ImageFolder
 from llava_twophase.vision.tower import VisionTower
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIDE, PATCH, WIDTH, INNER, HEADS = 336, 14, 1024, 4096, 16
+SQUARE = 8192 if DEVICE.type == "cuda" else 2048
 TOKENS = (SIDE // PATCH) ** 2 + 1
 PROCESSOR = {
     "crop_size": {"height": SIDE, "width": SIDE},
@@ -101,21 +103,22 @@ class Ways:
         self.keys = write_pictures(folder / "images", args.images)
         write_tower(folder, args.layers)
         self.images, self.preprocessor = ImageFolder(folder / "images"), Preprocessor(str(folder))
-        self.ours = VisionTower(str(folder), self.preprocessor, dtype=torch.bfloat16)
+        self.ours = VisionTower(str(folder), self.preprocessor, dtype=torch.bfloat16, device=DEVICE)
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        self.complete = CLIPVisionModel.from_pretrained(folder, dtype=torch.bfloat16).eval().requires_grad_(False)
+        complete = CLIPVisionModel.from_pretrained(folder, dtype=torch.bfloat16)
+        self.complete = complete.eval().requires_grad_(False).to(DEVICE)
         pictures = [Image.open(folder / "images" / key).convert("RGB") for key in self.keys]
         self.crops = torch.from_numpy(np.stack([self.preprocessor.crop(picture) for picture in pictures]))
-        self.matrix = torch.randn(2048, 2048, dtype=torch.bfloat16)
+        self.matrix = torch.randn(SQUARE, SQUARE, dtype=torch.bfloat16, device=DEVICE)
         self.rss = []
         self.runs = 0
         self.timings = Timings()
 
     def tower(self):
-        started = time.perf_counter()
+        started = now()
         for crops in self.crops.split(self.args.batch_size):
             self.ours.encode(crops)
-        return len(self.keys) / (time.perf_counter() - started)
+        return len(self.keys) / (now() - started)
 
     def pipeline(self):
         self.runs += 1
@@ -137,23 +140,30 @@ class Ways:
 
     @torch.inference_mode()
     def llava(self):
-        started = time.perf_counter()
+        started = now()
         for start in range(0, len(self.keys), self.args.batch_size):
             pixels = []
             for key in self.keys[start : start + self.args.batch_size]:
                 picture = Image.open(self.folder / "images" / key).convert("RGB")
                 pixels.append(self.processor.preprocess(picture, return_tensors="pt")["pixel_values"][0])
-            batch = torch.stack(pixels).to(torch.bfloat16)
-            self.complete(batch, output_hidden_states=True).hidden_states[-2][:, 1:]
-        return len(self.keys) / (time.perf_counter() - started)
+            batch = torch.stack(pixels).to(DEVICE, torch.bfloat16)
+            self.complete(batch, output_hidden_states=True).hidden_states[-2][:, 1:].cpu()
+        return len(self.keys) / (now() - started)
 
     @torch.inference_mode()
     def matmul(self):
-        started, count = time.perf_counter(), 0
-        while time.perf_counter() - started < 1:
+        started, count = now(), 0
+        while now() - started < 1:
             self.matrix @ self.matrix
             count += 1
-        return count * 2 * 2048**3 / (time.perf_counter() - started)
+        return count * 2 * SQUARE**3 / (now() - started)
+
+
+def now():
+    """Seconds of a clock that waits for the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def resident_bytes():
@@ -196,6 +206,7 @@ def summary(ways, rates, args):
         "bound_by": ways.timings.bound_by(),
         **{name: getattr(args, name) for name in ("layers", "images", "batch_size", "num_workers", "repetitions")},
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "cpu": platform.processor() or platform.machine(),
         "torch": torch.__version__,
     }

@@ -36,6 +36,7 @@ from transformers.trainer_callback import TrainerCallback
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from llava_twophase.compat import apply_liger  # noqa: E402
 from llava_twophase.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX  # noqa: E402
 from llava_twophase.train.data.collator import collate  # noqa: E402
 from llava_twophase.train.loop.metrics import StepFlops  # noqa: E402
@@ -50,7 +51,6 @@ PATCHES, WIDTH = 576, 1024
 TOWER = {
     "hidden_size": WIDTH,
     "intermediate_size": 4096,
-    "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "image_size": 336,
     "patch_size": 14,
@@ -70,6 +70,7 @@ class Shape:
     kv_heads: int
     vocabulary: int
     batch: int
+    tower_layers: int = 24
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -84,6 +85,7 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape("tiny", 64, 128, 2, 4, 2, 512, 2, tower_layers=2),  # to try the script
     "135m": Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, 8),
     "1b": Shape("1.1B LLaMA", 2048, 5632, 22, 32, 4, 32000, 4),
     "7b": Shape("Vicuna-7B", 4096, 11008, 32, 32, 32, 32000, 32),
@@ -110,7 +112,16 @@ WAYS = {
     "captions": Way("logits at captions only"),
     "ours": Way("this project: micro-batches by memory, shorter last layer"),
     "compiled": Way("this project, --torch_compile True"),
+    "graphs": Way("this project, compiled with CUDA graphs"),
+    "liger": Way("this project, --use_liger_kernel True"),
 }
+OURS = ("ours", "compiled", "graphs", "liger")
+# --torch_compile_mode of the compiled ways.
+COMPILED = {"compiled": None, "graphs": "reduce-overhead"}
+
+
+FIGURES = ("samples_per_second", "peak_gb", "flops_over_matmul", "matmul_tflops", "losses")
+"""What the last line has of each way; empty for a way that does not fit into memory."""
 
 
 class LlavaStep(nn.Module):
@@ -177,7 +188,7 @@ def draw_samples(shape: Shape, folder: Path) -> None:
     batch = shape.batch if DEVICE.type == "cpu" else 32
     # LLaVA-Pretrain's captions have 14 tokens at the median, and a long tail.
     lengths = torch.randn(batch, generator=generator).mul(0.5).exp().mul(14).int().clamp(4, 64).tolist()
-    tower = build_tower()
+    tower = build_tower(shape)
     samples = []
     for length in lengths:
         caption = torch.randint(3, shape.vocabulary, (length,), generator=generator)
@@ -195,22 +206,25 @@ def draw_samples(shape: Shape, folder: Path) -> None:
     torch.save(samples, folder / "samples.pt")
 
 
-def build_tower() -> nn.Module:
+def build_tower(shape: Shape) -> nn.Module:
     torch.manual_seed(1)
+    config = CLIPVisionConfig(**TOWER, num_hidden_layers=shape.tower_layers)
     with DEVICE:
-        return CLIPVisionModel._from_config(CLIPVisionConfig(**TOWER), dtype=torch.bfloat16).requires_grad_(False)
+        return CLIPVisionModel._from_config(config, dtype=torch.bfloat16).requires_grad_(False)
 
 
-def build_model(shape: Shape, way: Way, compiled: bool, ours: bool) -> nn.Module:
+def build_model(shape: Shape, key: str) -> nn.Module:
     torch.manual_seed(2)
     with DEVICE:
         llm = LlamaForCausalLM._from_config(shape.config(), dtype=torch.bfloat16)
         projector = build_projector("mlp2x_gelu", WIDTH, shape.hidden).to(torch.bfloat16)
-    if not ours:
-        return LlavaStep(llm, projector, build_tower() if way.tower else None, way)
+    if key not in OURS:
+        return LlavaStep(llm, projector, build_tower(shape) if WAYS[key].tower else None, WAYS[key])
+    if key == "liger":
+        apply_liger(llm, None)
     model = LlavaProjectorModel(FrozenLLM(LoadedLLM(llm)), projector, image_tokens=PATCHES)
-    if compiled:
-        model.frozen.compile()
+    if key in COMPILED:
+        model.frozen.compile(mode=COMPILED[key])
     return model
 
 
@@ -238,7 +252,7 @@ def flops(shape: Shape, way: Way, ours: bool, samples: list[dict[str, torch.Tens
         if way.recompute:
             total += 2 * counts.body * positions + 2 * counts.attention * positions**2
         if way.tower:
-            total += 2 * 577 * 24 * 12 * WIDTH**2 + 24 * 4 * 577**2 * WIDTH
+            total += shape.tower_layers * (2 * 577 * 12 * WIDTH**2 + 4 * 577**2 * WIDTH)
         if ours:  # queries, output projection and MLP of the last layer, at positions whose output is not read
             last = 2 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
             total -= 4 * last * (positions - kept)
@@ -261,10 +275,10 @@ def peak_memory() -> int:
 
 def run_way(shape: Shape, key: str, folder: Path, steps: int) -> dict[str, Any]:
     """Run HF Trainer's steps in one way, in this process."""
-    ours, way = key in ("ours", "compiled"), WAYS[key]
+    ours, way = key in OURS, WAYS[key]
     unused = "features" if way.tower else "pixels"
     samples = [{k: v for k, v in sample.items() if k != unused} for sample in torch.load(folder / "samples.pt")]
-    model, clock = build_model(shape, way, key == "compiled", ours), Clock()
+    model, clock = build_model(shape, key), Clock()
     arguments = TrainingArguments(
         output_dir=str(folder / key),
         per_device_train_batch_size=len(samples),
@@ -350,9 +364,7 @@ def show_paper() -> None:
         }
     line: dict[str, Any] = {}
     for key, way in WAYS.items():
-        found = [
-            flops(shape, way, key in ("ours", "compiled"), [sample], models[name]) for name, shape in SHAPES.items()
-        ]
+        found = [flops(shape, way, key in OURS, [sample], models[name]) for name, shape in SHAPES.items()]
         line[key] = [round(value / 1e12, 3) for value in found]
     for key, values in line.items():
         cells = (f"{value:.2f} {value / ours:.2f}" for value, ours in zip(values, line["ours"], strict=True))
@@ -368,9 +380,10 @@ def show_paper() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = list(SHAPES) if DEVICE.type == "cuda" else ["135m", "1b"]
+    default = ["135m", "1b", "7b", "13b"] if DEVICE.type == "cuda" else ["135m", "1b"]
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=default)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="the first one is the baseline")
+    ways = [way for way in WAYS if way not in ("graphs", "liger")]  # these two need a GPU
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=ways, help="the first one is the baseline")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each way, in turns; the median is shown")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a run, after one warm-up step")
     parser.add_argument("--paper", action="store_true", help="count FLOPs instead of measuring")
@@ -387,6 +400,7 @@ def main() -> int:
     for key in arguments.shapes:
         results = measure(key, arguments.ways, arguments.repeats, arguments.steps)
         show(SHAPES[key], results)
+        line[f"ways_{key}"] = {way: {name: run[name] for name in FIGURES if run} for way, run in results.items()}
         baseline, ours = results[arguments.ways[0]], results["ours" if "ours" in results else arguments.ways[-1]]
         if not baseline or not ours:
             line[f"speedup_{key}"] = None  # one of them does not fit
