@@ -49,13 +49,13 @@ def handover(projector: TrainedProjector, as_json: bool) -> int:
 
     Args:
         projector: The trained projector.
-        as_json: Print one JSON object; its command is null for a projector that LLaVA does not have.
+        as_json: Print one JSON object; its command is null for a projector that LLaVA cannot load.
 
     Returns:
         0, or 1 if a check found a problem.
     """
     checks = list(run_checks(projector))
-    command = stage_2_command(projector) if is_llava(projector.projector_type) else None
+    command = stage_2_command(projector)
     if as_json:
         print(json.dumps({"checks": [asdict(check) for check in checks], "command": command}, indent=1))
     else:
@@ -92,8 +92,13 @@ def run_checks(projector: TrainedProjector) -> Iterator[Check]:
     )
 
 
-def stage_2_command(projector: TrainedProjector) -> str:
-    """Return the command of LLaVA's stage 2 with the flags that depend on this run."""
+def stage_2_command(projector: TrainedProjector) -> str | None:
+    """Return the command of LLaVA's stage 2 with the flags that depend on this run.
+
+    None for a projector that LLaVA does not have, and for features of several layers, of which LLaVA reads one.
+    """
+    if not is_llava(projector.projector_type) or len(as_tuple(projector.select_layer)) > 1:
+        return None
     flags = [
         f"--model_name_or_path {projector.llm}",
         "--version v1",
@@ -101,7 +106,7 @@ def stage_2_command(projector: TrainedProjector) -> str:
         f"--vision_tower {projector.only_tower('LLaVA')}",
         f"--pretrain_mm_mlp_adapter {projector.path}",
         f"--mm_projector_type {projector.projector_type}",
-        f"--mm_vision_select_layer {' '.join(map(str, as_tuple(projector.select_layer)))}",
+        f"--mm_vision_select_layer {as_tuple(projector.select_layer)[0]}",
         f"--mm_vision_select_feature {projector.select_feature}",
         *([f"--s2 True --s2_scales {','.join(map(str, projector.s2_scales))}"] if projector.s2_scales else []),
         "--mm_use_im_start_end False --mm_use_im_patch_token False",
