@@ -185,14 +185,26 @@ def test_wait_for_torchrun_returns_when_the_other_nodes_have_ended(torchrun_stor
 
 def test_wait_for_torchrun_waits_only_as_long_as_it_is_told(torchrun_store):
     PrefixStore("none", torchrun_store).set("torchelastic/assigned_ranks/0", "[]")
+    started = time.monotonic()
     compat.wait_for_torchrun(seconds=0.3)
+    assert 0.3 <= time.monotonic() - started < 30  # the default is longer
 
 
 @pytest.mark.parametrize("change", [{"RANK": 1}, {"GROUP_WORLD_SIZE": 1}, {"TORCHELASTIC_USE_AGENT_STORE": "False"}])
 def test_wait_for_torchrun_asks_only_on_rank_0_of_several_nodes(torchrun_store, monkeypatch, change):
-    for name, value in {**change, "MASTER_PORT": 1}.items():  # nothing listens there
+    connections = []
+
+    def connect(*address, **options):
+        connections.append(address)
+        return torchrun_store
+
+    monkeypatch.setattr(torch.distributed, "TCPStore", connect)
+    compat.wait_for_torchrun(seconds=0.3)
+    assert connections == [("127.0.0.1", torchrun_store.port)]
+    for name, value in change.items():
         monkeypatch.setenv(name, str(value))
     compat.wait_for_torchrun()
+    assert len(connections) == 1
 
 
 def test_wait_for_torchrun_does_not_wait_for_another_rendezvous(torchrun_store):

@@ -99,10 +99,20 @@ def test_read_state_gives_each_parameter_its_own_moments(tmp_path):
         assert torch.equal(state.tensors[name]["exp_avg"], trainer.optimizer.state[parameter]["exp_avg"])
 
 
+def refusal(*checkpoint_and_run):
+    """The message of `require_portable`, "" if it accepts."""
+    try:
+        require_portable(*checkpoint_and_run)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def test_require_portable_accepts_adamw(tmp_path):
     (tmp_path / "scheduler.pt").touch()
-    require_portable(tmp_path, ZERO2, arguments())
-    require_portable(tmp_path, ZERO2, arguments("adamw_torch_fused"))
+    assert refusal(tmp_path, ZERO2, arguments()) == ""
+    assert refusal(tmp_path, ZERO2, arguments("adamw_torch_fused")) == ""
+    assert refusal(tmp_path, ZERO2, arguments("adafactor")) != ""
 
 
 def test_require_portable_refuses_other_optimizers_between_engines_only(tmp_path):
