@@ -258,11 +258,13 @@ class _OpenShard:
         self._rows = tempfile.TemporaryFile(dir=path.parent, buffering=0)  # noqa: SIM115
 
     def append(self, key: str, row: np.ndarray, source: tuple[int, bytes]) -> None:
+        """Add one stored row."""
         pwrite_all(self._rows.fileno(), row, len(self.keys) * self._spec.row_bytes)
         self._sources.append(source)
         self.keys.append(key)
 
     def seal(self) -> None:
+        """Write the shard and give it its final name."""
         writer = ShardWriter(self._path, self.keys, self._spec)
         try:
             step = max(1, _COPIED_BYTES // self._spec.row_bytes)

@@ -90,8 +90,10 @@ class _Contents:
         self._quarantine = read_quarantine(cache)
 
     def resumed_plan(self, keys: Sequence[str], images_per_shard: int) -> Plan | None:
-        # The last extraction's plan, if it is the same again. A complete cache has one too, so that a lost shard is
-        # extracted again under its own number.
+        """Return the last extraction's plan if it is the same again, else None.
+
+        A complete cache has one too, so that a lost shard is extracted again under its own number.
+        """
         if "digest" not in self._manifest.plan:
             return None
         first = int(self._manifest.plan["first_shard"])
@@ -115,7 +117,7 @@ class _Contents:
         )
 
     def new_plan(self, keys: Sequence[str], images_per_shard: int) -> Plan:
-        # Sealed shards are kept; the other images go into new shards.
+        """Return a plan that keeps sealed shards and puts the other images into new ones."""
         cached = self._cached(keys, self._sealed)
         quarantine = dict(self._quarantine)
         for part in self._parts.values():
