@@ -35,6 +35,7 @@ from llava_twophase.cache.session import (
     software_plan,
 )
 from llava_twophase.cache.shard_writer import ShardSpec, ShardWriter, pwrite_all
+from llava_twophase.cache.storage import is_url
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import explain_os_errors
 
@@ -85,6 +86,8 @@ class CacheWriter:
         images_per_shard: int = 1024,
         provenance: dict[str, Any] | None = None,
     ) -> None:
+        if is_url(str(path)):
+            raise UserError(f"{path}: a cache is written to a folder; then run: llava-inspect-cache push FOLDER {path}")
         self.path = Path(path)
         software = {"llava-twophase": __version__, **{name: version(name) for name in ("h5py", "numpy")}}
         self._codec = make_codec(dtype, shape, channels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from llava_twophase.deploy.trained_projector import TrainedProjector
+from llava_twophase.errors import UserError
 
 
 def export(projector: TrainedProjector, kind: str, out: str) -> int:
@@ -17,7 +18,12 @@ def export(projector: TrainedProjector, kind: str, out: str) -> int:
 
     Returns:
         0.
+
+    Raises:
+        UserError: ``out`` is a URL, or the export is not possible.
     """
+    if "://" in out:
+        raise UserError(f"OUT {out}: give a folder or file on this machine, and copy it afterwards")
     if kind == "hf":
         from llava_twophase.deploy.export_hf import export_hf
 

@@ -401,3 +401,10 @@ print({"CacheWriter", "FeatureCache", "load_records"} <= set(dir(package)), {"nu
 """
     done = subprocess.run([sys.executable, "-c", code], env=process_environment(), capture_output=True, text=True)
     assert done.stdout == "True set()\n"
+
+
+def test_writer_refuses_a_url(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="then run: llava-inspect-cache push FOLDER s3://bucket/cache"):
+        open_writer("s3://bucket/cache")
+    assert list(tmp_path.iterdir()) == []

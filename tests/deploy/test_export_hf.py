@@ -16,6 +16,7 @@ from commands import use_command
 from helpers import run
 from llava_twophase import Captioner, FeatureCache
 from llava_twophase.deploy.captioner import Placement
+from llava_twophase.deploy.export import export
 from llava_twophase.deploy.export_hf import export_hf
 from llava_twophase.deploy.hf import encoder_outputs
 from llava_twophase.deploy.hf_parts import LLMS
@@ -293,3 +294,8 @@ print(json.dumps({"missing": info["missing_keys"], "unexpected": info["unexpecte
 def test_export_command_says_how_to_load_the_folder(trained, tmp_path):
     done = run(["python", *use_command("export", trained.run, tmp_path / "out", to="hf")])
     assert "LlavaForConditionalGeneration.from_pretrained" in done.stdout
+
+
+def test_export_refuses_a_url(trained):
+    with pytest.raises(UserError, match="OUT s3://bucket/model: give a folder or file on this machine"):
+        export(find_projector(trained.run), "hf", "s3://bucket/model")
