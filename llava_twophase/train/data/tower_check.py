@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -64,33 +65,43 @@ class TowerSettings:
 
 
 def check_all_settings(caches: Sequence[FeatureCache], settings: Sequence[TowerSettings]) -> None:
-    """Check each cache against the settings of its tower, as ``check_settings`` does.
+    """Check each cache against the settings of its tower, and log what could not be compared.
 
     Raises:
-        UserError: The numbers of caches and towers differ, or a cache does not match; all that do not are reported.
+        UserError: The numbers of caches and towers differ, or a cache does not match: all that do not are reported, or
+            the order that matches.
     """
     if len(caches) != len(settings):
         raise UserError(
             f"{counted(len(caches), 'feature cache')} and {counted(len(settings), 'vision tower')} were given; "
             "expected the cache of each tower, in the same order"
         )
-    problems = []
-    for cache, part in zip(caches, settings, strict=True):
-        try:
-            check_settings(cache, part)
-        except UserError as error:
-            problems.append(str(error))
+    results = [_compare(cache, part) for cache, part in zip(caches, settings, strict=True)]
+    problems = [problem for problem, _ in results if problem]
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(_other_order(caches, settings) or "\n".join(problems))
+    for note in [note for _, note in results if note]:
+        logger.info(note)
 
 
-def check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
-    """Compare the flags with the fields that the fingerprint has, and log the fields that it does not have.
+def _other_order(caches: Sequence[FeatureCache], settings: Sequence[TowerSettings]) -> str | None:
+    """Return a message if the caches belong to the towers in another order."""
+    fits = [[_compare(cache, part)[0] is None for part in settings] for cache in caches] if len(caches) > 1 else []
+    for order in permutations(range(len(caches))):
+        if fits and all(fits[cache][tower] for tower, cache in enumerate(order)):
+            return (
+                "--feature_cache has another order than --vision_tower; for the towers "
+                f"{' '.join(part.vision_tower for part in settings)}, expected the caches "
+                f"{' '.join(str(caches[position].path) for position in order)}"
+            )
+    return None
 
-    The fingerprint of a ``CacheWriter`` may be any JSON object.
 
-    Raises:
-        UserError: A field or the tower differs.
+def _compare(cache: FeatureCache, settings: TowerSettings) -> tuple[str | None, str | None]:
+    """Compare the flags with the fields that the fingerprint has. The one of a ``CacheWriter`` may be any JSON object.
+
+    Returns:
+        What differs, if something does; otherwise, what could not be compared, if there is such a thing.
     """
     fingerprint, tower = cache.fingerprint, cache.fingerprint.get("tower")
     layers = tower.get("num_hidden_layers") if isinstance(tower, dict) else None
@@ -107,16 +118,53 @@ def check_settings(cache: FeatureCache, settings: TowerSettings) -> None:
     lines = differences(found, {name: given[name] for name in found})
     different = [f"{line} ({_FLAGS[line.partition(':')[0]]})" for line in lines]
     compared = None if different else compare_with_tower(fingerprint, settings)
-    different += compared or []
-    if different:
-        raise combined_error(
-            different, f"{cache.path} was made with different settings; use those, or extract another cache"
+    if different or compared:
+        return _different(cache, settings.vision_tower, different or compared or []), None
+    recorded = cache.manifest.provenance.get("vision_tower")
+    if compared is None and recorded and not _may_be_same(str(recorded), settings.vision_tower):
+        return _another_name(cache, str(recorded), settings.vision_tower), None
+    return None, _unchecked(
+        cache, settings.vision_tower, [name for name in given if name not in found], compared is None
+    )
+
+
+def _different(cache: FeatureCache, name: str, lines: list[str]) -> str:
+    recorded = str(cache.manifest.provenance.get("vision_tower") or name)
+    if any(line.startswith("tower.weights_sha256: ") for line in lines) and not _may_be_same(recorded, name):
+        return (
+            f"{cache.path} was made from {recorded}, whose weights differ from those of --vision_tower {name}; give "
+            f"--vision_tower {recorded}, or a cache of {name}"
         )
-    _report_unchecked(cache, settings.vision_tower, [name for name in given if name not in found], compared is None)
+    return str(
+        combined_error(lines, f"{cache.path} was made with different settings; use those, or extract another cache")
+    )
 
 
-def _report_unchecked(cache: FeatureCache, name: str, unchecked: list[str], tower_unchecked: bool) -> None:
-    """Log what was not compared, and another name of the tower: its content decides, not its name."""
+def _another_name(cache: FeatureCache, recorded: str, name: str) -> str:
+    download = "" if _is_path(name) else f", or download it: hf download {name}"
+    return (
+        f"{cache.path} was made from {recorded}, not from --vision_tower {name}, which is not on this machine, so "
+        f"weights cannot be compared; give --vision_tower {recorded}, or, if it is the same tower, its folder{download}"
+    )
+
+
+def _may_be_same(recorded: str, name: str) -> bool:
+    """Return whether two names can be spellings of one tower that is not on this machine: its hub id and its folder."""
+    one, other = os.path.normpath(recorded), os.path.normpath(name)
+    if one == other:
+        return True
+    if _is_path(name) and not Path(name).exists():
+        return False
+    return os.path.basename(one) == os.path.basename(other) and (_is_path(recorded) or _is_path(name))
+
+
+def _is_path(name: str) -> bool:
+    """Return whether a name cannot be a hub id of the form owner/name."""
+    return name.startswith((".", "/", "~")) or name.strip("/").count("/") != 1
+
+
+def _unchecked(cache: FeatureCache, name: str, unchecked: list[str], tower_unchecked: bool) -> str | None:
+    """Return what was not compared, and another name of the tower: its content decides, not its name."""
     tower = cache.fingerprint.get("tower")
     hashed = isinstance(tower, dict) and "weights_sha256" in tower
     made_by = cache.manifest.provenance.get("vision_tower") or (tower.get("name") if isinstance(tower, dict) else tower)
@@ -124,15 +172,13 @@ def _report_unchecked(cache: FeatureCache, name: str, unchecked: list[str], towe
     if not hashed:
         unchecked = [*unchecked, "tower.weights_sha256"]
     if unchecked:
-        fields = ", ".join(unchecked)
-        logger.info("%s: not compared, since its fingerprint does not have them: %s.%s", cache.path, fields, other)
-    elif tower_unchecked:
-        logger.info(
-            "%s: only settings were compared, not the tower's weights: --vision_tower %s is not on this machine.%s",
-            *(cache.path, name, other),
+        return f"{cache.path}: not compared, since its fingerprint does not have them: {', '.join(unchecked)}.{other}"
+    if tower_unchecked:
+        return (
+            f"{cache.path}: only settings were compared, not the tower's weights: --vision_tower {name} is not on this "
+            f"machine.{other}"
         )
-    elif other:
-        logger.info("%s: --vision_tower %s has the weights of the cache's tower.%s", cache.path, name, other)
+    return f"{cache.path}: --vision_tower {name} has the weights of the cache's tower.{other}" if other else None
 
 
 def find_tower(name: str) -> Path | None:

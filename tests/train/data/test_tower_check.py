@@ -15,7 +15,7 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.train.data import tower_check
 from llava_twophase.train.data.source import CachedFeatures
-from llava_twophase.train.data.tower_check import TowerSettings, compare_with_tower, find_tower
+from llava_twophase.train.data.tower_check import TowerSettings, check_all_settings, compare_with_tower, find_tower
 from llava_twophase.vision.preprocess import Preprocessor
 from llava_twophase.vision.tower import VisionTower
 
@@ -41,10 +41,16 @@ def fingerprint(tower):
 def open_cache(fingerprint, tmp_path):
     """Opens a cache of that tower for a run with another --vision_tower."""
     path, _, _ = make_cache(tmp_path / "cache", fingerprint=fingerprint)
+    cache = with_tower_name(path, "clip")
+    return lambda name: CachedFeatures(cache, [settings_of(name)])
+
+
+def with_tower_name(path, name):
+    """Return the cache after its manifest has recorded the name of its tower, as phase one does."""
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    manifest["provenance"]["vision_tower"] = "clip"
+    manifest["provenance"]["vision_tower"] = name
     (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return lambda name: CachedFeatures(FeatureCache(path), [settings_of(name)])
+    return FeatureCache(path)
 
 
 def change_weights(tower):
@@ -78,13 +84,52 @@ def test_cached_features_refuses_another_image_processor(open_cache, tower):
         open_cache(tower)
 
 
-@pytest.mark.parametrize("name", ["someone/else", "/nowhere/clip"])
+@pytest.mark.parametrize("name", ["someone/clip", "clip/"])
 def test_cached_features_says_once_that_weights_were_not_compared(open_cache, caplog, name):
     caplog.set_level(logging.INFO)
     open_cache(name)
     (line,) = caplog.messages
     assert "only settings were compared, not the tower's weights" in line
     assert line.endswith(f"--vision_tower {name} is not on this machine. The cache was made from 'clip'.")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("someone/clpi", "the same tower, its folder, or download it: hf download someone/clpi"),
+        ("clpi", "the same tower, its folder"),
+        ("/nowhere/clip", "the same tower, its folder"),
+    ],
+)
+def test_cached_features_refuses_another_name_of_a_tower_that_is_not_on_this_machine(open_cache, name, advice):
+    with pytest.raises(UserError) as caught:
+        open_cache(name)
+    message = str(caught.value)
+    assert f"was made from clip, not from --vision_tower {name}, which is not on this machine" in message
+    assert "give --vision_tower clip, or, if it is" in message and message.endswith(advice)
+
+
+def test_cached_features_names_the_tower_of_the_cache_where_weights_differ(open_cache, tiny_siglip):
+    with pytest.raises(
+        UserError, match="was made from clip, whose weights differ from those of --vision_tower"
+    ) as caught:
+        open_cache(tiny_siglip)
+    assert str(caught.value).endswith(f"give --vision_tower clip, or a cache of {tiny_siglip}")
+
+
+@pytest.mark.parametrize("on_this_machine", [True, False])
+def test_check_all_settings_names_the_order_of_swapped_caches(tiny_clip, tiny_siglip, tmp_path, on_this_machine):
+    names = [str(tiny_clip), str(tiny_siglip)] if on_this_machine else ["someone/clip", "someone/siglip"]
+    caches = []
+    for name, folder in zip(names, (tiny_clip, tiny_siglip), strict=True):
+        made = VisionTower(str(folder), Preprocessor(str(folder)))
+        path, _, _ = make_cache(tmp_path / folder.name, fingerprint=normalize(made.fingerprint()))
+        caches.append(with_tower_name(path, name))
+    expected = f"for the towers {names[0]} {names[1]}, expected the caches {caches[0].path} {caches[1].path}"
+    with pytest.raises(UserError, match="--feature_cache has another order than --vision_tower") as caught:
+        check_all_settings(caches[::-1], [settings_of(name) for name in names])
+    assert str(caught.value).endswith(expected)
+    check_all_settings(caches, [settings_of(name) for name in names])
 
 
 @pytest.mark.parametrize("damage", ["weights", "config", "no weights"])
