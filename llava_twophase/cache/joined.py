@@ -128,9 +128,9 @@ class JoinedCaches:
             cache.will_need(rows[:, position])
 
     @property
-    def is_staged(self) -> bool:
-        """Whether shards of a remote cache are copied to this machine."""
-        return any(cache.is_staged for cache in self.caches)
+    def is_remote(self) -> bool:
+        """Whether a cache is at a URL."""
+        return any(cache.is_remote for cache in self.caches)
 
     def stage_ahead(self, rows: np.ndarray) -> None:
         """Copy shards of rows ``int64 [B, C]`` to the stage in the background, as ``FeatureCache.stage_ahead``."""

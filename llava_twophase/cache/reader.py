@@ -196,9 +196,9 @@ class FeatureCache:
         return self._storage
 
     @property
-    def is_staged(self) -> bool:
-        """Whether shards are copied to this machine, because the cache is remote and has a stage."""
-        return isinstance(self._storage, Staging)
+    def is_remote(self) -> bool:
+        """Whether the cache is at a URL."""
+        return self._storage.folder is None
 
     def stage_ahead(self, rows: np.ndarray) -> None:
         """Copy shards to the stage in the background; without a stage, do nothing.

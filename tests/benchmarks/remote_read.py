@@ -104,8 +104,8 @@ def measure(path, args, stage=None):
     order = np.random.default_rng(1).permutation(len(cache)).tolist()
     dataset = PrefetchDataset(lambda index: {}, positions, cache, list(cache.keys()), args.batch)
     loader = DataLoader(dataset, args.batch, sampler=order, collate_fn=lambda pending: pending, drop_last=True)
-    if stage is not None:
-        dataset.stage_ahead(order, 1)
+    if cache.is_remote:
+        dataset.announce(order, 0, 1)
     step = args.batch * ROW / (args.mb_per_s * 1e6)
     batches = iter(Accelerator(cpu=True).prepare(loader))
     started = time.perf_counter()

@@ -107,7 +107,6 @@ def test_a_damaged_copy_is_removed_and_its_rows_are_requested(opened, web, tmp_p
             data[part.offset : part.offset + part.nbytes] = bytes(part.nbytes)
         copy.write_bytes(data)
     np.testing.assert_array_equal(cache.read_raw(opened.keys), opened.stored)
-    assert cache.is_staged
 
 
 def test_a_truncated_copy_is_not_read(opened, tmp_path):
@@ -176,7 +175,7 @@ def test_a_limit_below_one_shard_is_refused(opened):
 def test_a_local_cache_is_not_staged(tmp_path):
     path, keys, _ = make_cache(tmp_path / "cache")
     cache = FeatureCache(path, stage=Stage(tmp_path / "stage", 1))
-    assert not cache.is_staged
+    assert not isinstance(cache.storage, staged.StagedStorage)
     cache.stage_ahead(cache.rows(keys))
     cache.advance(1)
     assert not (tmp_path / "stage").exists()

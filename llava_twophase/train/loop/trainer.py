@@ -21,10 +21,10 @@ from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.data.loss_weights import LossWeights
 from llava_twophase.train.data.sampler import EpochSampler
 from llava_twophase.train.layout import Layout
+from llava_twophase.train.loop.announce import AnnounceOrder
 from llava_twophase.train.loop.interruption import ignore_signals
 from llava_twophase.train.loop.log_lines import use_log_lines
 from llava_twophase.train.loop.metrics import GradientProbe, Meter, StepFlops
-from llava_twophase.train.loop.stage_ahead import StageAhead
 from llava_twophase.train.model.llava import LlavaProjectorModel
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ class ProjectorTrainer(Trainer):
             device=args.device,
         )
         if prefetching is not None:
-            if prefetching.is_staged:
-                self.add_callback(StageAhead(prefetching, order, args.world_size))
+            if prefetching.is_remote:
+                self.add_callback(AnnounceOrder(prefetching, order, args.world_size))
             loader: DataLoader[Any] = DataLoader(
                 prefetching,
                 batch_size=args.train_batch_size,

@@ -1,5 +1,7 @@
 """Batches that threads read ahead: equal to a plain data loader's, in the same order, in reused memory."""
 
+from concurrent.futures import wait
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from cache.make import flip_bit, make_cache
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.shard_files import read_header
 from llava_twophase.errors import UserError
+from llava_twophase.train.data import prefetch
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.prefetch import PrefetchDataset
 
@@ -32,6 +35,7 @@ def feed(path, collator=collate, batch=3, batches_in_use=1):
     """Dataset and prepared loader over the samples in ORDER; sample i has the features of row i."""
     cache = FeatureCache(path)
     dataset = PrefetchDataset(tokenize, collator, cache, list(cache.keys()), batch, batches_in_use)
+    dataset.announce(ORDER, 0, 1)
     loader = DataLoader(dataset, batch, sampler=ORDER, collate_fn=lambda pending: pending)
     return dataset, Accelerator(cpu=True).prepare(loader)
 
@@ -43,9 +47,15 @@ def cached(tmp_path):
     return path, torch.from_numpy(stored).view(torch.bfloat16)
 
 
+@pytest.fixture(params=["folder", "url"])
+def place(cached, request):
+    """The cache as a folder or URL, from which batches are read further ahead; and its stored rows."""
+    return cached if request.param == "folder" else (f"file://{cached[0]}", cached[1])
+
+
 @pytest.mark.parametrize("collator", [collate, sorting_collate])
-def test_prefetch_dataset_gives_each_batch_its_text_and_features(cached, collator):
-    path, values = cached
+def test_prefetch_dataset_gives_each_batch_its_text_and_features(place, collator):
+    path, values = place
     _, loader = feed(path, collator)
     for _ in range(2):
         seen = []
@@ -66,8 +76,8 @@ def test_prefetch_dataset_keeps_what_the_collator_makes(cached):
 
 
 @pytest.mark.parametrize("batches_in_use", [1, 2, 4])
-def test_prefetch_dataset_does_not_overwrite_batches_in_use(cached, batches_in_use):
-    path, values = cached
+def test_prefetch_dataset_does_not_overwrite_batches_in_use(place, batches_in_use):
+    path, values = place
     _, loader = feed(path, batches_in_use=batches_in_use)
     window = []
     for batch in loader:
@@ -82,8 +92,8 @@ def test_prefetch_dataset_reuses_its_buffers(cached):
     assert len(set(places)) == 4
 
 
-def test_prefetch_dataset_reads_no_skipped_batch_of_a_resumed_epoch(cached, monkeypatch):
-    path, values = cached
+def test_prefetch_dataset_reads_no_skipped_batch_of_a_resumed_epoch(place, monkeypatch):
+    path, values = place
     dataset, loader = feed(path)
     read = []
     monkeypatch.setattr(
@@ -124,6 +134,48 @@ def test_pending_batch_raises_for_a_row_with_a_flipped_bit(cached):
     with pytest.raises(
         UserError, match=r"'00001/picture 3\.jpg' do not match their checksum: bytes of shard-000001\.h5"
     ):
+        list(loader)
+
+
+@pytest.mark.parametrize(("ahead", "read"), [(1, 2), (3, 4), (32, 7)])
+def test_prefetch_dataset_reads_batches_of_a_url_ahead(cached, monkeypatch, ahead, read):
+    path, values = cached
+    monkeypatch.setattr(prefetch, "_AHEAD_BYTES", ahead * 3 * values[0].nbytes)
+    dataset, _ = feed(f"file://{path}")
+    asked = []
+    monkeypatch.setattr(dataset._cache, "read_raw_rows_into", lambda rows, buffer: asked.append(rows.tolist()))
+    dataset.__getitems__(ORDER[:3])
+    begun = [slot.begun for slot in dataset._slots if slot is not None]
+    wait([task for future in begun for task in future.result()[1]])
+    assert sorted(sum(asked, [])) == sorted(ORDER[: 3 * read])
+    assert len(dataset._ring) == 3 + min(ahead, 32)
+
+
+def test_prefetch_dataset_reads_one_batch_of_a_folder(cached):
+    dataset, _ = feed(cached[0])
+    dataset.__getitems__(ORDER[:3])
+    assert len([slot for slot in dataset._slots if slot is not None]) == 1
+    assert len(dataset._ring) == 3
+
+
+def test_prefetch_dataset_gives_the_right_rows_in_another_order_than_announced(cached):
+    path, values = cached
+    dataset, loader = feed(f"file://{path}")
+    batches = iter(loader)
+    next(batches)
+    del batches  # the epoch ends early
+    for order in (ORDER[::-1], ORDER[6:] + ORDER[:6], ORDER):
+        for start in range(0, 18, 3):
+            numbers = order[start : start + 3]
+            batch = dataset.__getitems__(numbers).to("cpu")
+            assert torch.equal(batch["features"], values[numbers])
+
+
+def test_prefetch_dataset_raises_for_a_batch_that_was_read_ahead(cached):
+    path, values = cached
+    flip_bit(path, 0, ORDER[3])
+    _, loader = feed(f"file://{path}")
+    with pytest.raises(UserError, match="do not match their checksum"):
         list(loader)
 
 

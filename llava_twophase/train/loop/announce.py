@@ -1,4 +1,4 @@
-"""Tell a remote cache at the begin of each epoch which samples come, so that their shards are copied ahead of use."""
+"""Tell a remote cache at the begin of each epoch which samples come, so that it reads and copies ahead of use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llava_twophase.train.data.prefetch import PrefetchDataset
 from llava_twophase.train.data.sampler import EpochSampler
 
 
-class StageAhead(TrainerCallback):
+class AnnounceOrder(TrainerCallback):
     """Gives the order of an epoch's samples to the data set.
 
     Args:
@@ -24,7 +24,7 @@ class StageAhead(TrainerCallback):
         self._ranks = ranks
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start to copy, from the sample after the last one that a resumed run used."""
+        """Announce the epoch's samples; those that a resumed run used already are not copied."""
         order = self._order.order(int(state.epoch or 0))
         used = round(((state.epoch or 0.0) % 1.0) * len(order))
-        self._dataset.stage_ahead(order[used:], self._ranks)
+        self._dataset.announce(order, used, self._ranks)
