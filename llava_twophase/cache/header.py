@@ -57,7 +57,7 @@ class StoredDataset:
         return prod(self.shape[1:]) * self.numpy_dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Header:
     """A shard's user block: everything that a reader needs to find its values.
 

@@ -1,12 +1,13 @@
 """Find rows by image key in a sorted array of hashes, without a Python object for each image.
 
-20 million keys of 23 bytes take 8 bytes per key for the hashes and 23 for the keys themselves.
+20 million keys of 23 bytes take 8 bytes per key for the hashes and 23 for the keys themselves. All of it is a few
+arrays, which may be memory-mapped from a file that processes share.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -18,33 +19,23 @@ _CHUNK = 1 << 20
 
 
 class KeyIndex:
-    """Finds rows by image key. Forked processes share its memory, because nothing in it is written to.
+    """Finds rows by image key. Processes may share its memory, because nothing in it is written to.
 
     Args:
-        names: For each shard, the bytes of its keys, each padded with zeros to the shard's width.
-        widths: For each shard, the bytes of a padded key.
-        hashes: The XXH3-64 of each key, as uint64. The array is overwritten.
+        arrays: As ``index_arrays`` returns them.
 
     Attributes:
         starts: int64, the first row of each shard, and the number of rows.
-
-    Raises:
-        UserError: A key occurs twice.
     """
 
-    def __init__(self, names: Sequence[bytes], widths: Sequence[int], hashes: bytearray) -> None:
-        self._names, self._widths = names, np.array(widths)
-        self.starts = np.cumsum([0, *(len(part) // width for part, width in zip(names, widths, strict=True))])
-        # An entry has the hash in its high bits and the row in its low bits: sorting one array is twice as fast as
-        # argsort and takes half the memory. Keys with equal high bits are compared by name.
-        self._entries = np.frombuffer(hashes, np.uint64)
-        self._mask = np.uint64((1 << max(1, (len(self) - 1).bit_length())) - 1)
-        for start in range(0, len(self), _CHUNK):
-            part = self._entries[start : start + _CHUNK]
-            part &= ~self._mask
-            part |= np.arange(start, start + len(part), dtype=np.uint64)
-        self._entries.sort()
-        self._refuse_duplicates()
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._names = memoryview(arrays["names"])
+        self._widths, self._entries = arrays["widths"], arrays["entries"]
+        self.starts = arrays["starts"]
+        self._mask = _row_mask(len(self._entries))
+        rows = np.diff(self.starts)
+        # The first byte of each shard's keys.
+        self._begins = np.concatenate([[0], np.cumsum(rows * self._widths)])
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -71,15 +62,23 @@ class KeyIndex:
 
     def names(self) -> Iterator[bytes]:
         """Iterate over image keys in row order."""
-        for part, width in zip(self._names, self._widths.tolist(), strict=True):
-            for begin in range(0, len(part), width):
-                yield part[begin : begin + width].rstrip(b"\0")
+        for begin, end, width in zip(
+            self._begins[:-1].tolist(), self._begins[1:].tolist(), self._widths.tolist(), strict=True
+        ):
+            part = bytes(self._names[begin:end])
+            for start in range(0, len(part), width):
+                yield part[start : start + width].rstrip(b"\0")
 
     def shards(self, rows: np.ndarray) -> np.ndarray:
         """Return the shard of each row, ``int64`` like ``rows``."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
-    def _refuse_duplicates(self) -> None:
+    def refuse_duplicates(self) -> None:
+        """Check that keys are unique.
+
+        Raises:
+            UserError: A key occurs twice.
+        """
         groups: dict[int, set[int]] = defaultdict(set)
         for start in range(0, len(self), _CHUNK):
             part = self._entries[start : start + _CHUNK + 1]
@@ -104,6 +103,48 @@ class KeyIndex:
         # The keys of rows.
         shards = self.shards(rows)
         widths = self._widths[shards]
-        begins = (rows - self.starts[shards]) * widths
-        for shard, begin, width in zip(shards.tolist(), begins.tolist(), widths.tolist(), strict=True):
-            yield self._names[shard][begin : begin + width].rstrip(b"\0")
+        begins = self._begins[shards] + (rows - self.starts[shards]) * widths
+        for begin, end in zip(begins.tolist(), (begins + widths).tolist(), strict=True):
+            yield bytes(self._names[begin:end]).rstrip(b"\0")
+
+
+def index_arrays(
+    names: bytearray, widths: Sequence[int], rows: Sequence[int], hashes: bytearray
+) -> dict[str, np.ndarray]:
+    """Make the arrays of an index.
+
+    Args:
+        names: The keys of all shards, each padded with zeros to the shard's width.
+        widths: For each shard, the bytes of a padded key.
+        rows: For each shard, its rows.
+        hashes: The XXH3-64 of each key, as uint64. The array is overwritten.
+
+    Returns:
+        ``names``: ``uint8``. ``widths``: ``int64 [shards]``. ``starts``: ``int64 [shards + 1]``, the first row of each
+        shard, and the number of rows. ``entries``: ``uint64 [rows]``, sorted; the high bits are those of a key's hash,
+        the low bits are its row.
+
+    Raises:
+        UserError: A key occurs twice.
+    """
+    # Sorting one array is twice as fast as argsort and takes half the memory. Keys with equal high bits are compared by
+    # name.
+    entries = np.frombuffer(hashes, np.uint64)
+    mask = _row_mask(len(entries))
+    for start in range(0, len(entries), _CHUNK):
+        part = entries[start : start + _CHUNK]
+        part &= ~mask
+        part |= np.arange(start, start + len(part), dtype=np.uint64)
+    entries.sort()
+    arrays: dict[str, np.ndarray] = {
+        "names": np.frombuffer(names, np.uint8),
+        "widths": np.array(widths, np.int64),
+        "starts": np.cumsum([0, *rows]),
+        "entries": entries,
+    }
+    KeyIndex(arrays).refuse_duplicates()
+    return arrays
+
+
+def _row_mask(rows: int) -> np.uint64:
+    return np.uint64((1 << max(1, (rows - 1).bit_length())) - 1)

@@ -73,7 +73,7 @@ class LocalStorage:
         for shard, view, offset in pieces:
             shard.read_into(view, offset)
 
-    def will_open(self, names: Sequence[str]) -> None:
+    def will_open(self, names: Sequence[str], headers_only: bool = False) -> None:
         """Do nothing: files on this machine are opened fast."""
 
 

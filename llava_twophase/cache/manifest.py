@@ -23,7 +23,7 @@ _KINDS: dict[str, type] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardEntry:
     """One sealed shard as the manifest lists it."""
 

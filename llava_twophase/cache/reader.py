@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_twophase.cache.codec import Channels, Codec
-from llava_twophase.cache.format import QUANTISED, STORAGE_DTYPES, fingerprint_hash
-from llava_twophase.cache.header import Header
-from llava_twophase.cache.key_index import KeyIndex
+from llava_twophase.cache.format import QUANTISED, STORAGE_DTYPES
 from llava_twophase.cache.manifest import Manifest, read_manifest
+from llava_twophase.cache.opening import open_shards
 from llava_twophase.cache.rows import StoredRows
 from llava_twophase.cache.shard_files import ShardFiles
 from llava_twophase.cache.storage import Staging, Storage, open_storage, staged_storage
@@ -36,7 +35,8 @@ class FeatureCache:
     """A feature cache, opened for reading.
 
     Instances can be shared between threads and survive fork and spawn. The number of open files does not depend on the
-    number of shards. At a URL, the rows of a call are requested together, and failed requests are repeated.
+    number of shards. At a URL, the rows of a call are requested together, and failed requests are repeated. Processes
+    share the index of a complete cache that has more than two million images: see ``opening.py``.
 
     Args:
         path: The cache's directory, or its URL, such as ``s3://bucket/cache``.
@@ -74,7 +74,15 @@ class FeatureCache:
         if stage is not None and self._storage.folder is None:
             self._storage = staged_storage(self._storage, stage, self.manifest)
         self._files = ShardFiles(self._storage, self.manifest.shards)
-        self.headers = self._open_shards()
+        # A request for keys brings checksums with it. From a disk, they are read with a shard's first row.
+        opened = open_shards(
+            self._files,
+            self.manifest,
+            with_checksums=self._storage.folder is None,
+            share=self.manifest.complete and manifest is None,
+        )
+        self.headers, self._index = opened.headers, opened.index
+        self._rows = StoredRows(self._storage, self._files, self.headers, self._index.starts, opened.checksums)
         first = self.headers[0]
         self.feature_shape, self.dtype = first.feature_shape, first.storage
         self.codec = Codec(self.dtype, self.feature_shape, self._channels())
@@ -246,32 +254,6 @@ class FeatureCache:
         if not isinstance(expected, dict) or channels.sha256() != expected.get("sha256"):
             raise UserError(f"{self.manifest.shards[0].file} has other channels than its fingerprint states")
         return channels
-
-    def _open_shards(self) -> list[Header]:
-        # Opens each file once: for its header, and for its keys, which make the index.
-        fingerprint = fingerprint_hash(self.fingerprint)
-        self._files.will_open_all()
-        headers: list[Header] = []
-        checksums: dict[int, np.ndarray] = {}
-        names, widths, hashes = [], [], bytearray()
-        for shard, entry in enumerate(self.manifest.shards):
-            header = self._files.header(shard, fingerprint)
-            first = headers[0] if headers else header
-            if (header.feature_shape, header.storage) != (first.feature_shape, first.storage):
-                raise UserError(
-                    f"{entry.file} has another feature shape or storage dtype than {self.manifest.shards[0].file}"
-                )
-            headers.append(header)
-            file, keys = self._files.open(shard), header.datasets["image_key"]
-            names.append(file.read_bytes(keys))
-            widths.append(keys.row_bytes)
-            hashes += file.read_bytes(header.datasets["key_xxh3"])
-            if self._storage.folder is None:
-                # They came with the keys. Later, they would be another request.
-                checksums[shard] = file.read_dataset(header.datasets["row_xxh3"])
-        self._index = KeyIndex(names, widths, hashes)
-        self._rows = StoredRows(self._storage, self._files, headers, checksums)
-        return headers
 
     def _read_dataset(self, shard: int, name: str) -> np.ndarray:
         return self._files.open(shard).read_dataset(self.headers[shard].datasets[name])

@@ -66,6 +66,7 @@ class RemoteStorage:
         self._repeat = Repetition()
         self._versions: dict[str, tuple[int, str]] = {}
         self._waiting: deque[str] = deque()
+        self._headers_only = False
         self._coming: dict[str, Future[RemoteShard]] = {}
         self._connect()
 
@@ -112,9 +113,10 @@ class RemoteStorage:
             return self._open(name)
         return RemoteShard(self, name, *self._versions[name])
 
-    def will_open(self, names: Sequence[str]) -> None:
+    def will_open(self, names: Sequence[str], headers_only: bool = False) -> None:
         """Request the sizes, headers, keys and row checksums of shards, some shards ahead of ``open_shard``."""
         self._waiting.extend(names)
+        self._headers_only = headers_only
         # Object storage and the Hub list sizes and ETags of many files at once. Web servers do not.
         with suppress(Exception):
             for info in self._call("ls", SHARDS, detail=True):
@@ -199,6 +201,8 @@ class RemoteStorage:
         self._versions[name] = size, version
         file = f"{SHARDS}/{name}"
 
+        if self._headers_only:
+            return RemoteShard(self, name, size, version, self._get(file, 0, min(USER_BLOCK, size), OPENING))
         head = self._get(file, 0, min(_HEAD, size), OPENING)
         with suppress(UserError):  # a damaged header is reported by the reader
             datasets = [decode_header(head[:USER_BLOCK], file).datasets[part] for part in _KEYS_AND_CHECKSUMS]

@@ -32,14 +32,22 @@ class StoredRows:
         storage: Where the cache is.
         files: Its shards.
         headers: Their headers.
-        checksums: The checksums of rows that were read already, by shard. The others are read with a shard's first row.
+        starts: The first row of each shard, and the number of rows.
+        checksums: ``uint64 [rows]``, the checksums of all rows. Without them, a shard's are read with its first row.
     """
 
     def __init__(
-        self, storage: Storage, files: ShardFiles, headers: Sequence[Header], checksums: dict[int, np.ndarray]
+        self,
+        storage: Storage,
+        files: ShardFiles,
+        headers: Sequence[Header],
+        starts: np.ndarray,
+        checksums: np.ndarray | None,
     ) -> None:
         self._storage, self._files = storage, files
-        self._headers, self._checksums = headers, checksums
+        self._headers = headers
+        self._starts, self._checksums = starts, checksums
+        self._read_checksums: dict[int, np.ndarray] = {}
         # For each part of a stored row: where the part begins in each shard, and its size.
         self._parts = [
             ([header.row_parts[part].offset for header in headers], data.row_bytes)
@@ -100,11 +108,13 @@ class StoredRows:
         return bool(xxhash.xxh3_64_intdigest(stored) == self._checksums_of(shard)[row])
 
     def _checksums_of(self, shard: int) -> np.ndarray:
+        if self._checksums is not None:
+            return self._checksums[self._starts[shard] : self._starts[shard + 1]]
         # Read once for each shard: a read for each row would take another seek on a disk.
-        if shard not in self._checksums:
+        if shard not in self._read_checksums:
             file, data = self._files.open(shard), self._headers[shard].datasets["row_xxh3"]
-            self._checksums[shard] = file.read_dataset(data)
-        return self._checksums[shard]
+            self._read_checksums[shard] = file.read_dataset(data)
+        return self._read_checksums[shard]
 
     def _damaged(self, shard: int, row: int) -> UserError:
         file = self._files.open(shard)

@@ -39,9 +39,9 @@ class ShardFiles:
         self._kept = _files_to_keep()
         self._owner = os.getpid()
 
-    def will_open_all(self) -> None:
+    def will_open_all(self, headers_only: bool = False) -> None:
         """Prepare to open all shards, in the order of the manifest, for their headers and keys."""
-        self._storage.will_open([entry.file for entry in self._entries])
+        self._storage.will_open([entry.file for entry in self._entries], headers_only)
 
     def header(self, shard: int, fingerprint: str) -> Header:
         """Read a shard's header and compare it with the manifest.

@@ -74,9 +74,9 @@ class StagedStorage:
         """Return what this storage is, given that it does not have a file."""
         return self._storage.without(name)
 
-    def will_open(self, names: Sequence[str]) -> None:
+    def will_open(self, names: Sequence[str], headers_only: bool = False) -> None:
         """Request the headers, keys and checksums of shards."""
-        self._storage.will_open(names)
+        self._storage.will_open(names, headers_only)
 
     def open_shard(self, name: str) -> Shard:
         """Open a shard; its bytes are read from a copy whenever there is one."""

@@ -50,7 +50,7 @@ class Storage(Protocol):
             UserError: One cannot be read.
         """
 
-    def will_open(self, names: Sequence[str]) -> None:
+    def will_open(self, names: Sequence[str], headers_only: bool = False) -> None:
         """Prepare to open shards one after another, in this order, for their headers and keys."""
 
 

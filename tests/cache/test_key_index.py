@@ -5,20 +5,20 @@ import pytest
 import xxhash
 
 from llava_twophase.cache import key_index as index_module
-from llava_twophase.cache.key_index import KeyIndex
+from llava_twophase.cache.key_index import KeyIndex, index_arrays
 from llava_twophase.errors import UserError
 
 
 def build(shards, digest=xxhash.xxh3_64_intdigest):
     """An index of lists of keys, as shards store them."""
-    names, widths, hashes = [], [], bytearray()
+    names, widths, hashes = bytearray(), [], bytearray()
     for keys in shards:
         encoded = [key.encode() for key in keys]
         width = max(map(len, encoded))
-        names.append(b"".join(key.ljust(width, b"\0") for key in encoded))
+        names += b"".join(key.ljust(width, b"\0") for key in encoded)
         widths.append(width)
         hashes += np.array([digest(key) for key in encoded], np.uint64).tobytes()
-    return KeyIndex(names, widths, hashes)
+    return KeyIndex(index_arrays(names, widths, list(map(len, shards)), hashes))
 
 
 SHARDS = [[f"{shard}/{'é' * shard}{row}.jpg" for row in range(50 + shard)] for shard in range(5)]
@@ -66,4 +66,4 @@ def test_key_index_takes_eight_bytes_per_key_besides_names():
     index = build([[f"{row:07d}.jpg" for row in range(shard, shard + 10_000)] for shard in range(0, 100_000, 10_000)])
     arrays = [value.nbytes for value in vars(index).values() if isinstance(value, np.ndarray)]
     assert sum(arrays) < 8.1 * len(index)
-    assert sum(map(len, index._names)) == 11 * len(index)
+    assert len(index._names) == 11 * len(index)

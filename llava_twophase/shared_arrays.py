@@ -1,0 +1,180 @@
+"""Arrays that are made once, kept in a file, and memory-mapped: the processes of a machine share one copy.
+
+A file has one block with a JSON line (dtype, shape and offset of each array), then the arrays. It is written under
+another name and renamed. Its name is given by what the arrays are derived from, so a file is never out of date.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from llava_twophase.files import replace_file
+
+logger = logging.getLogger(__name__)
+
+Arrays = Mapping[str, np.ndarray]
+
+_FORMAT = "llava-twophase-arrays-1"
+_BLOCK = 4096
+_ALIGNMENT = 64
+_DIGEST = 32  # hexadecimal digits of an XXH3-128, before the JSON line
+_LOCK = "lock"
+_PIECE = 1 << 26
+# Files that were not opened for so long are removed when another one is made.
+_KEPT_SECONDS = 30 * 86400.0
+
+
+def user_cache(name: str) -> Path:
+    """Return the folder for one kind of derived data, in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-twophase" / name
+
+
+def shared_arrays(path: Path, make: Callable[[], Arrays]) -> Arrays:
+    """Return the arrays of a file, memory-mapped and read-only; make the file if there is none.
+
+    One process makes it, and others that need it at the same time wait. A file that is truncated or does not match its
+    checksum is made again. If the folder cannot be written, a warning says so and the arrays are those of ``make``, in
+    this process's own memory.
+
+    Args:
+        path: The file. Its name identifies what the arrays are derived from, and its folder is for such files only.
+        make: Returns the arrays.
+
+    Raises:
+        Exception: Whatever ``make`` raises; nothing is written then.
+    """
+    found = _open(path)
+    if found is not None:
+        return found
+    with _locked(path) as writable:
+        found = _open(path)
+        if found is not None:
+            return found
+        arrays = make()
+        if not writable or not _write(path, arrays):
+            return arrays
+    return _open(path) or arrays
+
+
+def _open(path: Path) -> Arrays | None:
+    # Pages are shared between the processes that map the file, and the checksum reads them once.
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size >= _BLOCK else None
+        arrays = None if mapped is None else _arrays(mapped, path.name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(error, FileNotFoundError):
+            logger.debug("%s cannot be used: %s", path, error)
+        return None
+    with suppress(OSError):  # it is in use; a folder of another user cannot be changed
+        os.utime(path)
+    return arrays
+
+
+def _arrays(mapped: mmap.mmap, name: str) -> Arrays | None:
+    if xxhash.xxh3_128_hexdigest(memoryview(mapped)[_DIGEST:]) != mapped[:_DIGEST].decode("ascii"):
+        return None
+    content = json.loads(mapped[_DIGEST:_BLOCK])
+    if content["format"] != _FORMAT or content["name"] != name:
+        return None
+    return {
+        array: np.frombuffer(mapped, entry["dtype"], prod(entry["shape"]), entry["offset"]).reshape(entry["shape"])
+        for array, entry in content["arrays"].items()
+    }
+
+
+def _write(path: Path, arrays: Arrays) -> bool:
+    try:
+        with replace_file(path, unique=True) as file:
+            _write_arrays(file, path.name, arrays)
+    except OSError as error:
+        _warn(path, error)
+        return False
+    return True
+
+
+def _write_arrays(file: IO[bytes], name: str, arrays: Arrays) -> None:
+    entries: dict[str, dict[str, Any]] = {}
+    offset = _BLOCK
+    for key, array in arrays.items():
+        entries[key] = {"dtype": array.dtype.str, "shape": list(array.shape), "offset": offset}
+        offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    line = json.dumps({"format": _FORMAT, "name": name, "arrays": entries}).encode("ascii")
+    block = line.ljust(_BLOCK - _DIGEST)
+    if len(block) != _BLOCK - _DIGEST:
+        raise ValueError(f"the description of {len(arrays)} arrays has {len(line)} bytes, which do not fit")
+    digest = xxhash.xxh3_128(block)
+    file.write(bytes(_DIGEST) + block)
+    for array in arrays.values():
+        values = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        for start in range(0, len(values), _PIECE):
+            digest.update(values[start : start + _PIECE])
+            file.write(values[start : start + _PIECE])
+        padding = bytes(-len(values) % _ALIGNMENT)
+        digest.update(padding)
+        file.write(padding)
+    file.seek(0)
+    file.write(digest.hexdigest().encode("ascii"))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    # Yields whether files can be made in the folder. The lock ends with the process.
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path.parent / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        _warn(path, error)
+        yield False
+        return
+    try:
+        if _wait_for(descriptor, path):
+            _remove_leftovers(path.parent)
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for(descriptor: int, path: Path) -> bool:
+    # False on a file system without locks: several processes may then make the same file, and the last one is kept.
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("waiting for another process, which writes to %s", path.parent)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        logger.debug("%s cannot be locked: %s", path.parent, error)
+        return False
+    return True
+
+
+def _remove_leftovers(folder: Path) -> None:
+    # What a killed process wrote, and files that nobody has opened for a long time.
+    oldest = time.time() - _KEPT_SECONDS
+    for file in folder.iterdir():
+        with suppress(OSError):
+            if file.name != _LOCK and (file.suffix == ".tmp" or file.stat().st_mtime < oldest):
+                file.unlink()
+
+
+def _warn(path: Path, error: OSError) -> None:
+    logger.warning(
+        "%s cannot be written (%s): each process keeps a copy in its own memory; set XDG_CACHE_HOME to a folder that "
+        "can be written to share one copy",
+        path.parent,
+        error.strerror or error,
+    )
