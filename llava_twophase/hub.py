@@ -34,6 +34,16 @@ def use_cache_if_unreachable(names: Iterable[str]) -> None:
         set_hub_offline()
 
 
+def path_advice(name: str) -> str:
+    """Return what a model's path is relative to and what to give; an empty string for an absolute path."""
+    if Path(name).is_absolute():
+        return ""
+    return (
+        f"\nthere is no folder {name} in {Path.cwd()}; a relative path, also one that the config.json of a run has, is "
+        "looked up in the current folder: give the full path"
+    )
+
+
 def download_advice(name: str) -> str:
-    """Return how to download a model that cannot be loaded, or an empty string if the name is a file or folder."""
-    return "" if Path(name).exists() else f"\nif it is not on this machine yet, download it: hf download {name}"
+    """Return what to do if a model cannot be loaded: an empty string if the name is a file or folder."""
+    return "" if Path(name).exists() else f"{path_advice(name)}\nif it is a hub id, download it: hf download {name}"

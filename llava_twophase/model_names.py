@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_twophase.errors import UserError
+from llava_twophase.hub import path_advice
 from llava_twophase.vision.families import UNSUPPORTED, refusal
 
 _TOWER_FIELDS = ("vision_config", "image_size", "patch_size")
@@ -73,4 +74,6 @@ def require_model_folder(flag: str, name: str, expected: str, file: str = "confi
     elif folder.exists():
         raise UserError(f"{flag} {name} is a file; expected the folder of {expected}, or a hub id such as owner/name")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UserError(f"{flag} {name}: there is no such folder; expected the folder of {expected}, or a hub id")
+        raise UserError(
+            f"{flag} {name}: there is no such folder; expected the folder of {expected}, or a hub id{path_advice(name)}"
+        )

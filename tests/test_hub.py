@@ -29,6 +29,12 @@ def test_hub_is_not_asked_for_local_folders(unreachable, tmp_path, caplog):
     assert not caplog.records and not constants.HF_HUB_OFFLINE
 
 
-def test_download_advice_is_for_names_on_the_hub_only(tmp_path):
-    assert download_advice("owner/name").endswith("hf download owner/name")
+def test_download_advice_is_for_names_that_are_not_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    advice = download_advice("llms/vicuna")
+    assert (
+        f"there is no folder llms/vicuna in {tmp_path}; a relative path, also one that the config.json of a run has"
+        in advice
+    )
+    assert advice.endswith("if it is a hub id, download it: hf download llms/vicuna")
     assert download_advice(str(tmp_path)) == ""

@@ -34,6 +34,15 @@ def test_require_model_folder_refuses_paths_that_do_not_exist(name):
         require_model_folder("--model_name_or_path", name, "an LLM")
 
 
+def test_require_model_folder_says_what_a_path_is_relative_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"there is no folder models/vicuna/7b in {tmp_path}; .*give the full path"):
+        require_model_folder("--model_name_or_path", "models/vicuna/7b", "an LLM")
+    with pytest.raises(UserError) as caught:
+        require_model_folder("--model_name_or_path", "/models/vicuna", "an LLM")
+    assert "relative" not in str(caught.value)
+
+
 def test_require_tower_folder_accepts_towers_and_hub_ids(tiny_clip, tiny_clip_full, tiny_siglip, tiny_dinov2, tmp_path):
     for name in (tiny_clip, tiny_clip_full, tiny_siglip, tiny_dinov2, "openai/clip-vit-large-patch14-336"):
         require_tower_folder(str(name))

@@ -47,7 +47,7 @@ def caption(projector: TrainedProjector, images: Sequence[str], placement: Place
         UserError: An image does not exist or a model cannot be loaded; nothing was captioned.
     """
     named = list_images(images, options.image_folder)
-    _require_existing(named, options.feature_cache, projector.interpolate_patch_grid)
+    _require_existing(named, options, projector.interpolate_patch_grid)
     captioner = Captioner.load(projector, placement, feature_cache=options.feature_cache)
     cards, failed = [], 0
     for image, text, error in _captions(captioner, named, options.batch_size):
@@ -67,13 +67,15 @@ def caption(projector: TrainedProjector, images: Sequence[str], placement: Place
     return 1 if failed else 0
 
 
-def _require_existing(images: Sequence[NamedImage], feature_cache: Sequence[str] | None, interpolate: bool) -> None:
+def _require_existing(images: Sequence[NamedImage], options: CaptionOptions, interpolate: bool) -> None:
     missing = [image.name for image in images if not image.exists]
-    if feature_cache:
-        missing = open_caches(feature_cache, interpolate).missing(missing)
+    caches = options.feature_cache
+    if caches:
+        missing = open_caches(caches, interpolate).missing(missing)
     if missing:
-        where = f", and are not in {' and '.join(feature_cache)}" if feature_cache else ""
-        raise combined_error(missing, f"{len(missing)} of {len(images)} images do not exist{where}")
+        where = f", neither as a file nor in {' and '.join(caches)}" if caches else ""
+        advice = "" if options.image_folder else "; images of records need --image_folder"
+        raise combined_error(missing, f"{len(missing)} of {counted(len(images), 'image')} not found{where}{advice}")
 
 
 def _captions(

@@ -14,17 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_twophase import __version__
+from llava_twophase.cache.joined import caches_of, open_caches
 from llava_twophase.deploy.captioner import Captioner, Placement
 from llava_twophase.deploy.evaluate import EvaluationSettings, RecordResult, evaluate
 from llava_twophase.deploy.inputs import thumbnail
 from llava_twophase.deploy.statistics import METRICS, Estimate, by_length, compare, require_chrf, summarize
 from llava_twophase.deploy.trained_projector import TrainedProjector
-from llava_twophase.errors import UserError
+from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import replace_file
 from llava_twophase.html import Card, Page, mark_differences
 from llava_twophase.json_file import finite
-from llava_twophase.records import Record, load_records
+from llava_twophase.records import Record, image_keys, load_records
 from llava_twophase.text import counted
+from llava_twophase.train.data.tower_check import check_all_settings
 from llava_twophase.vision.images import BadImage
 from llava_twophase.vision.sources import ImageSource, open_images
 
@@ -74,6 +76,7 @@ def evaluate_runs(runs: Mapping[str, TrainedProjector], placement: Placement, op
         raise UserError("evaluate needs the held-out images: give --image_folder or --feature_cache")
     images = None if options.image_folder is None else open_images(options.image_folder)
     records = _sample(load_records(options.data_path, image_folder=options.image_folder), options)
+    _require_features(runs, image_keys(records), images, options)
     results = {}
     for name, projector in runs.items():
         captioner = Captioner.load(projector, placement, feature_cache=options.feature_cache)
@@ -98,6 +101,34 @@ def _sample(records: Sequence[Record], options: EvaluationOptions) -> list[Recor
     return [records[position] for position in sorted(chosen)]
 
 
+def _require_features(
+    runs: Mapping[str, TrainedProjector], keys: Sequence[str], images: ImageSource | None, options: EvaluationOptions
+) -> None:
+    """Check before a model is loaded that the caches belong to all runs, and that every image is found."""
+    caches, refused, missing = options.feature_cache or (), [], list(keys)
+    for name, projector in runs.items() if caches else ():
+        try:
+            cache = open_caches(caches, projector.interpolate_patch_grid)
+            check_all_settings(caches_of(cache), projector.tower_settings)
+            missing = cache.missing(keys)
+        except UserError as error:
+            if len(runs) == 1:
+                raise
+            refused.append(f"{name}: {error}")
+    if refused:
+        raise combined_error(
+            refused,
+            "--feature_cache does not have the features of all runs; runs of different towers or settings are compared "
+            "with --image_folder alone, by the tower of each",
+        )
+    if images is not None:
+        missing = [f"{key}: {reason}" for key, reason in images.missing(missing).items()]
+    if missing:
+        where = " and ".join([*caches, *([options.image_folder] if options.image_folder else [])])
+        advice = "" if options.image_folder else "; give --image_folder too, or extract them"
+        raise combined_error(missing, f"{len(missing)} of {counted(len(keys), 'image')} not found in {where}{advice}")
+
+
 def _features(captioner: Captioner, images: ImageSource | None) -> Callable[[Sequence[str]], torch.Tensor]:
     def read(keys: Sequence[str]) -> torch.Tensor:
         return captioner.features([_input(captioner, images, key) for key in keys])
@@ -108,8 +139,7 @@ def _features(captioner: Captioner, images: ImageSource | None) -> Callable[[Seq
 def _input(captioner: Captioner, images: ImageSource | None, key: str) -> str | bytes:
     if captioner.images.has(key):
         return key
-    if images is None:
-        raise UserError(f"image {key} is not in the feature cache; give --image_folder too, or extract it")
+    assert images is not None  # every image was found
     try:
         return images.read(key)
     except BadImage as error:

@@ -60,10 +60,10 @@ def export_hf(projector: TrainedProjector, out: str | Path) -> Path:
     require_expressible(parts, weights)
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     needed = sum(path.stat().st_size for path in (*weight_files(parts.llm_folder), *weight_files(parts.tower_folder)))
-    require_free_space(folder, needed, "the exported weights", "free some space or give --out on another disk")
+    require_free_space(folder, needed, "the exported weights", "free some space or give OUT on another disk")
     work = folder.absolute().with_name(f"{folder.absolute().name}.tmp")
     shutil.rmtree(work, ignore_errors=True)  # of an export that was interrupted
-    with explain_os_errors(work.parent, "--out", lambda: "run the same command again", also=(SafetensorError,)):
+    with explain_os_errors(work.parent, "OUT", lambda: "run the same command again", also=(SafetensorError,)):
         work.mkdir()
         _write_folder(parts, weights, work)
         work.replace(folder)  # an empty folder is replaced, too

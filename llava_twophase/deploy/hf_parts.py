@@ -64,23 +64,35 @@ def load_parts(projector: TrainedProjector) -> HfParts:
     """Find the models of a projector and read their configurations.
 
     Raises:
-        UserError: A model cannot be found or its configuration cannot be read.
+        UserError: A model cannot be found, transformers' LLaVA does not hold its family, or its configuration cannot be
+            read.
     """
     only_tower = projector.only_tower("transformers' LLaVA")
     llm, tower = model_folder(projector.llm, "--model_name_or_path"), model_folder(only_tower, "--vision_tower")
     try:
-        text, vision = AutoConfig.from_pretrained(llm), AutoConfig.from_pretrained(tower)
+        text = AutoConfig.from_pretrained(llm).get_text_config()
+        vision = AutoConfig.from_pretrained(tower)
+        vision = getattr(vision, "vision_config", vision)
+        _require_families(text.model_type, vision.model_type)
         processor = AutoImageProcessor.from_pretrained(tower, backend="pil")
+    except UserError:
+        raise
     except Exception as error:  # of any class, because a configuration file can hold anything
         raise UserError(f"the configuration of {llm} or {tower} cannot be loaded: {error}") from None
-    return HfParts(
-        projector=projector,
-        llm_folder=llm,
-        tower_folder=tower,
-        text_config=text.get_text_config(),
-        vision_config=getattr(vision, "vision_config", vision),
-        processor=processor,
-    )
+    return HfParts(projector, llm, tower, text_config=text, vision_config=vision, processor=processor)
+
+
+def _require_families(llm: str, tower: str) -> None:
+    if tower not in TOWERS:
+        raise UserError(
+            f"the vision tower is a {tower}; exports hold {', '.join(TOWERS)}. Use the projector with "
+            "`llava-use-projector caption`"
+        )
+    if llm not in LLMS:
+        raise UserError(
+            f"the LLM is a {llm}; transformers' LLaVA gives the same logits with {', '.join(LLMS)} only. Use the "
+            "projector with `llava-use-projector caption`"
+        )
 
 
 def require_expressible(parts: HfParts, weights: dict[str, torch.Tensor]) -> None:
@@ -101,18 +113,8 @@ def require_expressible(parts: HfParts, weights: dict[str, torch.Tensor]) -> Non
         )
     if parts.projector.s2_scales:
         raise UserError("the projector reads features of several scales (S2), which transformers' LLaVA does not have")
-    if tower not in TOWERS:
-        raise UserError(
-            f"the vision tower is a {tower}; exports hold {', '.join(TOWERS)}. Use the projector with "
-            "`llava-use-projector caption`"
-        )
     if parts.projector.select_feature == "cls_patch" and not TOWERS[tower]:
         raise UserError(f"a {tower} has no CLS token, so cls_patch cannot be exported")
-    if llm not in LLMS:
-        raise UserError(
-            f"the LLM is a {llm}; transformers' LLaVA gives the same logits with {', '.join(LLMS)} only. Use the "
-            "projector with `llava-use-projector caption`"
-        )
     expected = ("model.", "lm_head.weight")
     other = [name for name in tensor_names(parts.llm_folder) if not name.startswith(expected)]
     if other:

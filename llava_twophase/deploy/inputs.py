@@ -30,7 +30,7 @@ class NamedImage:
     Attributes:
         name: What to print: the path as given, or the image key.
         read: Returns the bytes of the file; raises ``UserError`` if it cannot be read.
-        exists: Whether there is a file; a missing file can only be an image key of the feature cache.
+        exists: Whether there is a file; otherwise the name can only be an image key of the feature cache.
     """
 
     name: str
@@ -74,7 +74,7 @@ def _expand(path: str, image_folder: str | None) -> Iterator[NamedImage]:
     if suffix in _RECORDS:
         images = open_images(image_folder) if image_folder else None
         for key in image_keys(load_records(given, image_folder=image_folder)):
-            yield NamedImage(key, _reader(images, key))
+            yield NamedImage(key, _reader(images, key), exists=images is not None)
     elif given.is_dir() or suffix in _ARCHIVES:
         images = open_images(given)
         names = [name for name in _names(given) if name.lower().endswith(IMAGE_SUFFIXES)]
@@ -98,9 +98,9 @@ def _names(path: Path) -> list[str]:
 
 def _reader(images: ImageSource | None, key: str) -> Callable[[], bytes]:
     def read() -> bytes:
-        if images is None:
-            raise UserError(f"image {key} is not in --feature_cache; give --image_folder too")
         try:
+            if images is None:
+                raise BadImage("there is no --image_folder")
             return images.read(key)
         except BadImage as error:
             raise UserError(f"image {key}: {error}") from None

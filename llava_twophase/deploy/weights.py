@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llava_twophase.errors import UserError
+from llava_twophase.hub import download_advice, use_cache_if_unreachable
+from llava_twophase.model_names import require_model_folder
 
 _PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 _INDEX = "model.safetensors.index.json"
@@ -38,10 +40,14 @@ def model_folder(name: str, flag: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    require_model_folder(flag, name, "a model")
+    use_cache_if_unreachable([name])
     try:
         return Path(snapshot_download(name, allow_patterns=list(_PATTERNS)))
     except Exception as error:  # hub and network errors have no common base class
-        raise UserError(f"{flag} {name}: it is not a folder and cannot be downloaded: {error}") from None
+        raise UserError(
+            f"{flag} {name}: it is not a folder and cannot be downloaded: {error}{download_advice(name)}"
+        ) from None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -9,6 +9,9 @@ import pytest
 from commands import use_command
 from helpers import run
 from llava_twophase.deploy import inputs
+from llava_twophase.deploy.caption import CaptionOptions, caption
+from llava_twophase.deploy.captioner import Placement
+from llava_twophase.deploy.trained_projector import find_projector
 from llava_twophase.errors import UserError
 
 
@@ -41,6 +44,13 @@ def test_caption_of_records_from_the_cache_needs_no_images(trained):
     assert [line["image"] for line in lines] == trained.keys and all("caption" in line for line in lines)
 
 
+def test_caption_of_records_without_images_is_one_error(trained):
+    options = {"batch_size": 4, "html": None, "json": False}
+    projector = find_projector(trained.run)
+    with pytest.raises(UserError, match="12 of 12 images not found; images of records need --image_folder"):
+        caption(projector, [str(trained.records)], Placement(), CaptionOptions(None, None, **options))
+
+
 def test_list_images_reads_archives(trained, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(trained.images / trained.keys[0], "in/one.png")
@@ -58,5 +68,5 @@ def test_list_images_refuses_a_folder_without_images(tmp_path):
 def test_caption_reports_missing_images_before_the_llm_loads(trained, tmp_path):
     command = use_command("caption", trained.run, tmp_path / "a.jpg", trained.keys[0], feature_cache=trained.cache)
     done = run(["python", *command], expect=1)
-    assert "1 of 2 images do not exist, and are not in" in done.stderr and done.stdout == ""
+    assert "1 of 2 images not found, neither as a file nor in" in done.stderr and done.stdout == ""
     assert "Loading weights" not in done.stderr

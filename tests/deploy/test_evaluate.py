@@ -1,11 +1,13 @@
 """Losses, ranks and captions of held-out records."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from commands import use_command
+from drawn import make_record, write_records
 from helpers import run
 from llava_twophase import Captioner, FeatureCache, load_records
 from llava_twophase.deploy.captioner import Placement
@@ -81,6 +83,21 @@ def test_evaluate_ranks_the_true_caption(captioner, trained):
         assert result.rank == sum(loss <= result.loss for loss in losses)
 
 
+def options_of(trained, **changes):
+    return EvaluationOptions(
+        **{
+            "data_path": str(trained.records),
+            "image_folder": None,
+            "feature_cache": [str(trained.cache)],
+            "limit": 4,
+            "html": None,
+            "json": False,
+            "settings": EvaluationSettings(batch_size=4, candidates=3),
+            **changes,
+        }
+    )
+
+
 def test_evaluate_command_compares_runs_and_writes_a_page(trained, tmp_path):
     page = tmp_path / "report.html"
     flags = {"data_path": trained.records, "image_folder": trained.images, "candidates": 3, "limit": 6, "html": page}
@@ -96,21 +113,32 @@ def test_evaluate_command_compares_runs_and_writes_a_page(trained, tmp_path):
 
 def test_evaluate_runs_prints_one_line_for_each_metric_at_80_columns(trained, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    options = EvaluationOptions(
-        data_path=str(trained.records),
-        image_folder=None,
-        feature_cache=str(trained.cache),
-        limit=4,
-        html=None,
-        json=False,
-        settings=EvaluationSettings(batch_size=4, candidates=3),
-    )
     projector = find_projector(trained.run)
-    evaluate_runs({"a" * 60: projector, "b" * 60: projector}, Placement(), options)
+    evaluate_runs({"a" * 60: projector, "b" * 60: projector}, Placement(), options_of(trained))
     lines = capsys.readouterr().out.splitlines()[1:]  # the first has the path of the records
     assert max(map(len, lines)) <= 80
     for text, _ in METRICS.values():
         assert len([line for line in lines if text in line and "[" in line]) == 3  # two runs and their difference
+
+
+def test_evaluate_runs_of_different_towers_asks_for_the_images(trained, tiny_siglip):
+    runs = {"a": find_projector(trained.run), "b": find_projector(trained.run, vision_tower=str(tiny_siglip))}
+    with pytest.raises(UserError, match="different towers or settings are compared ") as caught:
+        evaluate_runs(runs, Placement(), options_of(trained))
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.startswith(f"  b: {trained.cache} was made from {trained.tower}, whose weights differ from")
+
+
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_evaluate_runs_reports_missing_images_before_a_model_loads(with_folder, trained, tmp_path):
+    records = [make_record("1", trained.keys[0], "one"), make_record("2", "absent.jpg", "two")]
+    data = str(write_records(records, tmp_path / "records.json"))
+    folder = str(trained.images) if with_folder else None
+    runs = {"a": replace(find_projector(trained.run), llm="/nowhere")}
+    with pytest.raises(UserError, match=f"1 of 2 images not found in {trained.cache}") as caught:
+        evaluate_runs(runs, Placement(), options_of(trained, data_path=data, image_folder=folder))
+    advice = [] if with_folder else ["; give --image_folder too, or extract them"]
+    assert all(words in str(caught.value) for words in ["\n  absent.jpg", *advice])
 
 
 def test_evaluate_command_needs_images(trained):

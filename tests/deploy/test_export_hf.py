@@ -195,6 +195,13 @@ def test_export_hf_refuses_families_that_it_would_change(kind, trained, tmp_path
         export_hf(projector, tmp_path / "model")
 
 
+def test_export_hf_refuses_a_tower_of_another_family_whatever_its_image_processor(trained, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}), encoding="utf-8")
+    (tmp_path / "preprocessor_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="the vision tower is a vit; exports hold clip_vision_model"):
+        export_hf(find_projector(trained.run, vision_tower=str(tmp_path)), tmp_path / "out")
+
+
 def test_export_hf_refuses_tensors_that_it_cannot_name(trained, tmp_path):
     llm = shutil.copytree(trained.llm, tmp_path / "llm")
     weights = load_file(llm / "model.safetensors")

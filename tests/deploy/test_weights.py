@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_twophase.deploy.weights import SafetensorsWriter, stream_tensors, tensor_names, weight_files
+from llava_twophase.deploy.weights import SafetensorsWriter, model_folder, stream_tensors, tensor_names, weight_files
 from llava_twophase.errors import UserError
 
 
@@ -35,6 +35,13 @@ def test_weight_files_reports_a_missing_piece(tmp_path):
     (tmp_path / "piece-1.safetensors").unlink()
     with pytest.raises(UserError, match=r"lists piece-1\.safetensors, which is missing"):
         weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llms/vicuna", "models/llms/vicuna"])
+def test_model_folder_says_what_a_path_is_relative_to(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"--model_name_or_path {name}: (?s:.*)no folder {name} in {tmp_path}"):
+        model_folder(name, "--model_name_or_path")
 
 
 def test_weight_files_refuses_a_folder_without_weights(tmp_path):
