@@ -75,15 +75,16 @@ def draw(scene: Scene) -> Image.Image:
     apart, aside = large + small + rng.uniform(1, 4), rng.uniform(-12, 12)
     second = (x - dx * apart + dy * aside, y - dy * apart + dx * aside)
     for (colour, shape), radius, centre in ((scene.first, large, (x, y)), (scene.second, small, second)):
-        _draw_shape(pen, shape, centre, radius, _jitter(COLOURS[colour], rng))
+        draw_shape(pen, shape, centre, radius, jitter(COLOURS[colour], rng))
     return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def _jitter(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, ...]:
+def jitter(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, ...]:
+    """Return a colour near `colour`."""
     return tuple(min(255, max(0, value + rng.randint(-12, 12))) for value in colour)
 
 
-def _draw_shape(
+def draw_shape(
     pen: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, colour: tuple[int, ...]
 ) -> None:
     """Draw one filled shape that fits a circle of `radius` pixels around `centre`."""

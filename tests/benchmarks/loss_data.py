@@ -1,0 +1,155 @@
+"""Data of time_to_loss.py: drawn scenes with richer captions than the demo's, and Debian's stamps, as patch features.
+
+A scene has two groups of one to three equal shapes, in two halves of a picture with a tinted background. Its caption
+has 15 to 18 tokens and about 11 nats that only the picture tells: "two red circles left of a blue star on a pink
+background". Stamps are real drawings and photos with short captions.
+
+Shapes: N images, L = 64 patch tokens, D = 384 tower width.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from transformers import AutoTokenizer
+
+from llava_twophase.train.data.conversation import PlainTemplate
+from llava_twophase.train.data.tokenizer import load_caption_tokenizer
+from llava_twophase.vision.preprocess import Preprocessor
+from llava_twophase.vision.tower import VisionTower
+from pipelines.demo.fetch import DINOV2_SMALL, fetch
+from pipelines.demo.scenes import COLOURS, RELATIONS, SHAPES, SIDE, SUPERSAMPLE, draw_shape, jitter
+from pipelines.demo.stamps import fetch_stamps, write_stamps
+from pipelines.demo.weights import dinov2_folder
+
+HELD_OUT = {"scenes": 64, "stamps": 80}
+TRAIN = {"scenes": 1600, "stamps": None}  # None: all that are not held out
+SELECT_LAYER = {"scenes": -7, "stamps": -3}  # as in the demo
+BACKGROUNDS = {"white": (246, 246, 246), "pink": (250, 205, 215), "cyan": (190, 240, 240), "gray": (165, 165, 165)}
+COUNTS = {1: "a", 2: "two", 3: "three"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Features and tokenized captions of one split.
+
+    Attributes:
+        features: bfloat16 ``[N, L, D]``.
+        input_ids: int64 ``[T]`` of each image, the image token included.
+        labels: int64 ``[T]``, -100 where no loss is computed.
+    """
+
+    features: torch.Tensor
+    input_ids: list[torch.Tensor]
+    labels: list[torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def samples(self, rows: list[int]) -> list[dict[str, torch.Tensor]]:
+        """Return samples as ``collate`` takes them."""
+        return [
+            {"features": self.features[row], "input_ids": self.input_ids[row], "labels": self.labels[row]}
+            for row in rows
+        ]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some equal shapes."""
+
+    count: int
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        article = "an" if self.count == 1 and self.colour[0] in "aeiou" else COUNTS[self.count]
+        return f"{article} {self.colour} {self.shape}{'s' if self.count > 1 else ''}"
+
+
+def draw_rich_scene(rng: random.Random) -> tuple[Image.Image, str]:
+    """Draw one scene of ``SIDE`` x ``SIDE`` pixels and return it with its caption."""
+    groups = [Group(rng.randint(1, 3), colour, rng.choice(SHAPES)) for colour in rng.sample(list(COLOURS), 2)]
+    relation, background = rng.choice(list(RELATIONS)), rng.choice(list(BACKGROUNDS))
+    picture = Image.new("RGB", (SIDE * SUPERSAMPLE,) * 2, jitter(BACKGROUNDS[background], rng))
+    pen = ImageDraw.Draw(picture)
+    dx, dy = RELATIONS[relation]
+    for group, side in ((groups[0], 1), (groups[1], -1)):
+        for number in range(group.count):
+            along = SIDE * (number + 0.5) / group.count + rng.uniform(-5, 5)
+            across = SIDE / 2 + side * (dx + dy) * (SIDE / 4 + rng.uniform(-5, 5))
+            centre = (across, along) if dx else (along, across)
+            draw_shape(pen, group.shape, centre, rng.uniform(13, 17), jitter(COLOURS[group.colour], rng))
+    caption = f"{groups[0]} {relation} {groups[1]} on a {background} background"
+    return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), caption
+
+
+def draw_scenes(train: int, held_out: int) -> tuple[list[tuple[Image.Image, str]], list[tuple[Image.Image, str]]]:
+    """Draw both splits; every scene is another random one."""
+    rng = random.Random(0)
+    pairs = [draw_rich_scene(rng) for _ in range(train + held_out)]
+    return pairs[:train], pairs[train:]
+
+
+def read_stamps(folder: Path, held_out: int) -> tuple[list[tuple[Image.Image, str]], list[tuple[Image.Image, str]]]:
+    """Write the stamps as the demo does and read both splits."""
+    splits = []
+    for path in write_stamps(fetch_stamps(), folder, held_out):
+        records = json.loads(path.read_text(encoding="utf-8"))
+        splits.append(
+            [
+                (Image.open(folder / "images" / record["image"]), record["conversations"][1]["value"])
+                for record in records
+            ]
+        )
+    return splits[0], splits[1]
+
+
+def load_data(name: str, folder: Path, llm: str) -> tuple[Split, Split]:
+    """Return the training and the held-out split; features are computed by the first call and kept in `folder`."""
+    kept = folder / f"features-{name}.pt"
+    if not kept.exists():
+        held_out = HELD_OUT[name]
+        splits = (
+            draw_scenes(TRAIN[name] or 0, held_out) if name == "scenes" else read_stamps(folder / "stamps", held_out)
+        )
+        tower = dinov2_folder(fetch(DINOV2_SMALL), SIDE)
+        content = [
+            {"features": encode(tower, name, pairs), "captions": [text for _, text in pairs]} for pairs in splits
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(content, kept.with_suffix(".tmp"))
+        kept.with_suffix(".tmp").replace(kept)
+    template = caption_template(llm)
+    train, held = (tokenize(part, template) for part in torch.load(kept))
+    return train, held
+
+
+def encode(tower: Path, name: str, pairs: list[tuple[Image.Image, str]]) -> torch.Tensor:
+    """Return the patch features of pictures, bfloat16 ``[N, L, D]``."""
+    preprocessor = Preprocessor(str(tower))
+    vision = VisionTower(str(tower), preprocessor, select_layer=SELECT_LAYER[name], dtype=torch.float32)
+    found = []
+    for start in range(0, len(pairs), 8):
+        crops = [torch.from_numpy(preprocessor.crop(picture)) for picture, _ in pairs[start : start + 8]]
+        found.append(vision.encode(torch.stack(crops)).to(torch.bfloat16))
+    return torch.cat(found)
+
+
+def caption_template(llm: str) -> PlainTemplate:
+    """Return the template ``plain`` with the LLM's tokenizer."""
+    tokenizer = load_caption_tokenizer(llm, AutoTokenizer.from_pretrained(llm))
+    return PlainTemplate(tokenizer, model_max_length=2048, image_tokens=(SIDE // 14) ** 2)
+
+
+def tokenize(part: dict[str, Any], template: PlainTemplate) -> Split:
+    """Tokenize the captions of one split."""
+    rows = [template(caption) for caption in part["captions"]]
+    ids, labels = ([torch.tensor(row[column]) for row in rows] for column in (0, 1))
+    return Split(part["features"], ids, labels)
