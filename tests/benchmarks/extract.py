@@ -15,6 +15,7 @@ random: speed does not depend on them. The last line is one JSON object.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -87,6 +88,14 @@ def write_pictures(folder, count):
     return keys
 
 
+def repeat_pictures(folder, keys, count):
+    """Link the pictures under more names until there are `count` of them, and return the new names."""
+    names = [f"{number:06d}.jpg" for number in range(len(keys), count)]
+    for number, name in enumerate(names):
+        os.link(folder / keys[number % len(keys)], folder / name)
+    return names
+
+
 def flops(layers):
     """Multiplications and additions of one image in `layers` layers and the patch embedding."""
     linear = 2 * TOKENS * (4 * WIDTH * WIDTH + 2 * WIDTH * INNER)
@@ -100,14 +109,15 @@ class Ways:
     def __init__(self, args, folder):
         self.args, self.folder = args, folder
         (folder / "images").mkdir()
-        self.keys = write_pictures(folder / "images", args.images)
+        self.sample = write_pictures(folder / "images", min(args.images, args.sample or args.images))
+        self.keys = [*self.sample, *repeat_pictures(folder / "images", self.sample, args.images)]
         write_tower(folder, args.layers)
         self.images, self.preprocessor = ImageFolder(folder / "images"), Preprocessor(str(folder))
         self.ours = VisionTower(str(folder), self.preprocessor, dtype=torch.bfloat16, device=DEVICE)
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         complete = CLIPVisionModel.from_pretrained(folder, dtype=torch.bfloat16)
         self.complete = complete.eval().requires_grad_(False).to(DEVICE)
-        pictures = [Image.open(folder / "images" / key).convert("RGB") for key in self.keys]
+        pictures = [Image.open(folder / "images" / key).convert("RGB") for key in self.sample]
         self.crops = torch.from_numpy(np.stack([self.preprocessor.crop(picture) for picture in pictures]))
         self.matrix = torch.randn(SQUARE, SQUARE, dtype=torch.bfloat16, device=DEVICE)
         self.rss = []
@@ -118,7 +128,7 @@ class Ways:
         started = now()
         for crops in self.crops.split(self.args.batch_size):
             self.ours.encode(crops)
-        return len(self.keys) / (now() - started)
+        return len(self.sample) / (now() - started)
 
     def pipeline(self):
         self.runs += 1
@@ -141,14 +151,14 @@ class Ways:
     @torch.inference_mode()
     def llava(self):
         started = now()
-        for start in range(0, len(self.keys), self.args.batch_size):
+        for start in range(0, len(self.sample), self.args.batch_size):
             pixels = []
-            for key in self.keys[start : start + self.args.batch_size]:
+            for key in self.sample[start : start + self.args.batch_size]:
                 picture = Image.open(self.folder / "images" / key).convert("RGB")
                 pixels.append(self.processor.preprocess(picture, return_tensors="pt")["pixel_values"][0])
             batch = torch.stack(pixels).to(DEVICE, torch.bfloat16)
             self.complete(batch, output_hidden_states=True).hidden_states[-2][:, 1:].cpu()
-        return len(self.keys) / (now() - started)
+        return len(self.sample) / (now() - started)
 
     @torch.inference_mode()
     def matmul(self):
@@ -204,7 +214,13 @@ def summary(ways, rates, args):
         "matmul_tflops": round(statistics.median(rates["matmul"]) / 1e12, 4),
         "rss_growth_mb_second_half": round(growth / 1e6, 1),
         "bound_by": ways.timings.bound_by(),
-        **{name: getattr(args, name) for name in ("layers", "images", "batch_size", "num_workers", "repetitions")},
+        "pipeline_seconds": {
+            field.name: round(getattr(ways.timings, field.name), 3)
+            for field in dataclasses.fields(ways.timings)
+            if field.name != "cpu"
+        },
+        **{name: getattr(args, name) for name in ("layers", "images", "sample", "batch_size")},
+        **{name: getattr(args, name) for name in ("num_workers", "repetitions")},
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "cpu": platform.processor() or platform.machine(),
@@ -216,6 +232,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24, help="layers of the tower (default: 24, CLIP-L)")
     parser.add_argument("--images", type=int, default=32, help="pictures of one repetition (default: 32)")
+    parser.add_argument("--sample", type=int, help="pictures of the tower's and LLaVA's parts (default: all)")
     parser.add_argument("--repetitions", type=int, default=3, help="(default: 3)")
     parser.add_argument("--batch_size", type=int, default=8, help="(default: 8)")
     parser.add_argument("--num_workers", type=int, default=1, help="decoding processes (default: 1)")

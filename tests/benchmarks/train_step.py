@@ -4,11 +4,12 @@ LLaVA's way is written here from transformers' parts: tower in the step, logits 
 position, an attention mask, recomputation of every layer. Each row of the table takes one of these away; the last is
 `LlavaProjectorModel`. Every row is a process of its own that takes HF Trainer's steps; a row's time is its median step.
 
-    python tests/benchmarks/train_step.py                      # two shapes on a CPU, all four where there is a GPU
+    python tests/benchmarks/train_step.py                      # two shapes on a CPU, all five where there is a GPU
     python tests/benchmarks/train_step.py --shapes 1b --ways llava ours --repeats 3
     python tests/benchmarks/train_step.py --paper              # FLOPs and activations alone, in seconds
 
-A way that does not fit says so. `--shapes 13b` is meant for one H100 and five minutes; it was not run on one yet.
+A way that does not fit, or that fails, says so, and the next one runs. `--shapes 13b` is meant for one H100 and five
+minutes; it was not run on one yet.
 
 Weights are random: they change neither times nor memory. Random batches have captions as long as LLaVA-Pretrain's.
 """
@@ -87,6 +88,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape("tiny", 64, 128, 2, 4, 2, 512, 2, tower_layers=2),  # to try the script
     "135m": Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, 8),
+    "0.5b": Shape("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 151936, 4),
     "1b": Shape("1.1B LLaMA", 2048, 5632, 22, 32, 4, 32000, 4),
     "7b": Shape("Vicuna-7B", 4096, 11008, 32, 32, 32, 32000, 32),
     "13b": Shape("Vicuna-13B", 5120, 13824, 40, 40, 40, 32000, 32),
@@ -120,8 +122,11 @@ OURS = ("ours", "compiled", "graphs", "liger")
 COMPILED = {"compiled": None, "graphs": "reduce-overhead"}
 
 
-FIGURES = ("samples_per_second", "peak_gb", "flops_over_matmul", "matmul_tflops", "losses")
-"""What the last line has of each way; empty for a way that does not fit into memory."""
+FIGURES = (
+    *("samples_per_second", "peak_gb", "flops_over_matmul", "matmul_tflops", "first_step_seconds"),
+    *("seconds_of_steps", "losses"),
+)
+"""What the last line has of each way; the reason alone, as ``failed``, for a way that did not run."""
 
 
 class LlavaStep(nn.Module):
@@ -297,7 +302,7 @@ def run_way(shape: Shape, key: str, folder: Path, steps: int) -> dict[str, Any]:
     try:
         trainer.train()
     except torch.OutOfMemoryError:
-        return {}
+        return {"failed": "out of memory"}
     peak = peak_memory()
     rate = (before + matmul_rate(shape)) / 2
     seconds = statistics.median(clock.seconds[1:])  # the first step warms up and chooses the micro-batches
@@ -307,6 +312,8 @@ def run_way(shape: Shape, key: str, folder: Path, steps: int) -> dict[str, Any]:
         "peak_gb": peak / 1e9,
         "flops_over_matmul": flops(shape, way, ours, samples, model) / seconds / rate,
         "matmul_tflops": rate / 1e12,
+        "first_step_seconds": clock.seconds[0],
+        "seconds_of_steps": [round(seconds, 4) for seconds in clock.seconds[1:]],
         "losses": clock.losses,
         "gradient_norms": clock.norms,
         "micro_batches": str(model.frozen.micro_batching) if ours else "",
@@ -314,7 +321,10 @@ def run_way(shape: Shape, key: str, folder: Path, steps: int) -> dict[str, Any]:
 
 
 def measure(shape_key: str, ways: list[str], repeats: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Run every way in its own process, `repeats` times in turns; return the median run of each, {} if none fits."""
+    """Run every way in its own process, `repeats` times in turns; return the median run of each.
+
+    A way of which no run succeeded has the reason, as ``failed``.
+    """
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
         draw_samples(SHAPES[shape_key], Path(folder))
@@ -322,10 +332,15 @@ def measure(shape_key: str, ways: list[str], repeats: int, steps: int) -> dict[s
             for way in ways:
                 print(f"{shape_key}: {way}, run {turn + 1} of {repeats}", file=sys.stderr, flush=True)
                 command = [sys.executable, __file__, "--worker", shape_key, way, folder, "--steps", str(steps)]
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
-                runs[way].append(json.loads(output.splitlines()[-1]))
-    done = {way: sorted(filter(None, found), key=lambda run: run["seconds"]) for way, found in runs.items()}
-    return {way: found[len(found) // 2] if found else {} for way, found in done.items()}
+                done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
+                failed = {"failed": f"exit code {done.returncode}; stderr has the reason"}
+                runs[way].append(failed if done.returncode else json.loads(done.stdout.splitlines()[-1]))
+    return {way: _median(found) for way, found in runs.items()}
+
+
+def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    succeeded = sorted((run for run in runs if "failed" not in run), key=lambda run: run["seconds"])
+    return succeeded[len(succeeded) // 2] if succeeded else runs[-1]
 
 
 def show(shape: Shape, results: dict[str, dict[str, Any]]) -> None:
@@ -334,13 +349,13 @@ def show(shape: Shape, results: dict[str, dict[str, Any]]) -> None:
         table.add_column(heading, justify="left" if heading == "way" else "right", no_wrap=True)
     first = next(iter(results.values()))
     for key, run in results.items():
-        if not run:
-            table.add_row(WAYS[key].name, "out of memory")
+        if "failed" in run:
+            table.add_row(WAYS[key].name, run["failed"])
             continue
         table.add_row(
             WAYS[key].name,
             f"{run['samples_per_second']:.3f}",
-            f"{run['samples_per_second'] / first['samples_per_second']:.2f}" if first else "",
+            f"{run['samples_per_second'] / first['samples_per_second']:.2f}" if "failed" not in first else "",
             f"{run['peak_gb']:.2f}",
             f"{run['flops_over_matmul']:.2f}",
             " ".join(f"{loss:.4f}" for loss in run["losses"][:3]),
@@ -380,7 +395,7 @@ def show_paper() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = ["135m", "1b", "7b", "13b"] if DEVICE.type == "cuda" else ["135m", "1b"]
+    default = ["135m", "0.5b", "1b", "7b", "13b"] if DEVICE.type == "cuda" else ["135m", "1b"]
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=default)
     ways = [way for way in WAYS if way not in ("graphs", "liger")]  # these two need a GPU
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=ways, help="the first one is the baseline")
@@ -400,10 +415,12 @@ def main() -> int:
     for key in arguments.shapes:
         results = measure(key, arguments.ways, arguments.repeats, arguments.steps)
         show(SHAPES[key], results)
-        line[f"ways_{key}"] = {way: {name: run[name] for name in FIGURES if run} for way, run in results.items()}
+        line[f"ways_{key}"] = {
+            way: {name: run[name] for name in ("failed", *FIGURES) if name in run} for way, run in results.items()
+        }
         baseline, ours = results[arguments.ways[0]], results["ours" if "ours" in results else arguments.ways[-1]]
-        if not baseline or not ours:
-            line[f"speedup_{key}"] = None  # one of them does not fit
+        if "failed" in baseline or "failed" in ours:
+            line[f"speedup_{key}"] = None
             continue
         line[f"speedup_{key}"] = round(ours["samples_per_second"] / baseline["samples_per_second"], 3)
         line[f"flops_over_matmul_{key}"] = round(ours["flops_over_matmul"], 3)
