@@ -31,14 +31,14 @@ _ports = []  # handed out since the last free_shared_memory()
 
 
 def process_environment(**env):
-    """Return the environment of every test process: offline, one thread, this checkout first on the path.
+    """Return the environment of every test process: offline, one thread, this checkout first on PYTHONPATH.
 
     A variable given as None is removed.
     """
     variables = dict(os.environ)
     variables.update(
         OMP_NUM_THREADS="1",
-        PYTHONPATH=str(ROOT),
+        PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         PYTHONUTF8="1",
         HF_HUB_OFFLINE="1",
         TOKENIZERS_PARALLELISM="false",

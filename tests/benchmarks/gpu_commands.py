@@ -125,6 +125,7 @@ def inputs_of(size: Size) -> dict[str, Path]:
     """Write, once, pictures, records, a tower, an LLM and a feature cache; return the flags that take them."""
     folder = Path("inputs-tiny" if size is TINY else "inputs").resolve()
     tower, llm, images = folder / "tower", folder / "llm", folder / "images"
+    flags = {"data_path": folder / "records.json", "vision_tower": tower, "feature_cache": folder / "cache"}
     if not (folder / "made").exists():
         images.mkdir(parents=True, exist_ok=True)
         keys = extract.write_pictures(images, size.images)
@@ -143,10 +144,9 @@ def inputs_of(size: Size) -> dict[str, Path]:
             tower.mkdir(exist_ok=True)
             extract.write_tower(tower, layers=24)
         write_llama(llm, [CAPTION], **size.llm)
+        dtype = {"compute_dtype": "bf16", "device": DEVICE.type, "batch_size": 32, "images_per_shard": 128}
+        _run(["python", *extract_command(**flags, image_folder=images, **dtype)])
         (folder / "made").touch()
-    flags = {"data_path": folder / "records.json", "vision_tower": tower, "feature_cache": folder / "cache"}
-    dtype = {"compute_dtype": "bf16", "device": DEVICE.type, "batch_size": 32, "images_per_shard": 128}
-    _run(["python", *extract_command(**flags, image_folder=images, **dtype)])
     return {**flags, "model_name_or_path": llm}
 
 
