@@ -13,7 +13,7 @@ GPU_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv peers test test-cluster gpu lint format type demo clean
+.PHONY: help venv peers test test-cluster gpu gpu-wheels lint format type demo clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,7 +45,10 @@ test-cluster: $(STAMP) ## SLURM, torchrun and DeepSpeed on two test hosts (root 
 	bash tests/cluster/run.sh $(BIN)/python
 
 gpu: ## measure a GPU in pieces, with the python of the environment that is active (GPU_ARGS=--rehearse)
-	python tests/benchmarks/gpu.py $(GPU_ARGS)
+	$(PYTHON) tests/benchmarks/gpu.py $(GPU_ARGS)
+
+gpu-wheels: $(STAMP) ## gather wheels for a GPU machine without network in gpu-wheels/ (GPU_ARGS="--python 3.12")
+	$(BIN)/python tests/benchmarks/gpu_wheels.py $(GPU_ARGS)
 
 lint: $(STAMP) ## ruff: rules, docstrings and layout
 	$(BIN)/ruff check .
