@@ -9,18 +9,23 @@ import fcntl
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava_twophase.cache.format import MANIFEST, SHARDS, shard_name
+from llava_twophase.cache.format import MANIFEST, SHARDS, fingerprint_hash, shard_name
+from llava_twophase.cache.local import LocalStorage
 from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from llava_twophase.cache.quarantine import merge_parts
-from llava_twophase.cache.shard_files import check_shard, read_header
+from llava_twophase.cache.shard_files import ShardFiles, read_header
 from llava_twophase.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# Seconds that an update of the manifest may take after every shard. A slower one waits for so many times its length.
+_CHEAP, _SHARE = 0.1, 50
 
 
 class CacheSession:
@@ -45,6 +50,7 @@ class CacheSession:
         self.found: Manifest | None = None
         self._current: Manifest | None = None
         self._lock = -1
+        self._next_update = 0.0
 
     def __enter__(self) -> CacheSession:
         if self._read:
@@ -99,9 +105,22 @@ class CacheSession:
 
     def update(self) -> Manifest:
         """Write the shards sealed since the last call into the manifest, and return it."""
+        started = time.monotonic()
         shards = sealed_shards(self.cache, self.manifest, self.manifest.shards)
-        self.replace(replace(self.manifest, shards=shards))
+        if shards != self.manifest.shards:
+            self.replace(replace(self.manifest, shards=shards))
+        seconds = time.monotonic() - started
+        self._next_update = time.monotonic() + (_SHARE * seconds if seconds > _CHEAP else 0.0)
         return self.manifest
+
+    def update_sometimes(self) -> None:
+        """Call ``update`` after a shard was sealed, unless that would take more than 2 % of the time.
+
+        Writing the manifest takes longer with every shard. Shards that it does not list yet are found when the
+        extraction is resumed.
+        """
+        if time.monotonic() >= self._next_update:
+            self.update()
 
     def merge_quarantine(self, tried: Iterable[str]) -> None:
         """Move the quarantine parts beside the shards into ``quarantine.jsonl``; see ``quarantine.merge_parts``."""
@@ -148,19 +167,31 @@ def sealed_shards(cache: Path, manifest: Manifest, known: Iterable[ShardEntry] =
     Raises:
         UserError: A shard is damaged, or belongs to another cache.
     """
+    folder, present = cache / SHARDS, _files_in(cache / SHARDS)
     checked = {entry.file: entry for entry in known}
     listed = {**{entry.file: entry for entry in manifest.shards}, **checked}
-    for path in sorted((cache / SHARDS).glob("shard-*.h5")):
-        if path.name not in listed and re.fullmatch(r"shard-\d{6,}\.h5", path.name):
-            header = read_header(path)
-            listed[path.name] = ShardEntry(path.name, header.rows, header.file_bytes, header.xxh3_128)
-    for entry in list(listed.values()):
-        if not (cache / SHARDS / entry.file).exists():
-            logger.warning("%s is missing from %s: its images will be extracted again", entry.file, cache / SHARDS)
-            del listed[entry.file]
-        elif entry.file not in checked:
-            check_shard(cache, entry, manifest.fingerprint)
+    for name in sorted(present - listed.keys()):
+        if re.fullmatch(r"shard-\d{6,}\.h5", name):
+            header = read_header(folder / name)
+            listed[name] = ShardEntry(name, header.rows, header.file_bytes, header.xxh3_128)
+    missing = [file for file in listed if file not in present and not (folder / file).exists()]
+    for file in missing:
+        logger.warning("%s is missing from %s: its images will be extracted again", file, folder)
+        del listed[file]
+    unchecked = [entry for entry in listed.values() if entry.file not in checked]
+    files, fingerprint = ShardFiles(LocalStorage(cache), unchecked), fingerprint_hash(manifest.fingerprint)
+    for shard in range(len(unchecked)):
+        files.header(shard, fingerprint)
     return sorted(listed.values(), key=lambda entry: shard_number(entry.file))
+
+
+def _files_in(folder: Path) -> set[str]:
+    # One request lists many files. Asking for each is slow on a network file system with 100,000 shards.
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if not entry.is_symlink() or os.path.exists(entry.path)}
+    except FileNotFoundError:
+        return set()
 
 
 def software_plan(manifest: Manifest, software: dict[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,7 @@ class CacheWriter:
         self._shard: _OpenShard | None = None
         self._added: set[str] = set()
         self._begun = self._failed = False
+        self._next_number = 0
 
     def __enter__(self) -> CacheWriter:
         with self._explained():
@@ -189,6 +190,7 @@ class CacheWriter:
         report_software(manifest, current, resumed)
         session.merge_quarantine(())
         session.begin(manifest, sealed, software_plan(manifest, manifest.software if resumed else current))
+        self._next_number = next_shard_number(sealed)
         self._begun = True
 
     def _append(self, session: CacheSession, key: str, row: np.ndarray, source: tuple[int, bytes]) -> None:
@@ -198,8 +200,7 @@ class CacheWriter:
         if not self._begun:
             self._begin(session, session.manifest, session.manifest.shards)
         if self._shard is None:
-            path = shard_path(self.path, next_shard_number(session.manifest.shards))
-            self._shard = _OpenShard(path, self._spec(session.manifest))
+            self._shard = _OpenShard(shard_path(self.path, self._next_number), self._spec(session.manifest))
         self._shard.append(key, row, source)
         if len(self._shard.keys) == self._requested.images_per_shard:
             self._seal(session, self._shard)
@@ -209,7 +210,8 @@ class CacheWriter:
         shard.seal()
         shard.close()
         self._shard = None
-        session.update()
+        self._next_number += 1
+        session.update_sometimes()
 
     def _finish(self, session: CacheSession) -> None:
         if self._failed:
@@ -217,6 +219,7 @@ class CacheWriter:
         if self._shard is not None:
             self._seal(session, self._shard)
         if self._begun:
+            session.update()
             session.merge_quarantine(self._added)
             session.complete()
 

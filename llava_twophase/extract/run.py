@@ -211,7 +211,7 @@ def _extract_as_rank_0(session: CacheSession, work: _Work) -> tuple[Timings, Cou
             messages.raise_if_stopped()
             progress.show(messages.total_progress())
             if step.sealed:
-                session.update()
+                session.update_sometimes()
         for rank in range(1, messages.ranks.world_size):
             done.update(messages.receive(f"done/{rank}", lambda: progress.show(messages.total_progress())))
         progress.show(done)

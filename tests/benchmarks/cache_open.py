@@ -84,6 +84,12 @@ def make_cache(folder, images):
         session.replace(Manifest(fingerprint, {}, PER_SHARD, True, shards=entries))
 
 
+def available_bytes():
+    """Return the memory that new processes can use."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
 def median(found):
     """Return the medians of what several processes measured."""
     return {name: round(statistics.median(run[name] for run in found), 3) for name in found[0]}
@@ -97,6 +103,11 @@ def measure(cache, processes, repetitions):
         "own copy": median([open_in(cache, "own")[0] for _ in range(repetitions)]),
     }
     for name, mode in (("later", "shared"), ("own copy", "own")):
+        if mode == "own" and processes * rows[name]["peak_mb"] * 1e6 > 0.6 * available_bytes():
+            print(
+                f"{processes} processes with a copy each are not measured: they need too much memory", file=sys.stderr
+            )
+            continue
         together = open_in(cache, mode, processes)
         rows[f"{name}, {processes} processes, each"] = median(together)
         rows[f"{name}, {processes} processes"] = {"pss_mb": round(sum(run["pss_mb"] for run in together), 1)}

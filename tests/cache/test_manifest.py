@@ -1,9 +1,13 @@
-"""manifest.json: damage of any kind is one short line."""
+"""manifest.json: what is written is read back, and damage of any kind is one short line."""
+
+import json
+from dataclasses import asdict
 
 import pytest
 
-from cache.make import make_cache
-from llava_twophase.cache.manifest import read_manifest
+from cache.make import make_cache, replace_manifest
+from llava_twophase.cache.format import FORMAT, SCHEMA
+from llava_twophase.cache.manifest import Manifest, ShardEntry, read_manifest
 from llava_twophase.errors import UserError
 
 DAMAGE = {
@@ -36,6 +40,17 @@ def test_read_manifest_reports_damage_in_one_line(kind, tmp_path):
     with pytest.raises(UserError, match=r"manifest\.json is damaged: ") as caught:
         read_manifest(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("shards", [0, 1, 3])
+def test_manifest_is_written_as_indented_json(tmp_path, shards):
+    entries = [ShardEntry(f"shard-{number:06d}.h5", 5, 4096, 'é"\n\\') for number in range(shards)]
+    manifest = Manifest({"é": [1.5, []]}, {"shards": []}, 8, True, {"digest": "d"}, {}, entries)
+    replace_manifest(tmp_path / "cache", manifest)
+    text = (tmp_path / "cache" / "manifest.json").read_text(encoding="utf-8")
+    content = {"format": FORMAT, "schema": SCHEMA, **asdict(manifest)}
+    assert text == json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    assert read_manifest(tmp_path / "cache") == manifest
 
 
 def test_read_manifest_refuses_a_folder_without_one(tmp_path):

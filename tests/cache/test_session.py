@@ -20,6 +20,43 @@ def test_update_lists_shards_sealed_since_the_manifest_was_written(tmp_path):
     assert [entry.rows for entry in read_manifest(cache).shards] == [5, 3, 4]
 
 
+def test_update_lists_no_shard_whose_file_or_link_leads_nowhere(tmp_path, caplog):
+    cache, _, _ = make_cache(tmp_path / "cache", (5, 3, 2))
+    (cache / "shards" / "shard-000000.h5").unlink()
+    link = cache / "shards" / "shard-000001.h5"
+    link.rename(cache / "shards" / "moved")
+    link.symlink_to("nowhere")
+    with CacheSession(cache) as session:
+        assert [entry.rows for entry in session.update().shards] == [2]
+    assert caplog.text.count("its images will be extracted again") == 2
+    link.unlink()
+    link.symlink_to("moved")
+    with CacheSession(cache) as session:
+        assert [entry.rows for entry in session.update().shards] == [3, 2]
+
+
+def test_update_sometimes_writes_after_every_shard_while_that_is_fast(tmp_path):
+    cache, _, _ = make_cache(tmp_path / "cache", (5,))
+    with CacheSession(cache) as session:
+        for number in (1, 2):
+            make_shard(cache / "shards" / f"shard-00000{number}.h5", keys_of(number, 4), rows(4))
+            session.update_sometimes()
+            assert len(read_manifest(cache).shards) == number + 1
+
+
+def test_update_sometimes_waits_fifty_times_as_long_as_a_slow_update_took(tmp_path, monkeypatch):
+    cache, _, _ = make_cache(tmp_path / "cache", (5,))
+    clock = iter([10.0, 10.0, 10.2, 10.2, 20.1, 20.3, 20.3, 20.5, 20.5])
+    monkeypatch.setattr("llava_twophase.cache.session.time.monotonic", lambda: next(clock))
+    with CacheSession(cache) as session:
+        session.update_sometimes()  # from 10.0 to 10.2
+        make_shard(cache / "shards" / "shard-000001.h5", keys_of(1, 4), rows(4))
+        session.update_sometimes()  # at 20.1
+        assert len(read_manifest(cache).shards) == 1
+        session.update_sometimes()  # at 20.3
+        assert len(read_manifest(cache).shards) == 2
+
+
 def test_begin_removes_work_files_and_marks_the_cache_incomplete(tmp_path):
     cache, _, _ = make_cache(tmp_path / "cache")
     for name in ("manifest.json.tmp", "shards/shard-000002.h5.0a1b.tmp"):

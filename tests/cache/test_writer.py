@@ -55,6 +55,19 @@ def times(path):
     return {file: file.stat().st_mtime_ns for file in path.rglob("*")}
 
 
+def test_cache_is_complete_where_the_manifest_was_seldom_written(tmp_path, monkeypatch):
+    expected = files(write(tmp_path / "often"))
+    monkeypatch.setattr("llava_twophase.cache.session._CHEAP", -1.0)
+    monkeypatch.setattr("llava_twophase.cache.session._SHARE", 1e9)
+    assert files(write(tmp_path / "seldom")) == expected
+    with open_writer(tmp_path / "seldom") as cache:
+        for number, key in enumerate(keys(30)):
+            cache.add(key, row(number))
+        listed = len(read_manifest(tmp_path / "seldom").shards)
+    assert listed < len(read_manifest(tmp_path / "seldom").shards) == 8
+    assert FeatureCache(tmp_path / "seldom").missing(keys(30)) == []
+
+
 def test_the_documented_example_works_without_torch(tmp_path):
     code = """
 import sys
