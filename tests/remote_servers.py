@@ -5,7 +5,7 @@ import random
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,14 +19,15 @@ class Faults:
         unavailable: Answers with status 503.
         truncate: Bodies that end after half of their bytes.
         corrupt: Bodies with one changed byte.
+        stall: Requests that are never answered; their connections stay open.
         requests: Requests that were answered or dropped.
         most_at_once: Most requests at the same time.
     """
 
     def __init__(self, seed=0):
-        self.latency = self.drop = self.unavailable = self.truncate = self.corrupt = 0.0
+        self.latency = self.drop = self.unavailable = self.truncate = self.corrupt = self.stall = 0.0
         self.requests = self.most_at_once = self.sent = 0
-        self.injected = {"drop": 0, "unavailable": 0, "truncate": 0, "corrupt": 0}
+        self.injected = {"drop": 0, "unavailable": 0, "truncate": 0, "corrupt": 0, "stall": 0}
         self._now = 0
         self._random, self._lock = random.Random(seed), threading.Lock()
 
@@ -112,6 +113,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send(self, status, headers, body, fault=None):
         """Send an answer, or what a fault makes of it."""
+        if fault == "stall":
+            self.connection.settimeout(120)
+            with suppress(OSError):
+                self.connection.recv(1)  # returns when the client gives up
+            self.close_connection = True
+            return
         if fault == "drop":
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)

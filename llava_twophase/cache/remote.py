@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from llava_twophase.cache.format import SHARDS, USER_BLOCK
@@ -22,6 +23,7 @@ from llava_twophase.cache.header import decode_header
 from llava_twophase.cache.remote_errors import RangesIgnored, explain, is_missing
 from llava_twophase.cache.repetition import Repetition
 from llava_twophase.cache.shard import Shard
+from llava_twophase.cache.time_limits import LONGEST, TimeLimits
 from llava_twophase.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,8 +33,6 @@ REQUESTS = 32
 # How long failed requests are repeated, in seconds. While a cache is being opened, a user waits for the error. During
 # training, the outage may be over before anybody looks.
 OPENING, READING = 10.0, 300.0
-# A request that takes longer than this is repeated.
-_TIMEOUT = 60.0
 # Longer ranges are divided. Rows of all usual towers are shorter.
 _LONGEST_RANGE = 4 << 20
 # Header, keys and checksums of a shard of 1,024 images fit.
@@ -64,6 +64,7 @@ class RemoteStorage:
         self._url, self._requests = url.rstrip("/"), requests
         self._patience = patience or READING
         self._repeat = Repetition()
+        self._limits = TimeLimits()
         self._versions: dict[str, tuple[int, str]] = {}
         self._waiting: deque[str] = deque()
         self._headers_only = False
@@ -215,12 +216,25 @@ class RemoteStorage:
         view[:] = self._get(name, offset, offset + len(view), self._patience, given_up)
 
     def _get(self, name: str, start: int, end: int, patience: float, given_up: threading.Event | None = None) -> bytes:
-        return self._repeat(lambda: self._range(name, start, end), self._url_of(name), patience, given_up)
+        limit = self._limits.first()
 
-    def _range(self, name: str, start: int, end: int) -> bytes:
+        def get() -> bytes:
+            nonlocal limit
+            started = monotonic()
+            try:
+                data = self._range(name, start, end, limit)
+            except TimeoutError:
+                limit = self._limits.after(limit)
+                raise
+            self._limits.add(monotonic() - started)
+            return data
+
+        return self._repeat(get, self._url_of(name), patience, given_up)
+
+    def _range(self, name: str, start: int, end: int, timeout: float = LONGEST) -> bytes:
         # A synchronous file system opens a file for each range; reading ahead would multiply the traffic.
         options = {} if self._files.async_impl else {"cache_type": "none"}
-        data: bytes = self._call("cat_file", name, start=start, end=end, **options)
+        data: bytes = self._call("cat_file", name, timeout, start=start, end=end, **options)
         if len(data) > end - start:
             raise RangesIgnored(
                 f"{self._url_of(name)} cannot be read by ranges: the server sent {len(data)} bytes where {end - start} "
@@ -230,10 +244,10 @@ class RemoteStorage:
             raise EOFError(f"the server sent {len(data)} bytes where {end - start} were requested")
         return data
 
-    def _call(self, method: str, name: str, **options: Any) -> Any:
+    def _call(self, method: str, name: str, timeout: float = LONGEST, **options: Any) -> Any:
         self._pool_here()
         if self._files.async_impl:
-            options["timeout"] = _TIMEOUT
+            options["timeout"] = timeout
         return getattr(self._files, method)(self._path(name), **options)
 
     def _path(self, name: str) -> str:

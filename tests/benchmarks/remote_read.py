@@ -51,7 +51,7 @@ def serve(kind, target, latency, fault, urls):
     server = FolderServer(target) if kind == "http" else Proxy(target)
     server.faults.latency = latency
     for name in server.faults.injected:
-        setattr(server.faults, name, fault)
+        setattr(server.faults, name, fault / 5 if name == "stall" else fault)
     urls.put(server.url)
     threading.Event().wait()
 

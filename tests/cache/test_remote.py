@@ -10,12 +10,12 @@ import pytest
 
 from cache.make import flip_bit, make_cache, make_shard, rows
 from llava_twophase import FeatureCache
-from llava_twophase.cache import remote, repetition
+from llava_twophase.cache import remote, repetition, time_limits
 from llava_twophase.cache.check.verify import verify
 from llava_twophase.cache.quarantine import Quarantined, read_quarantine, write_quarantine
 from llava_twophase.errors import UserError
 
-FAULTS = ("drop", "unavailable", "truncate", "corrupt")
+FAULTS = ("drop", "unavailable", "truncate", "corrupt", "stall")
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,8 @@ def short_patience(monkeypatch):
     monkeypatch.setattr(remote, "OPENING", 1.0)
     monkeypatch.setattr(remote, "READING", 20.0)
     monkeypatch.setattr(repetition, "FIRST_DELAY", 0.02)
+    monkeypatch.setattr(time_limits, "FIRST", 0.5)
+    monkeypatch.setattr(time_limits, "SHORTEST", 0.5)
     monkeypatch.setattr("llava_twophase.cache.rows._PAUSE", 0.05)
 
 
@@ -84,8 +86,8 @@ def test_s3_gives_the_rows_of_the_local_cache_under_faults(s3, tmp_path):
 
 def test_an_outage_ends_in_an_error_after_the_patience(web, tmp_path, monkeypatch):
     _, keys, _ = make_cache(tmp_path / "cache")
-    cache = FeatureCache(f"{web.url}/cache")
     monkeypatch.setattr(remote, "READING", 0.5)
+    cache = FeatureCache(f"{web.url}/cache")
     web.status = 503
     with pytest.raises(UserError, match=r"cannot be read \(ClientResponseError: 503"):
         cache.read_raw(keys)
@@ -101,6 +103,18 @@ def test_an_outage_that_ends_is_survived(web, tmp_path, caplog):
         web.faults.unavailable = 0.0
         np.testing.assert_array_equal(reading.get(20), stored)
     assert "repeating the request" in caplog.text
+
+
+def test_a_connection_that_stalls_is_abandoned(web, tmp_path):
+    _, keys, stored = make_cache(tmp_path / "cache")
+    cache = FeatureCache(f"{web.url}/cache")
+    web.faults.stall = 1.0
+    with multiprocessing.pool.ThreadPool(1) as pool:
+        reading = pool.apply_async(cache.read_raw, (keys,))
+        time.sleep(0.2)
+        web.faults.stall = 0.0
+        np.testing.assert_array_equal(reading.get(10), stored)
+    assert web.faults.injected["stall"] > 0
 
 
 def test_a_changed_object_is_an_error(web, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from cache.make import make_cache
 from llava_twophase import FeatureCache
-from llava_twophase.cache import remote, repetition, staged, staging
+from llava_twophase.cache import remote, repetition, staged, staging, time_limits
 from llava_twophase.cache.staging import Stage
 from llava_twophase.errors import UserError
 
@@ -19,6 +19,8 @@ from llava_twophase.errors import UserError
 def short_waits(monkeypatch):
     monkeypatch.setattr(remote, "OPENING", 1.0)
     monkeypatch.setattr(repetition, "FIRST_DELAY", 0.02)
+    monkeypatch.setattr(time_limits, "FIRST", 0.5)
+    monkeypatch.setattr(time_limits, "SHORTEST", 0.5)
     monkeypatch.setattr(staged, "_PAUSE", 0.05)
     monkeypatch.setattr(staged, "_FULL_PAUSE", 0.2)
     monkeypatch.setattr("llava_twophase.cache.rows._PAUSE", 0.05)

@@ -6,13 +6,15 @@ import os
 import pytest
 
 from commands import assert_same_outcome, outcome
-from llava_twophase.cache import remote, repetition
+from llava_twophase.cache import remote, repetition, time_limits
 
 
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch):
     monkeypatch.setattr(remote, "OPENING", 1.0)
     monkeypatch.setattr(repetition, "FIRST_DELAY", 0.02)
+    monkeypatch.setattr(time_limits, "FIRST", 0.5)
+    monkeypatch.setattr(time_limits, "SHORTEST", 0.5)
     monkeypatch.setattr("llava_twophase.cache.rows._PAUSE", 0.05)
 
 
