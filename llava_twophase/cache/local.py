@@ -54,7 +54,12 @@ class LocalStorage:
         """Return what this folder is, given that it does not have a file."""
         if self.folder.is_dir():
             return f"has no {name}"
-        return "is not a folder" if self.folder.exists() else "does not exist"
+        if self.folder.exists():
+            return "is not a folder"
+        # pathlib joins the two slashes of a URL, and a user may have typed one.
+        protocol, slash, rest = str(self.folder).partition(":/")
+        meant = f"; did you mean {protocol}://{rest}?" if slash and protocol.isalnum() and len(protocol) > 1 else ""
+        return f"does not exist{meant}"
 
     def open_shard(self, name: str) -> ShardFile:
         """Open a shard.

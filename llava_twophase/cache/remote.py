@@ -18,9 +18,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from llava_twophase.cache.file_systems import connect
 from llava_twophase.cache.format import SHARDS, USER_BLOCK
 from llava_twophase.cache.header import decode_header
-from llava_twophase.cache.remote_errors import RangesIgnored, explain, is_missing
+from llava_twophase.cache.remote_errors import RangesIgnored, is_missing
 from llava_twophase.cache.repetition import Repetition
 from llava_twophase.cache.shard import Shard
 from llava_twophase.cache.time_limits import LONGEST, TimeLimits
@@ -172,17 +173,7 @@ class RemoteStorage:
         self._repeat(lambda: self._files.put_file(str(file), self._path(name)), self._url_of(name), READING)
 
     def _connect(self) -> None:
-        from fsspec.config import conf
-        from fsspec.core import url_to_fs
-
-        options: dict[str, Any] = {"skip_instance_cache": True}
-        if self._url.startswith("s3://"):  # botocore's own limit is 10 connections
-            configured = conf.get("s3", {}).get("config_kwargs", {})
-            options["config_kwargs"] = {"max_pool_connections": self._requests, **configured}
-        try:
-            self._files, self._root = url_to_fs(self._url, **options)
-        except (ImportError, ValueError, OSError) as error:
-            raise explain(self._url, error) from error
+        self._files, self._root = connect(self._url, self._requests)
         self._pool = ThreadPoolExecutor(self._requests, "requests")
         self._owner = os.getpid()
 

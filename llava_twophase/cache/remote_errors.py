@@ -59,8 +59,6 @@ def explain(url: str, error: BaseException) -> UserError:
     """
     if isinstance(error, UserError):
         return error
-    if isinstance(error, ImportError):
-        return UserError(f"{url} needs packages that are not installed ({error}); pip install 'llava-twophase[remote]'")
     if is_missing(error):
         return UserError(f"{url} does not exist")
     if is_denied(error):
