@@ -1,13 +1,14 @@
 """tests/benchmarks/gpu.py: which pieces run, what ends them, and what is kept of them. Pieces are one-line programs."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, train_step
 from llava_twophase.errors import UserError
 
 RUN = {"samples_per_second": 2.0, "peak_gb": 3.0, "flops_over_matmul": 0.5, "first_step_seconds": 9.0, "losses": [5.0]}
@@ -58,6 +59,14 @@ def test_pieces_have_no_hub_and_find_this_checkout(measure, monkeypatch):
     assert offline == "1" and Path(file).is_relative_to(gpu.ROOT)
 
 
+def test_lock_of_an_interrupted_compilation_is_removed(measure, tmp_path):
+    lock = tmp_path / "work" / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    _, results = measure({"piece": "import json, os; print(json.dumps(os.environ['TORCH_EXTENSIONS_DIR']))"})
+    assert not lock.exists() and results["piece"]["result"] == str(tmp_path / "work" / "extensions")
+
+
 def test_results_of_another_card_are_not_continued(measure, monkeypatch):
     monkeypatch.setattr(gpu, "machine", lambda: {"card": "H100", "torch": "2.11.0"})
     measure({"environment": 'print(\'{"card": "H100", "torch": "2.11.0"}\')'})
@@ -95,3 +104,17 @@ def test_every_step_shape_of_the_recipe_is_a_piece():
     for shape in shapes:
         command = gpu.PIECES[f"step-{shape}"](False)
         assert shape in command and {"llava", "ours", "compiled", "liger"} <= set(command)
+
+
+def test_train_step_measures_the_ways_after_one_that_fails(monkeypatch, capsys):
+    def run(command, **options):
+        way = command[command.index("--worker") + 2]
+        return subprocess.CompletedProcess(command, int(way == "compiled"), json.dumps({**RUN, "seconds": 1.0}))
+
+    monkeypatch.setattr(train_step, "draw_samples", lambda shape, folder: None)
+    monkeypatch.setattr(train_step.subprocess, "run", run)
+    results = train_step.measure("tiny", ["llava", "compiled", "ours"], repeats=2, steps=1)
+    assert results["compiled"] == {"failed": "exit code 1; stderr has the reason"}
+    assert results["llava"]["peak_gb"] == results["ours"]["peak_gb"] == 3.0
+    train_step.show(train_step.SHAPES["tiny"], results)
+    assert "exit code 1" in capsys.readouterr().out

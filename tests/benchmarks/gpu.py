@@ -154,7 +154,10 @@ def run_piece(name: str, folder: Path, work: Path, rehearse: bool, seconds: floa
         had the full eight minutes, so that the next call can try it again.
     """
     log, started = folder / "gpu.log", time.monotonic()
-    variables = {**os.environ, **ENVIRONMENT}
+    extensions = work / "extensions"
+    for lock in extensions.glob("*/lock"):
+        lock.unlink()  # of a piece that was ended while it compiled; torch would wait for it
+    variables = {**os.environ, **ENVIRONMENT, "TORCH_EXTENSIONS_DIR": str(extensions)}
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with log.open("a", encoding="utf-8") as file:
         file.write(f"=== {name}\n")
@@ -297,4 +300,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the running piece too
     sys.exit(main())
