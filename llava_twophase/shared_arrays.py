@@ -86,7 +86,7 @@ def _open(path: Path) -> Arrays | None:
 
 
 def _arrays(mapped: mmap.mmap, name: str) -> Arrays | None:
-    if xxhash.xxh3_128_hexdigest(memoryview(mapped)[_DIGEST:]) != mapped[:_DIGEST].decode("ascii"):
+    if _digest(mapped) != mapped[:_DIGEST].decode("ascii"):
         return None
     content = json.loads(mapped[_DIGEST:_BLOCK])
     if content["format"] != _FORMAT or content["name"] != name:
@@ -95,6 +95,16 @@ def _arrays(mapped: mmap.mmap, name: str) -> Arrays | None:
         array: np.frombuffer(mapped, entry["dtype"], prod(entry["shape"]), entry["offset"]).reshape(entry["shape"])
         for array, entry in content["arrays"].items()
     }
+
+
+def _digest(mapped: mmap.mmap) -> str:
+    # Pages that were read once would stay mapped, and count as memory of this process.
+    digest = xxhash.xxh3_128()
+    with memoryview(mapped) as content:
+        for start in range(0, len(content), _PIECE):
+            digest.update(content[max(start, _DIGEST) : start + _PIECE])
+            mapped.madvise(mmap.MADV_DONTNEED, start, min(_PIECE, len(content) - start))
+    return digest.hexdigest()
 
 
 def _write(path: Path, arrays: Arrays) -> bool:

@@ -135,3 +135,16 @@ def test_user_cache_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_cache("keys") == tmp_path / ".cache" / "llava-twophase" / "keys"
+
+
+def test_opening_a_file_leaves_its_pages_unmapped(tmp_path):
+    """The checksum reads all of them once; they would count as memory of each process."""
+    shared_arrays(tmp_path / "a", lambda: {"values": np.zeros(200 << 20, np.uint8)})
+    before = resident()
+    arrays = shared_arrays(tmp_path / "a", lambda: {})
+    assert resident() - before < 100 << 20
+    assert arrays["values"].max() == 0
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
