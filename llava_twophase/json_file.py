@@ -5,15 +5,17 @@ The form of a data file is recognised by content, not by its name.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from llava_twophase.errors import UserError, short_repr
+from llava_twophase.json_list import JsonList, parse
 
 _EXPECTED = "expected a JSON list of records, or JSON Lines with one record per line"
 # First bytes of files that are given by mistake.
@@ -27,8 +29,7 @@ _OTHER_FORMATS = {
     b"<": "an HTML or XML page",
 }
 _UTF_16_32 = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
-_STRING = r'"(?:[^"\\]|\\.)*"'
-_DEPTH = 100
+_CHUNK = 1 << 22
 
 
 def read_json_records(path: Path, flag: str) -> Iterator[Any]:
@@ -41,33 +42,51 @@ def read_json_records(path: Path, flag: str) -> Iterator[Any]:
     Raises:
         UserError: The file cannot be read, or is something else; the message says what was found.
     """
-    text = _read_text(path, flag)
+    _require_text(path, flag)
+    text = next((chunk for chunk in _read_chunks(path) if chunk.strip()), "")
     start = text.lstrip()[:1]
     if start == "[":
-        yield from _parse(text, path)
+        yield from JsonList(_read_chunks(path), path)
     elif start in ("{", ""):
-        yield from _read_lines(text, path)
+        yield from _read_lines(path)
     else:
         first = text.lstrip().partition("\n")[0].rstrip()
         guess = "; it may be CSV or TSV" if re.search(r"\w[,;\t]\w", first) else ""
         raise UserError(f"{path} is not JSON: it starts with {short_repr(first)}{guess}; {_EXPECTED}")
 
 
-def _read_lines(text: str, path: Path) -> Iterator[Any]:
-    # Only "\n" ends a line: str.splitlines would also split at U+2028 within a caption.
-    # Files that were joined have a byte order mark in the middle.
-    lines = [line.removeprefix("\ufeff") for line in text.split("\n")]
-    number, first = next(((number, line) for number, line in enumerate(lines, 1) if line.strip()), (0, ""))
+def _read_lines(path: Path) -> Iterator[Any]:
+    lines = _numbered_lines(path)
+    number, line = next(lines, (0, ""))
+    if not number:
+        return
+    entry = None
     try:
-        entry = json.loads(first or "{}")
+        entry = json.loads(line)
     except (ValueError, RecursionError):
-        entry = None
-        _refuse_objects_over_lines(text, path, first)
-    if not any(line.strip() for line in lines[number:]):
+        text = path.read_bytes().decode("utf-8-sig")
+        _refuse_objects_over_lines(text, path, line)
+    following = next(lines, None)
+    if following is None:
         _refuse_wrapped_records(entry, path)
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _parse(line, path, number)
+    yield parse(line, path, number)
+    decode = json.JSONDecoder().raw_decode
+    for number, line in chain([] if following is None else [following], lines):
+        try:
+            value, end = decode(line)
+        except (ValueError, RecursionError):
+            end = -1
+        yield value if end == len(line) else parse(line, path, number)
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    # Lines that are not blank. Only "\n" ends a line: text files in Python also end them at "\r".
+    with path.open("rb", buffering=_CHUNK) as file:
+        for number, content in enumerate(file, 1):
+            line = content.removesuffix(b"\n").decode("utf-8-sig" if number == 1 else "utf-8")
+            if line.strip():
+                # Files that were joined have a byte order mark in the middle.
+                yield number, line.removeprefix("\ufeff")
 
 
 def _refuse_objects_over_lines(text: str, path: Path, first: str) -> None:
@@ -76,7 +95,7 @@ def _refuse_objects_over_lines(text: str, path: Path, first: str) -> None:
         entry, end = json.JSONDecoder().raw_decode(text.lstrip())
     except (ValueError, RecursionError):
         if first.strip() == "{":
-            _parse(text, path)
+            parse(text, path)
         return
     _refuse_wrapped_records(entry, path)
     several = "objects" if text.lstrip()[end:].strip() else "one object"
@@ -104,71 +123,59 @@ def _refuse_wrapped_records(entry: Any, path: Path) -> None:
         )
 
 
-def _read_text(path: Path, flag: str) -> str:
+def _require_text(path: Path, flag: str) -> None:
+    """Check that a file can be read and is UTF-8 without NUL bytes."""
     if not path.is_file():
         raise UserError(f"{flag} {path} does not exist or is not a file")
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(64)
+            if content.startswith(_UTF_16_32):
+                raise UserError(
+                    f"{path} is not UTF-8 but UTF-16 or UTF-32: "
+                    f"iconv -f UTF-16 -t UTF-8 {path} > records.json converts it"
+                )
+            head = content.lstrip()
+            for start, name in _OTHER_FORMATS.items():
+                if head.startswith(start):
+                    raise UserError(f"{path} is {name}; {_EXPECTED}")
+            file.seek(0)
+            _require_utf8(iter(lambda: file.read(_CHUNK), b""), path)
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror or error}") from None
-    if content.startswith(_UTF_16_32):
-        raise UserError(
-            f"{path} is not UTF-8 but UTF-16 or UTF-32: iconv -f UTF-16 -t UTF-8 {path} > records.json converts it"
-        )
-    head = content[:64].lstrip()
-    for start, name in _OTHER_FORMATS.items():
-        if head.startswith(start):
-            raise UserError(f"{path} is {name}; {_EXPECTED}")
-    zero = content.find(b"\0")
-    if zero >= 0:
-        line = content.count(b"\n", 0, zero) + 1
-        raise UserError(f"{path} line {line} has a NUL byte (byte {zero}): the file is damaged; copy or write it again")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path} line {line} is not UTF-8 (byte {error.start}: {error.reason}); convert the file first"
-        ) from None
 
 
-def _parse(text: str, path: Path, line: int = 1) -> Any:
-    # Parse one JSON value that starts at a line of the file.
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at_end = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        truncated = "; it ends too early and may be truncated" if at_end else ""
-        where = _place(text, error.pos, line)
-        raise UserError(f"{path} {where} is not valid JSON: {error.msg}{truncated}") from None
-    except RecursionError:
-        where = _place(text, _too_deep(text), line)
-        raise UserError(f"{path} {where} is nested too deeply; records have three levels") from None
-    except ValueError:
-        limit = sys.get_int_max_str_digits()
-        where = _place(text, _too_long_number(text, limit), line)
-        raise UserError(f"{path} {where} has a number of more than {limit} digits") from None
+def _require_utf8(chunks: Iterator[bytes], path: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    problem, read, line = "", 0, 1
+    for chunk in chain(chunks, [b""]):
+        zero = chunk.find(b"\0")
+        if zero >= 0:
+            line += chunk.count(b"\n", 0, zero)
+            raise UserError(
+                f"{path} line {line} has a NUL byte (byte {read + zero}): the file is damaged; copy or write it again"
+            )
+        pending, _ = decoder.getstate()
+        if not problem and (pending or not chunk.isascii() or not chunk):
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                at = line + (pending + chunk).count(b"\n", 0, error.start)
+                place = read - len(pending) + error.start
+                problem = f"{path} line {at} is not UTF-8 (byte {place}: {error.reason}); convert the file first"
+        read += len(chunk)
+        line += chunk.count(b"\n")
+    if problem:
+        raise UserError(problem)
 
 
-def _place(text: str, position: int, line: int) -> str:
-    before = text[:position]
-    return f"line {line + before.count(chr(10))} column {position - before.rfind(chr(10))}"
-
-
-def _too_deep(text: str) -> int:
-    depth = 0
-    for match in re.finditer(rf"{_STRING}|[\[{{]|[\]}}]", text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
-        if depth > _DEPTH:
-            return match.start()
-    return 0
-
-
-def _too_long_number(text: str, limit: int) -> int:
-    for match in re.finditer(rf"{_STRING}|\d{{{limit + 1},}}", text):
-        if match[0][0] != '"':
-            return match.start()
-    return 0
+def _read_chunks(path: Path) -> Iterator[str]:
+    # The text in parts. Newlines are not translated, because positions are those of the file.
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with path.open("rb") as file:
+        while content := file.read(_CHUNK):
+            if text := decoder.decode(content):
+                yield text
 
 
 def finite(value: Any) -> Any:

@@ -141,9 +141,9 @@ def test_missing_file_is_refused(tmp_path):
 def test_unreadable_file_is_refused(tmp_path, monkeypatch):
     path = write(tmp_path / "r.json", LINE)
 
-    def fail(_):
+    def fail(*_, **__):
         raise PermissionError(13, os.strerror(13))
 
-    monkeypatch.setattr(type(path), "read_bytes", fail)
+    monkeypatch.setattr(type(path), "open", fail)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         read(path)
