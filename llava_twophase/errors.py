@@ -63,16 +63,18 @@ def raise_on_termination() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def combined_error(problems: Iterable[str], heading: str, shown: int = 20) -> UserError:
+def combined_error(problems: Iterable[str], heading: str, shown: int = 20, total: int | None = None) -> UserError:
     """Combine problems into one error, so that a user can fix all of them at once.
 
     Args:
         problems: One line each.
         heading: What they have in common, without a final colon.
         shown: The number of problems that are listed; the others are counted.
+        total: The number of problems if not all are given.
     """
     lines = list(problems)
-    more = [f"... and {len(lines) - shown} more"] if len(lines) > shown else []
+    others = (len(lines) if total is None else total) - shown
+    more = [f"... and {others} more"] if others > 0 else []
     return UserError("\n  ".join([f"{heading}:", *lines[:shown], *more]))
 
 

@@ -60,7 +60,7 @@ def _add_caption(commands: Any) -> None:
     example = "caption runs/a photo.jpg holiday/ --html captions.html"
     parser = _subcommand(commands, "caption", "caption images", example)
     _add_run(parser)
-    images = "image file, folder, .zip, .tar, or a .json/.jsonl file of records"
+    images = "image file, folder, .zip, .tar, or a .json, .jsonl or .parquet file of records"
     parser.add_argument("images", metavar="IMAGE", nargs="+", help=images)
     _add_sources(parser)
     _add_placement(parser)
@@ -79,7 +79,7 @@ def _add_evaluate(commands: Any) -> None:
         nargs="+",
         help="--output_dir of a training run, or a projector file; several are compared",
     )
-    data_path = "held-out records, LLaVA's JSON list or JSON lines"
+    data_path = "held-out records: LLaVA's JSON, JSON Lines or Parquet"
     parser.add_argument("--data_path", required=True, help=data_path)
     _add_models(parser)
     _add_sources(parser)

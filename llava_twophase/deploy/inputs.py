@@ -19,7 +19,7 @@ from llava_twophase.vision.sources import ImageSource, open_images
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 _ARCHIVES = (".zip", ".tar")
-_RECORDS = (".json", ".jsonl")
+_RECORDS = (".json", ".jsonl", ".parquet")
 _THUMBNAIL = 224
 
 
@@ -42,7 +42,7 @@ def list_images(paths: Sequence[str], image_folder: str | None = None) -> list[N
     """Expand the arguments of ``caption``.
 
     Args:
-        paths: Image files, folders, ``.zip`` or ``.tar`` archives, or ``.json``/``.jsonl`` files of records.
+        paths: Image files, folders, ``.zip`` or ``.tar`` archives, or ``.json``, ``.jsonl`` or ``.parquet`` records.
         image_folder: Folder or archive of the records' images.
 
     Returns:

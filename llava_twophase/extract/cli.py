@@ -20,7 +20,7 @@ from llava_twophase.extract.inputs import load_inputs
 from llava_twophase.layers import as_layers
 from llava_twophase.memory import is_out_of_memory
 from llava_twophase.multi_scale import DEFAULT_SCALES, parse_scales
-from llava_twophase.records import Record
+from llava_twophase.records import Records
 from llava_twophase.versions import require_supported
 
 COMPUTE_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -65,7 +65,7 @@ def build_parser() -> CommandParser:
 
 
 def _add_input_flags(add: Callable[..., Any]) -> None:
-    add("--data_path", required=True, metavar="RECORDS", help="records: LLaVA's JSON list, or JSON lines")
+    add("--data_path", required=True, metavar="RECORDS", help="records: LLaVA's JSON list, JSON Lines or Parquet")
     add(
         "--image_folder",
         required=True,
@@ -189,7 +189,7 @@ def choose_storage_dtype(compute: str, storage: str) -> str:
     )
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[ExtractConfig, list[Record]]:
+def _parse(argv: Sequence[str] | None) -> tuple[ExtractConfig, Records]:
     """Make the settings and load the records; report all problems of the flags and of the inputs in one error."""
     parser = build_parser()
     args = parser.collect(argv)

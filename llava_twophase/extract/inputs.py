@@ -12,7 +12,7 @@ from llava_twophase.cache.storage import is_url
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import require_writable
 from llava_twophase.model_names import require_tower_folder
-from llava_twophase.records import Record, image_keys, load_records
+from llava_twophase.records import Records, image_keys, load_records, records_of
 from llava_twophase.vision.sources import open_images
 
 _Result = TypeVar("_Result")
@@ -25,7 +25,7 @@ def load_inputs(
     feature_cache: str | None,
     plan: bool,
     other_problems: bool,
-) -> tuple[list[Record], list[str]]:
+) -> tuple[Records, list[str]]:
     """Load the records and check the other inputs. An input that is None is not known and is skipped.
 
     Args:
@@ -55,8 +55,8 @@ def load_inputs(
     if feature_cache is not None:
         attempt(partial(_check_cache, feature_cache, plan))
     if image_folder is not None and (problems or other_problems or not Path(image_folder).exists()):
-        attempt(partial(_check_images, image_folder, image_keys(records or [])))
-    return records or [], problems
+        attempt(partial(_check_images, image_folder, [] if records is None else image_keys(records)))
+    return records_of([]) if records is None else records, problems
 
 
 def refuse_if_all_missing(missing: Collection[str], keys: Collection[str], image_folder: str) -> None:

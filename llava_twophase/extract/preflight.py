@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -13,7 +13,7 @@ from llava_twophase.extract.config import ExtractConfig
 from llava_twophase.extract.decode import find_bad, still_bad
 from llava_twophase.extract.inputs import refuse_if_all_missing
 from llava_twophase.extract.plan import Plan, make_plan
-from llava_twophase.records import Record
+from llava_twophase.records import Records
 from llava_twophase.vision.sources import ImageSource, open_images
 
 
@@ -37,13 +37,13 @@ class Inputs:
         return list(dict.fromkeys(self.records))
 
 
-def open_inputs(config: ExtractConfig, records: Sequence[Record]) -> Inputs:
+def open_inputs(config: ExtractConfig, records: Records) -> Inputs:
     """Open the images of the records.
 
     Raises:
         UserError: ``--image_folder`` is neither a folder nor an archive.
     """
-    keys = [record.image for record in records]
+    keys = list(records.images)
     return Inputs(config, keys, open_images(config.image_folder, keys))
 
 

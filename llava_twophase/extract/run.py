@@ -46,7 +46,7 @@ from llava_twophase.extract.tower import (
     software,
 )
 from llava_twophase.files import explain_os_errors, require_free_space, require_writable
-from llava_twophase.records import Record
+from llava_twophase.records import Records
 from llava_twophase.text import counted, format_bytes
 from llava_twophase.vision.tower import VisionTower
 
@@ -68,7 +68,7 @@ class _Work:
         return self.inputs.config.feature_cache
 
 
-def run(config: ExtractConfig, records: Sequence[Record], ranks: Ranks) -> int:
+def run(config: ExtractConfig, records: Records, ranks: Ranks) -> int:
     """Extract the missing features, or with ``--plan`` report what is missing.
 
     Args:

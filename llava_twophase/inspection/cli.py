@@ -81,7 +81,7 @@ def _add_coverage(commands: Any) -> None:
 
     text = "compare records with features; exit 1 if records have none"
     parser = _subcommand(commands, "coverage", run, text, _DATA)
-    parser.add_argument("--data_path", required=True, help="records, LLaVA's JSON list or JSON lines")
+    parser.add_argument("--data_path", required=True, help="records: LLaVA's JSON, JSON Lines or Parquet")
     parser.add_argument("--image_folder", help=_ABSOLUTE)
     parser.add_argument("--model_name_or_path", help="LLM whose tokenizer counts the captions that would be truncated")
     parser.add_argument("--model_max_length", type=Integer(1), default=2048, help="as in training (default: 2048)")

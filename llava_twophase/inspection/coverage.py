@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.errors import UserError
 from llava_twophase.inspection import output
 from llava_twophase.inspection.rows import CheckedRows
-from llava_twophase.records import Record, load_records
+from llava_twophase.records import Records, load_records
 
 _WORDS = (0, 5, 10, 15, 20, 30, 50, 100)
 _EXAMPLES = 5
@@ -41,7 +40,7 @@ def run(
     return 1 if values["images_without_features"] else 0
 
 
-def coverage(rows: CheckedRows, records: Sequence[Record]) -> dict[str, Any]:
+def coverage(rows: CheckedRows, records: Records) -> dict[str, Any]:
     """Compare a cache with records.
 
     Args:
@@ -52,7 +51,7 @@ def coverage(rows: CheckedRows, records: Sequence[Record]) -> dict[str, Any]:
         JSON values: counts, and a few examples of each kind.
     """
     cache = rows.cache
-    uses = Counter(record.image for record in records)
+    uses = Counter(records.images)
     keys = list(uses)
     found = cache.find(keys)
     excluded = read_quarantine(cache.path)
@@ -88,7 +87,7 @@ def coverage(rows: CheckedRows, records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def truncated(records: Sequence[Record], name: str, model_max_length: int, image_tokens: int) -> dict[str, Any]:
+def truncated(records: Records, name: str, model_max_length: int, image_tokens: int) -> dict[str, Any]:
     """Count the captions that training would truncate.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -22,7 +21,7 @@ from llava_twophase.inspection.statistics import in_words as statistics_in_words
 from llava_twophase.inspection.summary import INCOMPLETE, summarize
 from llava_twophase.inspection.summary import in_words as summary_in_words
 from llava_twophase.plots import missing_matplotlib
-from llava_twophase.records import Record, load_records
+from llava_twophase.records import Records, load_records, records_of
 from llava_twophase.text import counted, format_bytes
 from llava_twophase.vision.images import BadImage
 from llava_twophase.vision.sources import ImageSource
@@ -43,7 +42,7 @@ def run(path: str, html: str, count: int, seed: int, *, images: str | None, reco
         records: Data file, for captions and coverage.
     """
     output.check_output(html)
-    loaded = load_records(records, image_folder=images) if records else []
+    loaded = load_records(records, image_folder=images) if records else records_of([])
     values, rows = summarize(path), CheckedRows(path)
     opened = rows.open_images(images) if images else None
     page = Page(f"Feature cache {path}", values["made_by"], f"llava-twophase {__version__}")
@@ -64,7 +63,7 @@ def run(path: str, html: str, count: int, seed: int, *, images: str | None, reco
     return 0
 
 
-def _add_coverage(page: Page, rows: CheckedRows, records: Sequence[Record], data_path: str) -> None:
+def _add_coverage(page: Page, rows: CheckedRows, records: Records, data_path: str) -> None:
     covered = coverage(rows, records)
     covered["truncated"] = None
     page.section("Coverage")
@@ -92,7 +91,7 @@ def _add_statistics(page: Page, rows: CheckedRows, seed: int) -> None:
 
 
 def _add_sample(
-    page: Page, rows: CheckedRows, records: Sequence[Record], images: ImageSource | None, picked: np.ndarray
+    page: Page, rows: CheckedRows, records: Records, images: ImageSource | None, picked: np.ndarray
 ) -> None:
     features = rows.values(picked)
     finite = np.isfinite(features).all((1, 2))

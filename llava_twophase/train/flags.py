@@ -89,7 +89,7 @@ class DataArguments:
     """Records, and where their features come from."""
 
     data_path: str = field(
-        metadata={"help": "records: LLaVA's JSON list or JSON lines; required", "metavar": "RECORDS"}
+        metadata={"help": "records: LLaVA's JSON list, JSON Lines or Parquet; required", "metavar": "RECORDS"}
     )
     image_folder: str | None = _flag(None, "folder of the images; needed without --feature_cache")
     feature_cache: list[str] | None = _flag(

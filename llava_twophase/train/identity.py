@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from transformers.training_args import OptimizerNames
 
 from llava_twophase.cache.fingerprint import differences
 from llava_twophase.compat import gradient_clipping
-from llava_twophase.records import Record
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.layout import Layout, flags_for_global_batch
 from llava_twophase.train.llm_files import llm_identity
@@ -71,7 +69,7 @@ def _data(arguments: Arguments, inputs: TrainingInputs) -> dict[str, Any]:
         "drop_unk_tokens": arguments.data.drop_unk_tokens,
         "model_max_length": training.model_max_length,
         "tokenizer": inputs.template.tokenizer.identity,
-        "records_sha256": _digest(inputs.records),
+        "records_sha256": inputs.records.digest(),
         "features": inputs.source.identity,
     }
 
@@ -108,13 +106,6 @@ def _optimization(arguments: Arguments) -> dict[str, Any]:
         "warmup_steps": training.warmup_steps,
         "average_tokens_across_devices": training.average_tokens_across_devices,
     }
-
-
-def _digest(records: Iterable[Record]) -> str:
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(f"{record.image}\0{record.caption}\0".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
 
 
 def _file_digest(path: str | None) -> str | None:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import set_seed
 
@@ -22,10 +23,10 @@ from llava_twophase.projectors.build import (
     projector_record,
     require_projector,
 )
-from llava_twophase.records import Record, image_keys, load_records
+from llava_twophase.records import Records, load_records
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.conversation import PlainTemplate
-from llava_twophase.train.data.row_limits import RowLengths, find_id_out_of_range, measure_rows
+from llava_twophase.train.data.row_limits import RowLengths, find_id_out_of_range, measure_rows, record_at
 from llava_twophase.train.data.source import FeatureSource, open_source
 from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 from llava_twophase.train.environment import (
@@ -66,8 +67,8 @@ class TrainingInputs:
         projector_record: Its fields of ``config.json``, as ``projector_record`` returns them.
     """
 
-    records: Sequence[Record]
-    eval_records: Sequence[Record]
+    records: Records
+    eval_records: Records
     source: FeatureSource
     config: Any
     tokenizer: Any
@@ -100,8 +101,9 @@ def prepare_inputs(arguments: Arguments, skip: Collection[str] = ()) -> Training
     spec = _projector_spec(arguments, source.load(), config)
     projector, image_tokens = _build(spec, arguments)
     template = _template(arguments, tokenizer, image_tokens)
-    rows = measure_rows([*records, *eval_records], template)
-    _require_fitting_rows(config, [*records, *eval_records], template, rows)
+    parts = records, eval_records
+    rows = measure_rows(parts, template)
+    _require_fitting_rows(config, parts, template, rows)
     require_space(arguments, sum(parameter.numel() for parameter in projector.parameters()))
     return TrainingInputs(
         records=records,
@@ -165,7 +167,7 @@ def _check(arguments: Arguments, skip: Collection[str] = ()) -> tuple[dict[str, 
         source = results["source"]
         results["records"] = [source.usable(part) for part in results["records"]]
         for part in results["records"]:
-            attempt("covered", partial(source.require, image_keys(part)))
+            attempt("covered", partial(source.require, part.images))
     return results, problems
 
 
@@ -197,18 +199,19 @@ def _require_projector(arguments: Arguments) -> None:
         raise UserError(f"--pretrain_mm_mlp_adapter {adapter} does not exist or is not a file")
 
 
-def _load_records(arguments: Arguments) -> tuple[list[Record], list[Record]]:
+def _load_records(arguments: Arguments) -> tuple[Records, Records]:
     data = arguments.data
     records = load_records(data.data_path, image_folder=data.image_folder)
     if data.eval_data_path is not None:
         return records, load_records(data.eval_data_path, "--eval_data_path", data.image_folder)
     held_out = round(data.eval_fraction * len(records))
     if not held_out:
-        return records, []
+        return records, records[:0]
     # A generator of its own keeps the draws of the sample order independent of --eval_fraction.
-    chosen = set(random.Random(arguments.training.seed).sample(range(len(records)), held_out))
-    train = [record for position, record in enumerate(records) if position not in chosen]
-    return train, [records[position] for position in sorted(chosen)]
+    chosen = np.array(random.Random(arguments.training.seed).sample(range(len(records)), held_out), np.int64)
+    is_held_out = np.zeros(len(records), bool)
+    is_held_out[chosen] = True
+    return records.select(np.flatnonzero(~is_held_out)), records.select(np.flatnonzero(is_held_out))
 
 
 def _template(arguments: Arguments, tokenizer: Any, image_tokens: int) -> PlainTemplate:
@@ -217,19 +220,19 @@ def _template(arguments: Arguments, tokenizer: Any, image_tokens: int) -> PlainT
     return PlainTemplate(captions, training.model_max_length, image_tokens, arguments.data.drop_unk_tokens)
 
 
-def _require_fitting_rows(config: Any, records: Sequence[Record], template: PlainTemplate, rows: RowLengths) -> None:
+def _require_fitting_rows(config: Any, parts: Sequence[Records], template: PlainTemplate, rows: RowLengths) -> None:
     embeddings = config.get_text_config().vocab_size
-    outside = find_id_out_of_range(records, template, embeddings)
+    outside = find_id_out_of_range(parts, template, embeddings)
     check_data_fits(
         config,
         longest_positions=rows.longest - 1 + template.image_tokens,
-        longest_record=_record_name(records, rows.record),
+        longest_record=_record_name(parts, rows.record),
         largest_id=embeddings - 1 if outside is None else outside.id,
-        largest_id_record=_record_name(records, rows.record if outside is None else outside.record),
+        largest_id_record=_record_name(parts, rows.record if outside is None else outside.record),
     )
 
 
-def _record_name(records: Sequence[Record], position: int) -> str:
+def _record_name(parts: Sequence[Records], position: int) -> str:
     # By image and caption: positions here are not those of the data file if records are held out or dropped.
-    record = records[position]
+    record = record_at(parts, position)
     return f"of {record.image} ({short_repr(record.caption)})"

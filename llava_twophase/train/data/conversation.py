@@ -8,6 +8,8 @@ r"""Template ``plain``: a caption to ``input_ids`` and ``labels``.
 
 from __future__ import annotations
 
+import numpy as np
+
 from llava_twophase.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_twophase.errors import UserError
 from llava_twophase.train.data.tokenizer import CaptionTokenizer, most_tokens
@@ -78,6 +80,10 @@ class PlainTemplate:
     def most_ids(self, caption: str) -> int:
         """Return an upper bound of the row's ids before truncation, without tokenizing the caption."""
         return len(self.prompt) + most_tokens(caption + "\n")
+
+    def most_ids_of(self, caption_bytes: np.ndarray) -> np.ndarray:
+        """Return the bound of ``most_ids`` for captions of which ``Records.caption_bytes`` is known, int64."""
+        return caption_bytes.astype(np.int64) + len(self.prompt) + most_tokens("\n")
 
     def count_ids(self, caption: str) -> int:
         """Return the number of the row's ids before truncation."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from llava_twophase.errors import UserError
-from llava_twophase.records import Record
+from llava_twophase.records import Records
 from llava_twophase.train.data.conversation import PlainTemplate
 from llava_twophase.train.data.prefetch import PrefetchDataset
 from llava_twophase.train.data.source import Collate, FeatureSource
@@ -34,7 +33,7 @@ class CaptionDataset(Dataset[dict[str, torch.Tensor]]):
         source: Gives the features of an image.
     """
 
-    def __init__(self, records: Sequence[Record], template: PlainTemplate, source: FeatureSource) -> None:
+    def __init__(self, records: Records, template: PlainTemplate, source: FeatureSource) -> None:
         self._records = records
         self._template = template
         self._source = source
@@ -74,11 +73,15 @@ class CaptionDataset(Dataset[dict[str, torch.Tensor]]):
             batches_in_use: Batches that training uses at the same time.
             device: Where batches go.
         """
-        keys = [record.image for record in self._records]
         return self._source.prefetch(
-            self.tokenize, collate, keys, batch_size=batch_size, batches_in_use=batches_in_use, device=device
+            self.tokenize,
+            collate,
+            self._records.images,
+            batch_size=batch_size,
+            batches_in_use=batches_in_use,
+            device=device,
         )
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> np.ndarray:
         """Return the number of words of each record's turns, by which LLaVA's grouped sampling sorts."""
-        return [len(record.prompt.split()) + len(record.caption.split()) for record in self._records]
+        return self._records.word_counts

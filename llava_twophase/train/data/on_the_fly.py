@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava_twophase.cpu import available_cpus
 from llava_twophase.errors import UserError
-from llava_twophase.records import Record
+from llava_twophase.records import Records
 from llava_twophase.train.data.tower_check import TowerSettings
 from llava_twophase.vision.images import BadImage, decode
 from llava_twophase.vision.joined import JoinedPreprocessor, JoinedTowers
@@ -80,7 +80,7 @@ class OnTheFlyFeatures:
         assert self._tower is not None, "load() comes first"
         return self._tower.weight_bytes
 
-    def usable(self, records: list[Record]) -> list[Record]:
+    def usable(self, records: Records) -> Records:
         """Return all records: there is no quarantine without a cache."""
         return records
 

@@ -133,7 +133,7 @@ class PrefetchDataset(Dataset[PendingBatch]):
         tokenize: Returns a sample's ``input_ids`` and ``labels``.
         collate: Makes a batch of samples; it may reorder them.
         cache: The feature cache, or the joined caches.
-        keys: The image key of each sample.
+        keys: The image key of each sample, or its row, as ``cache.rows`` returns it.
         batch_size: Largest B.
         batches_in_use: Batches that training uses at the same time: the steps of gradient accumulation.
         device: Where batches go. A GPU gets them from pinned memory, one step ahead, on a separate copy stream.
@@ -147,13 +147,13 @@ class PrefetchDataset(Dataset[PendingBatch]):
         tokenize: Callable[[int], dict[str, torch.Tensor]],
         collate: Callable[[list[dict[str, torch.Tensor]]], Batch],
         cache: AnyCache,
-        keys: Sequence[str],
+        keys: Sequence[str] | np.ndarray,
         batch_size: int,
         batches_in_use: int = 1,
         device: torch.device | None = None,
     ) -> None:
         self._tokenize, self._collate = tokenize, collate
-        self._cache, self._rows = cache, cache.rows(keys)
+        self._cache, self._rows = cache, keys if isinstance(keys, np.ndarray) else cache.rows(keys)
         # A remote cache requests all rows of a call at the same time, and needs no further threads for them.
         self._ahead = _batches_ahead(batch_size * cache.codec.row_bytes) if cache.is_remote else 0
         self._parts = 1 if cache.is_remote else _THREADS
@@ -182,7 +182,7 @@ class PrefetchDataset(Dataset[PendingBatch]):
         """Whether rows come from a URL, so that ``announce`` makes reading faster."""
         return self._cache.is_remote
 
-    def announce(self, order: Sequence[int], used: int, ranks: int) -> None:
+    def announce(self, order: Sequence[int] | np.ndarray, used: int, ranks: int) -> None:
         """Give the order of an epoch: batches from a URL are read ahead, and shards are copied to a stage.
 
         Args:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from llava_twophase.cache.joined import AnyCache, caches_of, open_caches
@@ -22,9 +22,10 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.staging import Stage
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.multi_scale import parse_scales
-from llava_twophase.records import Record
+from llava_twophase.records import Records
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.prefetch import Batch, PrefetchDataset
+from llava_twophase.train.data.row_lookup import RowLookup
 from llava_twophase.train.data.tower_check import TowerSettings, check_all_settings
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class FeatureSource(Protocol):
     def tower_bytes(self) -> int:
         """Bytes of the vision tower's weights on the device; 0 where samples have features."""
 
-    def usable(self, records: list[Record]) -> list[Record]:
+    def usable(self, records: Records) -> Records:
         """Return the records to train on: without those of quarantined images if the user asks for it.
 
         Raises:
@@ -169,6 +170,7 @@ class CachedFeatures:
     ) -> None:
         self._cache, self._drop_quarantined = cache, drop_quarantined
         self._caches, self._thumbnails = caches_of(cache), thumbnails
+        self._lookup = RowLookup(cache)
         check_all_settings(self._caches, settings)
 
     @property
@@ -191,7 +193,7 @@ class CachedFeatures:
         """0: samples have features."""
         return 0
 
-    def usable(self, records: list[Record]) -> list[Record]:
+    def usable(self, records: Records) -> Records:
         """Return the records with keys as the cache has them; ``drop_quarantined`` drops those of quarantined images.
 
         Raises:
@@ -202,7 +204,7 @@ class CachedFeatures:
             return records
         # An image that was quarantined once may have features by now.
         quarantined = {key for cache in self._caches for key in cache.missing(list(read_quarantine(cache.path)))}
-        kept = [record for record in records if record.image not in quarantined]
+        kept = records.without(quarantined)
         if len(kept) < len(records):
             logger.info("--drop_quarantined: %d of %d records dropped", len(records) - len(kept), len(records))
         if records and not kept:
@@ -216,10 +218,11 @@ class CachedFeatures:
             UserError: Some do not; for each cache, all are counted and the first are listed.
         """
         problems = []
-        for cache in self._caches:
-            missing = cache.missing(keys)
+        rows = self._lookup.find(keys).reshape(len(keys), len(self._caches))
+        for column, cache in enumerate(self._caches):
+            missing = list(dict.fromkeys(keys[position] for position in np.flatnonzero(rows[:, column] < 0).tolist()))
             if missing:
-                heading = f"{len(missing)} of {len(keys)} images have no features in {cache.path}"
+                heading = f"{len(missing)} of {len(set(keys))} images have no features in {cache.path}"
                 problems.append(str(combined_error(missing, f"{heading}; {_advice(cache, missing)}")))
         if problems:
             raise UserError("\n".join(problems))
@@ -254,7 +257,7 @@ class CachedFeatures:
             tokenize,
             collate,
             self._cache,
-            keys,
+            self._lookup.find(keys),
             batch_size=batch_size,
             batches_in_use=batches_in_use,
             device=device,
@@ -264,9 +267,10 @@ class CachedFeatures:
     def _paths(self) -> str:
         return " joined with ".join(str(cache.path) for cache in self._caches)
 
-    def _with_stored_keys(self, records: list[Record]) -> list[Record]:
+    def _with_stored_keys(self, records: Records) -> Records:
         """Return the records with image keys in the Unicode form that the cache has; macOS decomposes accents."""
-        missing = self._cache.missing(list({record.image for record in records if not record.image.isascii()}))
+        unusual = records.images.not_ascii()
+        missing = self._cache.missing(list(set(unusual.values())))
         stored: dict[str, str] = {}
         for form in ("NFC", "NFD"):
             others = {key: unicodedata.normalize(form, key) for key in missing}
@@ -275,7 +279,7 @@ class CachedFeatures:
         if not stored:
             return records
         logger.info("%s has %d of the images in another Unicode form", self._paths, len(stored))
-        return [replace(record, image=stored.get(record.image, record.image)) for record in records]
+        return records.rename({position: stored[key] for position, key in unusual.items() if key in stored})
 
 
 def _advice(cache: FeatureCache, missing: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ class Upcoming:
         ranks: Ranks; they take batches in turn, as accelerate distributes them.
     """
 
-    def __init__(self, order: Sequence[int], batch_size: int, ranks: int = 1) -> None:
+    def __init__(self, order: Sequence[int] | np.ndarray, batch_size: int, ranks: int = 1) -> None:
         self._order = np.asarray(order, np.int32)
         self._batch_size, self._step = batch_size, batch_size * ranks
         self._begin = 0

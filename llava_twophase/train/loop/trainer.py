@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -187,7 +188,7 @@ class ProjectorTrainer(Trainer):
 def sample_order(
     training: ProjectorTrainingArguments,
     size: int,
-    lengths: Callable[[], Sequence[int]],
+    lengths: Callable[[], np.ndarray],
     layout: Layout,
     samples: int | None = None,
 ) -> EpochSampler:

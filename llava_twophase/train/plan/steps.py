@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from llava_twophase.records import Record
+from llava_twophase.records import Record, Records
 from llava_twophase.train.arguments import ProjectorTrainingArguments
 from llava_twophase.train.data.conversation import PlainTemplate
 from llava_twophase.train.data.row_limits import RowLengths
@@ -64,7 +64,7 @@ class Steps:
         return self.ranks * self.batch * self.accumulation
 
 
-def measure_lengths(records: Sequence[Record], template: PlainTemplate, rows: RowLengths) -> Lengths:
+def measure_lengths(records: Records, template: PlainTemplate, rows: RowLengths) -> Lengths:
     """Return the lengths of samples, percentiles from a seeded draw of records if there are many.
 
     Args:
@@ -72,9 +72,9 @@ def measure_lengths(records: Sequence[Record], template: PlainTemplate, rows: Ro
         template: Tokenizes captions.
         rows: Lengths of all rows.
     """
-    drawn = records
+    drawn: Iterable[Record] = records
     if len(records) > _MOST_TOKENIZED:
-        drawn = random.Random(0).sample(list(records), _MOST_TOKENIZED)
+        drawn = (records[position] for position in random.Random(0).sample(range(len(records)), _MOST_TOKENIZED))
     before_caption = template.image_tokens - 1
     found = [min(template.count_ids(record.caption), template.max_ids) + before_caption for record in drawn]
     values = np.percentile(found, PERCENTILES, method="nearest").astype(int).tolist()

@@ -5,6 +5,7 @@ Loader and processes are simulated with accelerate's own sharding of batches.
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -54,7 +55,7 @@ def sampler(layout, size, grouped, samples):
         size,
         seed=42,
         world_size=layout.world_size,
-        lengths=LENGTHS if grouped else None,
+        lengths=np.array(LENGTHS) if grouped else None,
         batch_size=layout.batch_size,
         groups=layout.world_size * layout.accumulation,
         samples=samples,

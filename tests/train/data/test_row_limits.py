@@ -5,6 +5,7 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
+from llava_twophase import records
 from llava_twophase.records import Record
 from llava_twophase.train.data import row_limits
 from llava_twophase.train.data.conversation import PlainTemplate
@@ -15,7 +16,9 @@ WORDS = ["a", "red", "circle", "blue", "square", "緑", "🟩", "ﷺ", "left of"
 
 
 def records_of(captions):
-    return [Record(f"{number}.jpg", caption, "<image>") for number, caption in enumerate(captions)]
+    """In two parts, as records to train on and to evaluate on are."""
+    found = records.records_of(Record(f"{number}.jpg", caption, "<image>") for number, caption in enumerate(captions))
+    return found[:1], found[1:]
 
 
 @pytest.fixture

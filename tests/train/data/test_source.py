@@ -16,7 +16,7 @@ from llava_twophase import CacheWriter
 from llava_twophase.cache.quarantine import Quarantined, write_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
-from llava_twophase.records import Record, load_records
+from llava_twophase.records import Record, load_records, records_of
 from llava_twophase.train.data.on_the_fly import OnTheFlyFeatures
 from llava_twophase.train.data.source import CachedFeatures, FeatureSource
 from llava_twophase.train.data.tower_check import TowerSettings
@@ -139,21 +139,22 @@ def test_usable_drops_records_of_images_without_features(quarantining, caplog):
     caplog.set_level(logging.INFO)
     source, keys = quarantining
     records = [record(keys[0]), record("bad.jpg"), record(keys[1])]
-    assert source.usable(records) == [records[0], records[2]]
+    assert source.usable(records_of(records)) == [records[0], records[2]]
     assert caplog.messages == ["--drop_quarantined: 1 of 3 records dropped"]
 
 
 def test_usable_logs_nothing_if_nothing_is_dropped(quarantining, caplog):
     caplog.set_level(logging.INFO)
     source, keys = quarantining
-    assert source.usable([]) == [] and source.usable([record(keys[1])]) == [record(keys[1])]
+    for records in ([], [record(keys[1])]):
+        assert source.usable(records_of(records)) == records
     assert caplog.messages == []
 
 
 def test_usable_refuses_to_drop_every_record(quarantining):
     source, _ = quarantining
     with pytest.raises(UserError, match="--drop_quarantined drops all 2 records"):
-        source.usable([record("bad.jpg"), record("bad.jpg")])
+        source.usable(records_of([record("bad.jpg"), record("bad.jpg")]))
 
 
 def test_require_names_the_flag_for_quarantined_images(quarantining):
@@ -165,18 +166,18 @@ def test_require_names_the_flag_for_quarantined_images(quarantining):
 def test_usable_finds_keys_in_the_other_unicode_form(source_of):
     source = source_of(FINGERPRINT)
     keys = list(source._cache.keys())
-    records = [record(unicodedata.normalize("NFD", key)) for key in keys]
-    assert source._cache.missing([record.image for record in records])
+    records = records_of(record(unicodedata.normalize("NFD", key)) for key in keys)
+    assert source._cache.missing(records.images)
     assert source.usable(records) == [record(key) for key in keys]
     absent = record("é.jpg")
-    assert source.usable([absent]) == [absent]
+    assert source.usable(records_of([absent])) == [absent]
 
 
 def test_require_accepts_an_image_of_several_records(source_of):
     source = source_of(FINGERPRINT)
     key = next(iter(source._cache.keys()))
     source.require([key, key])
-    with pytest.raises(UserError, match=r"1 of 3 images have no features"):
+    with pytest.raises(UserError, match=r"1 of 2 images have no features"):
         source.require([key, key, "absent.jpg"])
 
 

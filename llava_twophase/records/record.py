@@ -1,4 +1,4 @@
-r"""Load LLaVA's JSON or JSON Lines as validated records.
+r"""One record: what an entry of a data file must have, and its image key.
 
 A record of LLaVA-Pretrain::
 
@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from llava_twophase.constants import IMAGE_TOKEN
-from llava_twophase.errors import UserError, combined_error, short_repr
-from llava_twophase.json_file import read_json_records
+from llava_twophase.errors import UserError, short_repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,42 +38,6 @@ class Record:
         """Return the entry of LLaVA's data file that this record is read from; its id is the image key."""
         turns = [{"from": "human", "value": self.prompt}, {"from": "gpt", "value": self.caption}]
         return {"id": self.image, "image": self.image, "conversations": turns}
-
-
-def load_records(path: str | Path, flag: str = "--data_path", image_folder: str | Path | None = None) -> list[Record]:
-    """Read and check a data file.
-
-    Args:
-        path: A JSON list or JSON Lines, in UTF-8 whatever the locale.
-        flag: The command-line flag that gave it, for errors.
-        image_folder: The folder to which absolute image paths are made relative.
-
-    Returns:
-        The records in file order.
-
-    Raises:
-        UserError: The file is missing, empty or not JSON, or records are not valid: all are counted, and the first are
-            listed with position and id.
-    """
-    records: list[Record] = []
-    problems: list[str] = []
-    for position, raw in enumerate(read_json_records(Path(path), flag)):
-        if position == 0:
-            _refuse_chat_layout(raw, path)
-        try:
-            records.append(_record(raw, image_folder))
-        except UserError as error:
-            problems.append(f"record {position}{_id(raw)}: {error}")
-    if problems:
-        raise combined_error(problems, f"{path} has {len(problems)} bad records; fix or remove them")
-    if not records:
-        raise UserError(f"{path} has no records; expected LLaVA's list of id, image and conversations")
-    return records
-
-
-def image_keys(records: Sequence[Record]) -> list[str]:
-    """Return each image key once, in the order of its first record."""
-    return list(dict.fromkeys(record.image for record in records))
 
 
 def normalize_key(image: str, image_folder: str | Path | None = None) -> str:
@@ -123,16 +85,16 @@ def _real(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _refuse_chat_layout(raw: Any, path: str | Path) -> None:
-    if isinstance(raw, dict) and "messages" in raw and "conversations" not in raw:
-        raise UserError(
-            f"{path} has records with {short_repr(sorted(raw))}, the layout of chat data; expected "
-            '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}, '
-            '{"from": "gpt", "value": "a caption"}]}'
-        )
+def to_record(raw: Any, image_folder: str | Path | None = None) -> Record:
+    """Check an entry of a data file.
 
+    Args:
+        raw: The entry as JSON has it.
+        image_folder: The folder to which an absolute image path is made relative.
 
-def _record(raw: Any, image_folder: str | Path | None) -> Record:
+    Raises:
+        UserError: The entry is not an image with its caption; the message continues the entry's name.
+    """
     if not isinstance(raw, dict):
         raise UserError(f"is {type(raw).__name__}, expected an object with image and conversations")
     image = _image(raw)
@@ -174,7 +136,8 @@ def _turns(raw: dict[str, Any]) -> tuple[str, str]:
     return prompt, caption
 
 
-def _id(raw: Any) -> str:
+def id_in_words(raw: Any) -> str:
+    """Return the id of an entry for a message, empty if there is none."""
     return f" (id {short_repr(raw['id'])})" if isinstance(raw, dict) and "id" in raw else ""
 
 

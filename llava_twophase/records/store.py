@@ -1,0 +1,116 @@
+"""Columns of large data files, kept in the user's cache folder for later starts and for the other processes of a node.
+
+A file belongs to the content of one data file: its name has the XXH3-128 of all bytes, and what else decides the
+columns.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import tempfile
+import unicodedata
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import xxhash
+
+from llava_twophase import __version__
+from llava_twophase.errors import UserError
+from llava_twophase.records.builder import Built
+from llava_twophase.records.columns import DTYPES, Columns
+from llava_twophase.shared_arrays import Arrays, shared_arrays, user_cache
+from llava_twophase.text import format_bytes
+
+logger = logging.getLogger(__name__)
+
+Build = Callable[[Mapping[str, IO[bytes]]], Built]
+"""Appends the records of a data file to open files, one for each column; a ``UserError`` means bad input."""
+
+_FORMAT = 1
+_BLOCK = 1 << 22
+
+
+class _NotKept(Exception):
+    """Columns that are not for later starts."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        super().__init__()
+        self.arrays = arrays
+
+
+def build_in_memory(build: Build) -> Columns:
+    """Return the columns of a data file without a file for them."""
+    return Columns.of(_in_memory(build)[0])
+
+
+def keep_columns(path: Path, build: Build) -> Columns:
+    """Return the columns of a data file, from an earlier start if its content is the same.
+
+    They are kept below ``$XDG_CACHE_HOME/llava-twophase/records`` (``~/.cache`` by default), in about half the size of
+    the data file, as ``shared_arrays`` does. That folder may be deleted.
+
+    Args:
+        path: The data file, which exists.
+        build: Reads and checks it.
+
+    Raises:
+        UserError: The file cannot be read or has bad records, or it changed while it was read.
+    """
+    try:
+        digest = _file_digest(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    # Python's Unicode tables decide the words and the normal forms of captions.
+    kept = user_cache("records") / f"{digest}-{__version__}-{unicodedata.unidata_version}-{_FORMAT}"
+    try:
+        return Columns.of(shared_arrays(kept, partial(_make, kept.parent, path, digest, build)), kept)
+    except _NotKept as result:
+        return Columns.of(result.arrays)
+
+
+def _make(folder: Path, path: Path, digest: str, build: Build) -> Arrays:
+    logger.info("reading the records of %s (%s); later starts are faster", path, format_bytes(path.stat().st_size, 1))
+    arrays, built = _in_files(folder, build)
+    if _file_digest(path) != digest:
+        raise UserError(f"{path} changed while it was read; run the command again when it is complete")
+    if built.has_absolute_paths:
+        # Image keys depend on the image folder and on links to it.
+        logger.info("%s has absolute image paths, so it is read again at each start, by each process", path)
+        raise _NotKept(arrays)
+    return arrays
+
+
+def _in_files(folder: Path, build: Build) -> tuple[Arrays, Built]:
+    """Build in mapped files without a name, whose pages the system can write back: memory does not grow."""
+    for place in (folder, None):
+        try:
+            with ExitStack() as stack:
+                files = {name: stack.enter_context(tempfile.TemporaryFile(dir=place)) for name in DTYPES}
+                built = build(files)
+                for file in files.values():
+                    file.flush()
+                arrays = {name: np.memmap(files[name], dtype, "r") for name, dtype in DTYPES.items()}
+                return {**arrays, **built.arrays()}, built
+        except OSError as error:
+            logger.debug("records are not built in %s: %s", place or tempfile.gettempdir(), error)
+    return _in_memory(build)
+
+
+def _in_memory(build: Build) -> tuple[Arrays, Built]:
+    files = {name: io.BytesIO() for name in DTYPES}
+    built = build(files)
+    arrays = {name: np.frombuffer(files[name].getvalue(), dtype) for name, dtype in DTYPES.items()}
+    return {**arrays, **built.arrays()}, built
+
+
+def _file_digest(path: Path) -> str:
+    digest, block = xxhash.xxh3_128(), bytearray(_BLOCK)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(memoryview(block)[:size])
+    return digest.hexdigest()

@@ -1,0 +1,179 @@
+"""Columns that are kept for the next start: made once, checked at each start, and never required."""
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import time
+from pathlib import Path
+
+import pytest
+
+import drawn
+from llava_twophase.errors import UserError
+from llava_twophase.records import load, load_records, store
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch, caplog):
+    """The folder of kept columns, also for small files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(load, "_KEPT_FROM", 0)
+    caplog.set_level(logging.INFO)
+    return tmp_path / "home" / "llava-twophase" / "records"
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "records.json"
+    drawn.write_records([drawn.make_record(str(i), f"{i}.jpg", f"caption ü {i}") for i in range(30)], path)
+    return path
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How often a data file was read entry by entry."""
+    found = []
+    read = load.read_json_records
+    monkeypatch.setattr(load, "read_json_records", lambda *args: found.append(1) or read(*args))
+    return found
+
+
+def kept(cache):
+    return [path for path in cache.iterdir() if path.name != "lock"]
+
+
+def test_second_start_maps_the_columns(cache, data, reads):
+    first, second = load_records(data), load_records(data)
+    assert first == second and len(second) == 30 and reads == [1]
+    (file,) = kept(cache)
+    assert second._selection.columns.kept == file
+    assert not any(values.flags.writeable for values in second._selection.columns.arrays.values())
+
+
+def test_columns_belong_to_the_content_not_to_the_path(cache, data, reads, tmp_path):
+    load_records(data)
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(data.read_bytes())
+    assert load_records(copy) == load_records(data) and reads == [1]
+    before = data.stat()
+    data.write_text(data.read_text(encoding="utf-8").replace("caption", "Caption"), encoding="utf-8")
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_records(data)[0].caption == "Caption ü 0" and len(kept(cache)) == 2
+
+
+@pytest.mark.parametrize("version", ["__version__", "_FORMAT"])
+def test_columns_of_another_version_are_not_used(data, reads, monkeypatch, version):
+    load_records(data)
+    monkeypatch.setattr(store, version, "other")
+    load_records(data)
+    assert len(reads) == 2
+
+
+def test_small_files_are_not_kept(cache, data, monkeypatch):
+    monkeypatch.setattr(load, "_KEPT_FROM", data.stat().st_size + 1)
+    assert len(load_records(data)) == 30 and not cache.exists()
+
+
+@pytest.mark.parametrize("place", [100, 5000, -1])
+def test_damaged_columns_are_made_again(cache, data, reads, place):
+    expected = list(load_records(data))
+    (file,) = kept(cache)
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    assert load_records(data) == expected and len(reads) == 2
+    assert load_records(data) == expected and len(reads) == 2
+
+
+def test_bad_records_are_not_kept(cache, data, reads):
+    raws = json.loads(data.read_text(encoding="utf-8"))
+    del raws[7]["image"]
+    data.write_text(json.dumps(raws), encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(UserError, match="record 7 .*has no image"):
+            load_records(data)
+    assert kept(cache) == [] and len(reads) == 2
+
+
+def test_absolute_image_paths_are_not_kept(cache, data, tmp_path, caplog):
+    raws = json.loads(data.read_text(encoding="utf-8"))
+    raws[3]["image"] = str(tmp_path / "a" / "3.jpg")
+    data.write_text(json.dumps(raws), encoding="utf-8")
+    assert load_records(data, image_folder=tmp_path)[3].image == "a/3.jpg"
+    assert load_records(data, image_folder=tmp_path / "a")[3].image == "3.jpg"
+    assert kept(cache) == [] and "has absolute image paths, so it is read again at each start" in caplog.text
+
+
+def test_full_disk_leaves_the_records_in_memory(data, monkeypatch, small_disk, caplog):
+    folder = small_disk("size=4k")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    assert len(load_records(data)) == 30
+    warned = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    assert len(warned) == 1 and "No space left on device" in warned[0] and "set XDG_CACHE_HOME" in warned[0]
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_folder_that_cannot_be_made_leaves_the_records_in_memory(data, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(load_records(data)) == 30
+    assert "Not a directory" in caplog.text and "set XDG_CACHE_HOME" in caplog.text
+
+
+def test_no_folder_at_all_leaves_the_records_in_memory(data, monkeypatch):
+    def fail(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(store.tempfile, "TemporaryFile", fail)
+    assert len(load_records(data)) == 30
+
+
+def test_data_file_that_changes_while_it_is_read_is_refused(cache, data, monkeypatch):
+    read = load.read_json_records
+
+    def change(path, flag):
+        path.write_bytes(path.read_bytes() + b"\n")
+        return read(path, flag)
+
+    monkeypatch.setattr(load, "read_json_records", change)
+    with pytest.raises(UserError, match=f"{data} changed while it was read; run the command again"):
+        load_records(data)
+    assert kept(cache) == []
+
+
+def test_kept_records_are_pickled_as_the_path_of_their_file(cache, data):
+    records = load_records(data)
+    content = pickle.dumps(records)
+    assert len(content) < 1000 and pickle.loads(content) == records
+    kept(cache)[0].unlink()
+    with pytest.raises(UserError, match="was deleted while its records were in use"):
+        pickle.loads(content)
+    assert pickle.loads(pickle.dumps(records)) == records
+
+
+def _load(path, start, sizes):
+    start.wait()
+    load._KEPT_FROM, read = 0, load.read_json_records
+
+    def count(*args):
+        sizes.put("read")
+        time.sleep(0.3)
+        return read(*args)
+
+    load.read_json_records = count
+    sizes.put(len(load_records(path)))
+
+
+def test_one_process_of_a_node_makes_the_columns(data):
+    context = multiprocessing.get_context("fork")
+    start, found = context.Event(), context.Queue()
+    processes = [context.Process(target=_load, args=(Path(data), start, found)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    start.set()
+    for process in processes:
+        process.join()
+    assert sorted(str(found.get(timeout=5)) for _ in range(4)) == ["30", "30", "30", "read"]
