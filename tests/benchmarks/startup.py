@@ -5,7 +5,7 @@
 
 Records look like LLaVA-Pretrain's. The cache has all keys and holes in place of features; the LLM is tiny. Everything
 else is what a run does: the real command, every check, and the sample order. The first start reads the data file entry
-by entry and keeps its columns; the second one maps them. The last line is one JSON object.
+by entry and keeps its columns; later ones map them. The last line is one JSON object.
 
 Private memory is what a rank has for itself, and peaks are sampled. Shared memory is mapped files, which the kernel
 counts for each process that has touched them; the proportional size (PSS) divides them by these processes.
@@ -190,16 +190,17 @@ def make_inputs(folder, count):
 
 
 def measure(folder, count, ranks):
-    """Return what the first and the second start need."""
+    """Return what a first start needs, and what later starts with each number of ranks do."""
     inputs = {"model_name_or_path": folder / "llm", **make_inputs(folder, count)}
     home = Path(tempfile.mkdtemp(dir=folder))
     try:
-        found = {name: summarize(start(inputs, folder, ranks, home)) for name in ("first", "second")}
+        found = {f"first, {ranks[0]} ranks": summarize(start(inputs, folder, ranks[0], home))}
+        found |= {f"later, {number} ranks": summarize(start(inputs, folder, number, home)) for number in ranks}
         sizes = {part: sum(path.stat().st_size for path in home.rglob(f"{part}/*")) for part in ("records", "keys")}
     finally:
         shutil.rmtree(home)
     kept = {f"kept_{part}_mb": round(size / 1e6, 1) for part, size in sizes.items()}
-    return {**found, **kept, "data_mb": round(inputs["data_path"].stat().st_size / 1e6, 1)}
+    return {"starts": found, **kept, "data_mb": round(inputs["data_path"].stat().st_size / 1e6, 1)}
 
 
 def main():
@@ -211,17 +212,15 @@ def main():
     from tiny import write_llama
 
     folder, line = Path(args.folder or tempfile.mkdtemp(prefix="startup-")), {}
-    table = Table("records", "ranks", "start", "wall s", "CPU s", "private MB", "PSS MB", "RSS MB")
+    table = Table("records", "start", "wall s", "CPU s", "private MB", "PSS MB", "RSS MB")
     columns = ("wall_s_to_second_step", "cpu_s_to_second_step", "peak_private_mb", "peak_pss_mb", "peak_rss_mb")
     try:
         folder.mkdir(exist_ok=True)
         write_llama(folder / "llm", captions(200))
         for count in args.records:
-            for ranks in args.ranks:
-                found = line[f"{count} records, {ranks} ranks"] = measure(folder, count, ranks)
-                for name in ("first", "second"):
-                    table.add_row(f"{count:,}", str(ranks), name, *(str(found[name][column]) for column in columns))
-                print(json.dumps(found), file=sys.stderr)
+            found = line[f"{count} records"] = measure(folder, count, args.ranks)
+            for name, values in found["starts"].items():
+                table.add_row(f"{count:,}", name, *(str(values[column]) for column in columns))
     finally:
         if args.folder is None:
             shutil.rmtree(folder)

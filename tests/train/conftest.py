@@ -57,10 +57,9 @@ def train_in_process(plain_set, tiny_llama, tiny_clip, plain_cache, tmp_path, mo
         loads.clear()
         flags = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 2, **changes}
         command = train_command(
-            data_path=plain_set.json,
             model_name_or_path=tiny_llama,
             output_dir=tmp_path / name,
-            **{"vision_tower": tiny_clip, "feature_cache": plain_cache, **flags},
+            **{"data_path": plain_set.json, "vision_tower": tiny_clip, "feature_cache": plain_cache, **flags},
         )
         with caplog.at_level("INFO"):
             return main(command[1:]), bool(loads)
