@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
 from llava_twophase.errors import UserError
+from llava_twophase.text import did_you_mean
 
 
 class UsageError(UserError):
@@ -200,14 +200,13 @@ class CommandParser(argparse.ArgumentParser):
     def _names_subcommand(self, tokens: Sequence[str]) -> bool:
         names = list(self._subcommands.choices)
         name = next((token for token in tokens if not token.startswith("-")), None)
-        if name in names or {"-h", "--help"} & set(tokens):
+        if name in names or (name is None and {"-h", "--help"} & set(tokens)):
             return True
         self._note_unknown([token for token in tokens if token.startswith("-")])
         if name is None:
             self.problems.append(f"a subcommand is missing; expected one of {', '.join(names)}")
         else:
-            closest = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {closest[0]}?" if closest else f"expected one of {', '.join(names)}"
+            hint = did_you_mean(name, names) or f"expected one of {', '.join(names)}"
             self.problems.append(f"{name!r} is not a subcommand; {hint}")
         return False
 
@@ -241,16 +240,15 @@ class CommandParser(argparse.ArgumentParser):
                 if not after_flag:
                     self.problems.append(f"{token!r} does not belong to a flag")
             elif flag not in self._options:
-                closest = self._closest(flag)
-                self.problems.append(f"{flag} is not a flag" + (f"; did you mean {closest}?" if closest else ""))
+                hint = self._did_you_mean(flag)
+                self.problems.append(f"{flag} is not a flag" + (f"; {hint}" if hint else ""))
             after_flag = token.startswith("-")
 
-    def _closest(self, flag: str) -> str | None:
+    def _did_you_mean(self, flag: str) -> str | None:
         spelled = f"--{flag.lstrip('-').replace('-', '_').lower()}"
         if spelled in self.other_names:
-            return self.other_names[spelled]
-        known = [option for option in self._options if option.startswith("--") and "-" not in option[2:]]
-        return next(iter(difflib.get_close_matches(spelled, known, n=1)), None)
+            return f"did you mean {self.other_names[spelled]}?"
+        return did_you_mean(spelled, [name for name in self._options if name.startswith("--") and "-" not in name[2:]])
 
 
 def problems_error(problems: Sequence[str], usage: str | None = None) -> UserError:

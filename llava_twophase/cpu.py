@@ -107,20 +107,22 @@ class CpuUsage:
         busy = self.received + self.waited > 0.3 * self.wall
         return self.wall >= _SECONDS_JUDGED and busy and self.share < limit
 
-    def advice(self, workers_flag: str = "--num_workers") -> str | None:
+    def advice(self, workers_flag: str | None = "--num_workers") -> str | None:
         """Return a sentence that says what to set; None if the CPU did not slow the work down.
 
         Args:
-            workers_flag: The command's flag for the number of worker processes.
+            workers_flag: The command's flag for the number of worker processes; None if there are none.
         """
         if not self.is_starved():
             return None
         threads = "set OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=passive, "
         if os.environ.get("OMP_NUM_THREADS") == "1":
             threads = ""
+        workers = "" if workers_flag is None else f"lower {workers_flag}, "
+        others = f"{threads}{workers}or " if threads or workers else ""
         return (
             f"this process received {self.share:.0%} of the CPU time that it asked for, because other processes or a "
-            f"CPU limit take the rest: {threads}lower {workers_flag}, or use a machine with free CPUs "
+            f"CPU limit take the rest: {others}use a machine with free CPUs "
             f"(this process may use {available_cpus()})"
         )
 

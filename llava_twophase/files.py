@@ -82,7 +82,7 @@ def require_free_space(folder: Path, needed: int, what: str, advice: str) -> Non
     Args:
         folder: Where it will be written; it need not exist yet.
         needed: Bytes.
-        what: What needs them, in the plural.
+        what: What needs them.
         advice: What the user can do.
 
     Raises:
@@ -91,7 +91,8 @@ def require_free_space(folder: Path, needed: int, what: str, advice: str) -> Non
     free = free_bytes(folder)
     if needed > free:
         raise UserError(
-            f"{what} need {format_bytes(needed)}, but the disk of {folder} has {format_bytes(free)} free; {advice}"
+            f"{format_bytes(needed)} are needed for {what}, but the disk of {folder} has {format_bytes(free)} free; "
+            f"{advice}"
         )
 
 

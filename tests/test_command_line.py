@@ -95,6 +95,7 @@ def test_usage_line_has_the_required_arguments_only():
         ([], "a subcommand is missing; expected one of summary, verify"),
         (["sumary", "c"], "'sumary' is not a subcommand; did you mean summary?"),
         (["zzz"], "'zzz' is not a subcommand; expected one of summary, verify"),
+        (["sumary", "--help"], "'sumary' is not a subcommand; did you mean summary?"),
         (["summary"], "CACHE is required"),
         (["summary", "c", "d"], "'d' does not belong to a flag"),
         (["verify", "--n", "10"], "--n 10: expected a whole number from 1 to 9"),

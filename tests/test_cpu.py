@@ -80,6 +80,7 @@ def test_limit_torch_threads_leaves_omp_num_threads_alone(monkeypatch):
 def test_advice_does_not_repeat_what_is_set(monkeypatch):
     usage = CpuUsage(wall=10, received=4, waited=16)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert "take the rest: use a machine with free CPUs" in usage.advice(None)
     assert "OMP" not in usage.advice() and ": lower --dataloader_num_workers" in usage.advice(
         "--dataloader_num_workers"
     )

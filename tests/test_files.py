@@ -102,7 +102,7 @@ def test_free_bytes_asks_the_nearest_parent_that_exists(tmp_path):
 
 def test_require_free_space_names_both_sizes(tmp_path):
     require_free_space(tmp_path, 1, what="the features", advice="none")
-    with pytest.raises(UserError, match=r"the features need 658\.000 TB, but the disk of .*B free; use int8"):
+    with pytest.raises(UserError, match=r"658\.000 TB are needed for the features, but the disk of .*B free; use int8"):
         require_free_space(tmp_path / "not" / "yet", 658 * 10**12, what="the features", advice="use int8")
 
 

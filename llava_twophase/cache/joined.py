@@ -46,7 +46,7 @@ class JoinedCaches:
 
     def __init__(self, caches: Sequence[FeatureCache | str | Path], interpolate: bool = False) -> None:
         if len(caches) < 2:
-            raise UserError(f"{len(caches)} feature caches were given to join, expected at least two")
+            raise UserError(f"expected at least two feature caches to join, {len(caches)} given")
         self.caches = tuple(cache if isinstance(cache, FeatureCache) else FeatureCache(cache) for cache in caches)
         self._interpolate = interpolate
         names = [str(cache.path) for cache in self.caches]

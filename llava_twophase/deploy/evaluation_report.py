@@ -76,6 +76,7 @@ def evaluate_runs(runs: Mapping[str, TrainedProjector], placement: Placement, op
         raise UserError("evaluate needs the held-out images: give --image_folder or --feature_cache")
     images = None if options.image_folder is None else open_images(options.image_folder)
     records = _sample(load_records(options.data_path, image_folder=options.image_folder), options)
+    _require_different_captions(records, options)
     _require_features(runs, image_keys(records), images, options)
     results = {}
     for name, projector in runs.items():
@@ -99,6 +100,16 @@ def _sample(records: Sequence[Record], options: EvaluationOptions) -> list[Recor
         return list(records)
     chosen = random.Random(options.settings.seed).sample(range(len(records)), options.limit)
     return [records[position] for position in sorted(chosen)]
+
+
+def _require_different_captions(records: Sequence[Record], options: EvaluationOptions) -> None:
+    captions = len({record.caption for record in records})
+    if captions < 2:
+        raise UserError(
+            f"--data_path {options.data_path}: {counted(len(records), 'record')} with {counted(captions, 'caption')} "
+            "to evaluate; expected at least two different captions: give more records (--eval_fraction of the training "
+            "command decides how many are held out), or a higher --limit"
+        )
 
 
 def _require_features(

@@ -82,7 +82,7 @@ def export_gguf(projector: TrainedProjector, out: str | Path) -> Path:
     path = Path(out)
     logging.getLogger("gguf").setLevel(logging.WARNING)
     again = "run the same command again"
-    with explain_os_errors(path.absolute().parent, "--out", lambda: again), replace_file(path) as file:
+    with explain_os_errors(path.absolute().parent, "OUT", lambda: again), replace_file(path) as file:
         writer = GGUFWriter(None, "clip")
         writer.add_type("mmproj")
         writer.add_name(path.stem)

@@ -75,7 +75,7 @@ def _expand(path: str, image_folder: str | None) -> Iterator[NamedImage]:
         images = open_images(image_folder) if image_folder else None
         for key in image_keys(load_records(given, image_folder=image_folder)):
             yield NamedImage(key, _reader(images, key), exists=images is not None)
-    elif given.is_dir() or suffix in _ARCHIVES:
+    elif given.is_dir() or (suffix in _ARCHIVES and given.exists()):
         images = open_images(given)
         names = [name for name in _names(given) if name.lower().endswith(IMAGE_SUFFIXES)]
         if not names:

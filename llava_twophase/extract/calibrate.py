@@ -16,6 +16,7 @@ from llava_twophase.cache.codec import Channels, Codec
 from llava_twophase.errors import UserError
 from llava_twophase.extract.decode import DecodeDataset
 from llava_twophase.extract.encode import TowerRunner
+from llava_twophase.text import counted
 from llava_twophase.vision.sources import ImageSource
 from llava_twophase.vision.tower import VisionTower
 
@@ -64,7 +65,7 @@ def measure_channels(
     """
     picked = np.random.default_rng(SAMPLE_SEED).choice(len(keys), min(SAMPLE_IMAGES, len(keys)), replace=False)
     sample = [keys[position] for position in sorted(picked.tolist())]
-    logger.info("measuring channels on %d of %d images", len(sample), len(keys))
+    logger.info("measuring channels on %d of %s", len(sample), counted(len(keys), "image"))
     batches = [sample[start : start + batch_size] for start in range(0, len(sample), batch_size)]
     loader = DataLoader(DecodeDataset(images, tower.preprocessor, batches), batch_size=None, num_workers=num_workers)
     run_tower, used = TowerRunner(tower), 0
@@ -78,7 +79,7 @@ def measure_channels(
 
     channels = Channels.measure(features())
     if not used:
-        raise UserError(f"none of {len(sample)} sampled images can be used, so int8 and int4 have no scales")
+        raise UserError(f"none of {counted(len(sample), 'sampled image')} can be used, so int8 and int4 have no scales")
     if not np.isfinite([channels.mean, channels.std]).all():
         raise UserError("the tower's features are not finite; try --compute_dtype bf16 or fp32")
     return channels, {"sha256": channels.sha256(), "images": used, "seed": SAMPLE_SEED}

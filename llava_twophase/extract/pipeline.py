@@ -99,7 +99,7 @@ def extract(
             if keys[-1] == shard.keys[-1]:
                 queue.finish(shard)
             if meter.is_due():
-                _warn_if_starved(meter, timings)
+                _warn_if_starved(meter, timings, options)
             yield Step(len(keys), len(batch.bad), batch.high_bit_depth, queue.sealed())
         last = queue.sealed(wait=True)
     timings.total += time.perf_counter() - started
@@ -136,8 +136,9 @@ def _cpu_usage(meter: CpuMeter, timings: Timings) -> CpuUsage:
     return meter.usage(idle=idle, threads=torch.get_num_threads())
 
 
-def _warn_if_starved(meter: CpuMeter, timings: Timings) -> None:
-    advice = (timings.cpu + _cpu_usage(meter, timings)).advice()
+def _warn_if_starved(meter: CpuMeter, timings: Timings, options: Options) -> None:
+    usage = timings.cpu + _cpu_usage(meter, timings)
+    advice = usage.advice("--num_workers" if options.num_workers else None)
     if advice is not None:
         logger.warning("the extraction is slow: %s", advice)
 

@@ -14,6 +14,7 @@ from llava_twophase.extract.decode import find_bad, still_bad
 from llava_twophase.extract.inputs import refuse_if_all_missing
 from llava_twophase.extract.plan import Plan, make_plan
 from llava_twophase.records import Records
+from llava_twophase.text import counted
 from llava_twophase.vision.sources import ImageSource, open_images
 
 
@@ -92,7 +93,7 @@ def require_usable(inputs: Inputs, plan: Plan) -> None:
     if bad:
         raise combined_error(
             [f"{entry.key}: {entry.reason}" for entry in bad],
-            f"{len(bad)} of {len(inputs.keys)} images in --image_folder {inputs.config.image_folder} cannot be used "
-            f"({len(missing)} are missing); fix them, remove their records, or skip them with --on_bad_image skip; "
+            f"{len(bad)} of {counted(len(inputs.keys), 'image')} in --image_folder {inputs.config.image_folder} cannot "
+            f"be used ({len(missing)} missing); fix them, remove their records, or skip them with --on_bad_image skip; "
             "the same command with --plan --json lists all of them",
         )

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
-from llava_twophase.text import format_bytes
+from llava_twophase.text import counted, format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,6 @@ class Progress:
             rate = images / (now - self._started)
             left = timedelta(seconds=round((self._total - images) / rate))
             logger.info(
-                "%d of %d images, %.1f images/s, %s left, %s, %d quarantined",
-                images, self._total, rate, left, stored, quarantined,
+                "%d of %s, %.1f images/s, %s left, %s, %d quarantined",
+                images, counted(self._total, "image"), rate, left, stored, quarantined,
             )  # fmt: skip

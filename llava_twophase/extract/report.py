@@ -70,7 +70,7 @@ class PlanReport:
             f"records     {self.records}, with {self.images} images ({self.repeated} of them in several records)",
             f"cached      {self.cached}",
             f"quarantined {self.quarantined}",
-            f"to encode   {self.to_encode}, of which {self.missing} are missing and {self.unusable} cannot be used",
+            f"to encode   {self.to_encode}, of them {self.missing} missing and {self.unusable} unusable",
             f"shards      {self.shards}",
             f"disk        {format_bytes(self.bytes)} of {format_bytes(self.free_bytes)} free"
             + ("" if self.fits else ": they do not fit"),

@@ -47,7 +47,7 @@ from llava_twophase.extract.tower import (
 )
 from llava_twophase.files import explain_os_errors, require_free_space, require_writable
 from llava_twophase.records import Records
-from llava_twophase.text import counted, format_bytes
+from llava_twophase.text import agree, counted, format_bytes
 from llava_twophase.vision.tower import VisionTower
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,8 @@ def _run_rank_0(inputs: Inputs, messages: RankMessages) -> None:
         require_same(config, manifest, work.tower)
     if finished:
         messages.send("plan", None)
-        logger.info("%s: all %d images are cached, nothing to do", cache, plan.cached)
+        verb = agree(plan.cached, "is", "are")
+        logger.info("%s: %s %s cached, nothing to do", cache, counted(plan.cached, "image"), verb)
         _report_quarantine(plan.quarantined)
         return
     with CacheSession(cache) as session:
@@ -254,7 +255,8 @@ def _report(manifest: Manifest, work: _Work, seconds: float, timings: Timings, d
         "%s: complete, %s in %s (%.1f images/s)",
         work.cache, counted(manifest.rows, "image"), counted(len(manifest.shards), "shard"), rate,
     )  # fmt: skip
-    logger.info("%s%s", "" if work.messages.ranks.world_size == 1 else "rank 0: ", timings.describe())
+    described = timings.describe("--num_workers" if work.inputs.config.num_workers else None)
+    logger.info("%s%s", "" if work.messages.ranks.world_size == 1 else "rank 0: ", described)
     if done["high_bit_depth"]:
         logger.warning(
             "values of %s with more than 8 bits per channel were clipped, as in LLaVA",

@@ -47,12 +47,17 @@ class Timings:
             return "cpu"
         return "decode" if longest == self.waiting_for_images else "tower"
 
-    def describe(self) -> str:
-        """Return the timings and the advice that follows from them, in two lines."""
+    def describe(self, workers_flag: str | None = "--num_workers") -> str:
+        """Return the timings and the advice that follows from them, in two lines.
+
+        Args:
+            workers_flag: The flag for the number of worker processes; None if there are none.
+        """
         names = [field.name for field in fields(self) if field.name not in ("total", "cpu")]
         seconds = ", ".join(f"{name.replace('_', ' ')} {getattr(self, name):.1f}" for name in names)
         bound = self.bound_by()
-        return f"seconds of {self.total:.1f}: {seconds}\nbound by: {bound}; {_ADVICE.get(bound) or self.cpu.advice()}"
+        advice = _ADVICE.get(bound) or self.cpu.advice(workers_flag)
+        return f"seconds of {self.total:.1f}: {seconds}\nbound by: {bound}; {advice}"
 
 
 _ADVICE = {

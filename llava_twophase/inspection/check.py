@@ -25,7 +25,7 @@ from llava_twophase.errors import UserError
 from llava_twophase.inspection import output
 from llava_twophase.inspection.rows import CheckedRows
 from llava_twophase.records import image_keys, load_records
-from llava_twophase.text import counted
+from llava_twophase.text import agree, counted
 
 if TYPE_CHECKING:
     from llava_twophase.vision.sources import ImageSource
@@ -49,7 +49,7 @@ def run_verify(path: str, records: str | None, sources: str | None, as_json: boo
             rows = CheckedRows(path)
             if keys:
                 problems += without_features(rows, keys)
-                checked.append(f"all {len(keys):,} images of {records} have features")
+                checked.append(f"{counted(len(keys), 'image')} of {records} {agree(len(keys), 'has', 'have')} features")
             if sources:
                 problems += changed_sources(rows, rows.open_images(sources))
                 checked.append(_checked_sources(rows, sources))
@@ -144,9 +144,8 @@ def _checked_sources(rows: CheckedRows, sources: str) -> str:
     count = rows.recorded_sources()
     if count == len(rows.cache):
         return f"all files in {sources} unchanged"
-    return (
-        f"{count:,} of {len(rows.cache):,} files in {sources} unchanged, the others {output.NOT_RECORDED} in the cache"
-    )
+    files = counted(len(rows.cache), "file")
+    return f"{count:,} of {files} in {sources} unchanged, the others {output.NOT_RECORDED} in the cache"
 
 
 def _print_verify(path: str, problems: Iterable[Problem], checked: list[str], out: Console) -> None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from llava_twophase.errors import UserError
 from llava_twophase.patch_grid import grid_shape
-from llava_twophase.text import printable
+from llava_twophase.text import counted, printable
 
 # Dark blue over grey to yellow: lightness grows evenly, and colour-blind readers can tell the colours apart.
 _RAMP = np.array([(0, 32, 77), (124, 123, 120), (255, 234, 70)], np.float32)
@@ -82,7 +82,7 @@ def check_sheet(count: int, size: int) -> None:
     pixels = 4 * (size + _MARGIN) * count * (size + _LABEL + _MARGIN)
     if pixels > _MOST_PIXELS:
         raise UserError(
-            f"{count:,} images at --size {size} make a picture of {pixels / 1e6:,.0f} million pixels, "
+            f"{counted(count, 'image')} at --size {size}: a picture of {pixels / 1e6:,.0f} million pixels; "
             f"at most {_MOST_PIXELS // 1_000_000} are drawn; give fewer keys or a smaller --size"
         )
 

@@ -22,6 +22,7 @@ from llava_twophase.inspection.compare import distance, print_worst, worst_image
 from llava_twophase.inspection.rows import CheckedRows
 from llava_twophase.inspection.summary import not_recorded
 from llava_twophase.layers import Layers, as_layers
+from llava_twophase.text import agree, counted
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ def reencode(rows: CheckedRows, images: ImageSource, tower: VisionTower, count: 
     if state.crops:
         _measure(rows, tower, state)
     if not state.kept:
-        raise UserError(f"none of {len(picked)} images can be compared: they are missing, damaged, or changed since")
+        raise UserError(f"none of {counted(len(picked), 'image')} can be compared: missing, damaged, or changed since")
     return _verdict(rows, tower, state)
 
 
@@ -214,7 +215,7 @@ def _verdict(rows: CheckedRows, tower: VisionTower, state: _Compared) -> dict[st
 def _print(values: dict[str, Any], out: Console) -> None:
     rows, dtype = values["rows"], values["compute_dtype"]
     verdicts = {
-        "equal": f"bit-equal: all {rows:,} images give the features in the cache",
+        "equal": f"bit-equal: {counted(rows, 'image')} {agree(rows, 'gives', 'give')} the features in the cache",
         "explained": f"equal up to rounding: {dtype} and another device or version explain the differences",
         "different": f"DIFFERENT: by more than {dtype} and another device explain",
     }

@@ -13,7 +13,7 @@ from PIL import Image
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.inspection import output, pictures
 from llava_twophase.inspection.rows import CheckedRows
-from llava_twophase.text import printable
+from llava_twophase.text import counted, printable
 from llava_twophase.vision.images import BadImage, decode
 from llava_twophase.vision.sources import ImageSource
 
@@ -82,5 +82,7 @@ def _crops(rows: CheckedRows, images: ImageSource, found: np.ndarray, folder: st
     if len(problems) == 1:
         raise UserError(printable(problems[0]))
     if problems:
-        raise combined_error(map(printable, problems), f"{len(problems)} of {len(found)} images cannot be shown")
+        raise combined_error(
+            map(printable, problems), f"{len(problems)} of {counted(len(found), 'image')} cannot be shown"
+        )
     return crops

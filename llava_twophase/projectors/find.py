@@ -17,6 +17,7 @@ from torch import nn
 
 from llava_twophase.errors import UserError
 from llava_twophase.projectors.names import SHIPPED
+from llava_twophase.text import did_you_mean
 
 _NOT_HASHED = frozenset(sys.stdlib_module_names) | {"torch"}
 
@@ -38,9 +39,10 @@ def find_class(kind: str, kwargs: Mapping[str, Any]) -> Callable[..., nn.Module]
         raise UserError(f"{flag} has no weights, so stage 1 would have nothing to train; use linear or mlp2x_gelu")
     module_name, separator, class_name = SHIPPED.get(kind, kind).partition(":")
     if not (separator and module_name and class_name.isidentifier()):
+        hint = did_you_mean(kind, ("linear", "mlp2x_gelu", *SHIPPED))
         raise UserError(
-            f"{flag} is unknown; expected linear, mlpNx_gelu such as mlp2x_gelu, {', '.join(SHIPPED)}, or a class of "
-            "your own as package.module:ClassName"
+            f"{flag} is unknown; {f'{hint} Expected' if hint else 'expected'} linear, mlpNx_gelu such as mlp2x_gelu, "
+            f"{', '.join(SHIPPED)}, or a class of your own as package.module:ClassName"
         )
     found = getattr(_import_module(module_name, flag), class_name, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):

@@ -31,7 +31,8 @@ class ProjectorTrainingArguments(TrainingFlags, TrainingArguments):
         if self.mm_projector_lr is not None:
             self.learning_rate = self.mm_projector_lr
         if not torch.accelerator.is_available() and not self.use_cpu:
-            logger.warning("no accelerator was found; training runs on the CPU")
+            if self.plan in (None, "here", "True"):
+                logger.warning("no accelerator was found; training runs on the CPU")
             self.use_cpu = True
         if self.tf32 and not torch.cuda.is_available():
             logger.warning("--tf32 True is ignored: there is no CUDA device")

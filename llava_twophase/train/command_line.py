@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -27,6 +29,15 @@ _OTHER_NAMES = {
     "--model": "--model_name_or_path",
     "--images": "--image_folder",
     "--cache": "--feature_cache",
+}
+# Flags of HF Trainer that take a JSON object, and whether they also take a file of one.
+_JSON_FLAGS = {
+    "deepspeed": True,
+    "accelerator_config": True,
+    "fsdp_config": True,
+    "lr_scheduler_kwargs": False,
+    "activation_checkpointing_kwargs": False,
+    "gradient_checkpointing_kwargs": False,
 }
 
 
@@ -95,26 +106,25 @@ def parse_command(argv: Sequence[str] | None = None) -> ParsedCommand:
     parser = build_parser()
     tokens = sys.argv[1:] if argv is None else argv
     found = vars(parser.collect(tokens))
-    values = {name: value for name, value in found.items() if name not in parser.faulty}
+    json_problems = _json_problems(found)
+    faulty = parser.faulty | json_problems.keys()
+    values = {name: value for name, value in found.items() if name not in faulty}
     model = ModelArguments(**_values_of(ModelArguments, values))
     data = DataArguments(**_values_of(DataArguments, values))
     training_values = _values_of(ProjectorTrainingArguments, values)
-    problems: list[str] = []
+    problems = list(json_problems.values())
     try:
         training = ProjectorTrainingArguments(**training_values)
-    except json.JSONDecodeError as error:
-        problems.append(f"--deepspeed, or another flag that takes JSON, is not valid JSON: {error}")
-        training = _default_training(training_values)
     except (ValueError, TypeError, ImportError, AssertionError, RuntimeError, OSError) as error:
         problems.append(str(error))
         training = _default_training(training_values)
     arguments = Arguments(model, data, training, given=_typed(tokens))
-    refused = flag_problems(arguments, parser.faulty)
+    refused = flag_problems(arguments, faulty)
     return ParsedCommand(
         arguments=arguments,
         usage_problems=parser.problems,
         flag_problems=[*problems, *(message for _, message in refused)],
-        faulty=frozenset(parser.faulty | {flag for flag, _ in refused}),
+        faulty=frozenset(faulty | {flag for flag, _ in refused}),
         usage=parser.usage_line(),
     )
 
@@ -127,6 +137,35 @@ class _Parser(CommandParser, HfArgumentParser):
     def expected_of(self, convert: Any) -> str:
         """Return what the values of a ``type`` are."""
         return super().expected_of(convert) or "True or False"
+
+
+def _json_problems(values: dict[str, Any]) -> dict[str, str]:
+    """Return a message for each flag of HF Trainer whose value is not a JSON object, or a file of one, by its name."""
+    problems = {}
+    for name, is_file in _JSON_FLAGS.items():
+        text = values.get(name)
+        if text is None:
+            continue
+        try:
+            content = _read_json(text) if is_file else json.loads(text)
+            found = f"found a {type(content).__name__}"
+        except (OSError, ValueError) as error:
+            content, found = None, getattr(error, "strerror", None) or f"it is not valid JSON: {error}"
+        if not isinstance(content, dict):
+            expected = "a JSON object" + (", or a file of one such as pipelines/zero2.json" if is_file else "")
+            problems[name] = f"--{name} {text}: {found}; expected {expected}"
+    return problems
+
+
+def _read_json(text: str) -> Any:
+    if text.startswith("{"):
+        return json.loads(text)
+    if not Path(text).exists():
+        try:
+            return json.loads(b64decode(text, altchars=b"-_", validate=True))  # a form that transformers documents
+        except ValueError:
+            pass
+    return json.loads(Path(text).read_bytes())
 
 
 def _typed(tokens: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 from llava_twophase.compat import is_tracker_installed
 from llava_twophase.errors import UserError
 from llava_twophase.files import require_free_space, require_writable
+from llava_twophase.text import counted
 from llava_twophase.train.arguments import Arguments
 
 # AdamW in float32 keeps weight, two moments and, under DeepSpeed, a master copy.
@@ -110,7 +111,7 @@ def require_space(arguments: Arguments, weights: int) -> None:
     require_free_space(
         output_folder(arguments),
         kept * size,
-        what=f"{kept} checkpoints",
+        what=counted(kept, "checkpoint"),
         advice="free some space, or lower --save_total_limit",
     )
 

@@ -36,6 +36,27 @@ def flag_problems(arguments: Arguments, skip: Collection[str] = ()) -> list[tupl
     return [(flag, message) for flag, refused, message in checks if refused and flag not in skip]
 
 
+def flag_hints(arguments: Arguments) -> list[str]:
+    """Return what a user of LLaVA's recipe may not expect, one line each: it is logged, and the run starts."""
+    data, training, given = arguments.data, arguments.training, arguments.given
+    held_out = (
+        "--eval_data_path" if data.eval_data_path is not None else "--eval_fraction" if data.eval_fraction else ""
+    )
+    hints = [
+        (
+            not {"learning_rate", "mm_projector_lr"} & given.keys(),
+            f"--learning_rate was not given: the default of HF Trainer, {training.learning_rate:g}, is used; LLaVA's "
+            "recipe has --learning_rate 1e-3",
+        ),
+        (
+            bool(held_out) and not training.do_eval,
+            f"{held_out} without --eval_strategy: its records are not evaluated during training; for that, give "
+            "--eval_strategy steps or epoch",
+        ),
+    ]
+    return [hint for applies, hint in hints if applies]
+
+
 def _stage_one(model: ModelArguments, training: ProjectorTrainingArguments) -> list[Check]:
     alone = "stage 1 trains the projector alone"
     special = "LLaVA cannot train it with a tuned adapter either: its embeddings would stay random"

@@ -45,7 +45,7 @@ class ModelArguments:
     )
     tune_mm_mlp_adapter: bool = _flag(False, "must be True: stage 1 trains the projector alone")
     mm_tunable_parts: str | None = _flag(None, "LLaVA-NeXT's name for --tune_mm_mlp_adapter True: mm_mlp_adapter")
-    pretrain_mm_mlp_adapter: str | None = _flag(None, "projector file to start from")
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "projector file to start from", metavar="FILE")
     mm_vision_select_layer: list[int] = field(
         default_factory=lambda: [-2],
         metadata={"help": "hidden state of the tower; several are concatenated on channels", "metavar": "LAYER"},
@@ -91,7 +91,9 @@ class DataArguments:
     data_path: str = field(
         metadata={"help": "records: LLaVA's JSON list, JSON Lines or Parquet; required", "metavar": "RECORDS"}
     )
-    image_folder: str | None = _flag(None, "folder of the images; needed without --feature_cache")
+    image_folder: str | None = _flag(
+        None, "folder, .zip or .tar of the images; needed without --feature_cache", metavar="FOLDER"
+    )
     feature_cache: list[str] | None = _flag(
         None,
         "cache that phase one wrote, a folder or a URL (https://, s3://, hf://, ...); without it the tower runs in "
@@ -106,9 +108,11 @@ class DataArguments:
     )
     stage_gb: float = _flag(0.0, "most disk space of --stage_dir, in GB")
     image_aspect_ratio: str = _flag("square", "square or pad")
-    eval_data_path: str | None = _flag(None, "records to evaluate on; needs --eval_strategy")
+    eval_data_path: str | None = _flag(None, "records to evaluate on; needs --eval_strategy", metavar="RECORDS")
     eval_fraction: float = _flag(
-        0.0, "fraction of --data_path to hold out and evaluate on; held_out.json in --output_dir lists its records"
+        0.0,
+        "fraction of --data_path to hold out; held_out.json in --output_dir lists its records, and --eval_strategy "
+        "evaluates them during training",
     )
     sample_captions: int = _flag(0, "captions to write at each evaluation, with thumbnails, as HTML and to the tracker")
     drop_quarantined: bool = _flag(
@@ -170,7 +174,7 @@ class TrainingFlags:
     )
     mm_projector_lr: float | None = _flag(None, "learning rate of the projector; overrides --learning_rate")
     freeze_mm_mlp_adapter: bool = _flag(False, "must be False: nothing would be trained")
-    cache_dir: str | None = _flag(None, "where hub downloads are kept")
+    cache_dir: str | None = _flag(None, "where hub downloads are kept", metavar="FOLDER")
     bits: int = _flag(16, "bits of the frozen LLM's weights: 16, or 8 or 4 with bitsandbytes on a GPU")
     double_quant: bool = _flag(True, "only with --bits 4")
     quant_type: str = _flag("nf4", "only with --bits 4")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from llava_twophase.train.flags import DataArguments, ModelArguments, TrainingFlags
 
@@ -106,7 +106,7 @@ _TRAINER = (
     Flag("save_total_limit", "N", None, "checkpoints to keep"),
     Flag("load_best_model_at_end", "BOOL", False, "write the projector of the best evaluation"),
     Flag("logging_steps", "X", 500, "steps between log lines; below 1 a fraction of all steps"),
-    Flag("report_to", "NAME", "none", "experiment tracker: wandb, tensorboard, ..., all or none"),
+    Flag("report_to", "NAME [NAME ...]", "none", "experiment tracker: wandb, tensorboard, ..., all or none"),
     Flag("run_name", "NAME", None, "name of the run in the tracker"),
 )
 _KINDS = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
@@ -161,6 +161,10 @@ def _flags_of(*groups: type[Any]) -> Iterable[Flag]:
         for item in fields(group):
             types = get_args(hints[item.name]) or (hints[item.name],)  # of `int | None`: int first
             kind = item.metadata.get("metavar") or _KINDS[types[0]]
+            if list in (get_origin(hints[item.name]), *map(get_origin, types)):
+                kind = f"{kind} [{kind} ...]"
+            elif item.metadata.get("nargs") == "?":
+                kind = f"[{kind}]"
             default = None if item.default is MISSING else item.default
             if item.default_factory is not MISSING:
                 default = item.default_factory()

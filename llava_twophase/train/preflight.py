@@ -24,6 +24,7 @@ from llava_twophase.projectors.build import (
     require_projector,
 )
 from llava_twophase.records import Records, load_records
+from llava_twophase.text import counted
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.conversation import PlainTemplate
 from llava_twophase.train.data.row_limits import RowLengths, find_id_out_of_range, measure_rows, record_at
@@ -185,7 +186,7 @@ def _build(spec: ProjectorSpec, arguments: Arguments) -> tuple[torch.nn.Module, 
     projector = build_projector(spec.kind, spec.tower_width, spec.llm_width, spec.patches, spec.kwargs)
     tokens = check_projector(projector, spec)
     if tokens != spec.patches:
-        logger.info("%s: %d image tokens from %d patch features", spec.kind, tokens, spec.patches)
+        logger.info("%s: %s from %d patch features", spec.kind, counted(tokens, "image token"), spec.patches)
     if arguments.model.pretrain_mm_mlp_adapter is not None:
         load_weights(arguments.model.pretrain_mm_mlp_adapter, projector)
     return projector, tokens

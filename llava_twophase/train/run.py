@@ -12,10 +12,12 @@ from transformers import TrainerCallback
 
 from llava_twophase.compat import wait_for_torchrun
 from llava_twophase.errors import UserError
+from llava_twophase.text import agree, counted
 from llava_twophase.train.arguments import Arguments, ProjectorTrainingArguments
 from llava_twophase.train.data.collator import collate
 from llava_twophase.train.data.dataset import CaptionDataset
 from llava_twophase.train.environment import output_folder
+from llava_twophase.train.flag_checks import flag_hints
 from llava_twophase.train.identity import run_identity
 from llava_twophase.train.layout import Layout
 from llava_twophase.train.loop.agreement import explain_lost_ranks, on_all_ranks, on_main_rank
@@ -83,6 +85,8 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
             on_main_rank(lambda: restore_config(folder, config))
         return None
     require_portable(start.checkpoint, start.layout, training)
+    for hint in flag_hints(arguments):
+        logger.info(hint)
     warn_about_stage_2(arguments)
     if arguments.data.holds_out:
         on_main_rank(lambda: write_held_out(folder, inputs.eval_records))
@@ -153,9 +157,17 @@ def _build_trainer(
     template, source = inputs.template, inputs.source
     truncated = inputs.rows.truncated
     if truncated:
-        logger.warning("%d captions are truncated at --model_max_length %d", truncated, training.model_max_length)
+        verb = agree(truncated, "is", "are")
+        logger.warning(
+            "%s %s truncated at --model_max_length %d", counted(truncated, "caption"), verb, training.model_max_length
+        )
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info("%d records, %d held out, %d trainable weights", len(inputs.records), len(inputs.eval_records), weights)
+    logger.info(
+        "%s, %d held out, %d trainable weights",
+        counted(len(inputs.records), "record"),
+        len(inputs.eval_records),
+        weights,
+    )
     return ProjectorTrainer(
         model,
         training,

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 
 from llava_twophase.errors import combined_error
+from llava_twophase.text import agree, counted
 from llava_twophase.vision.images import BadImage, check_header
 from llava_twophase.vision.sources import ImageSource
 
@@ -69,7 +70,8 @@ def require_images(source: ImageSource, keys: Iterable[str], where: str | Path, 
     missing = source.missing(keys)
     bad = find_bad_headers(source, [key for key in keys if key not in missing], num_workers)
     if missing or bad:
-        count = f"{len(missing)} of {len(keys)} images are missing in --image_folder {where}"
+        images, verb = counted(len(keys), "image"), agree(len(missing), "is", "are")
+        count = f"{len(missing)} of {images} {verb} missing in --image_folder {where}"
         if bad:
             count += f", {len(bad)} cannot be used; fix them or remove their records"
         raise combined_error([f"{key}: {reason}" for key, reason in {**missing, **bad}.items()], count)

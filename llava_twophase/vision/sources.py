@@ -67,7 +67,8 @@ def open_images(path: str | Path, keys: Iterable[str] = ()) -> ImageSource:
         from llava_twophase.vision.archives import open_archive
 
         return open_archive(path, keys)
-    raise UserError(f"--image_folder {path} is neither a folder nor a .zip or .tar archive")
+    found = "is neither a folder nor an archive" if os.path.lexists(path) else "does not exist"
+    raise UserError(f"--image_folder {path} {found}; expected a folder, or a .zip or .tar archive")
 
 
 class ImageFolder:

@@ -137,7 +137,7 @@ def test_open_caches_opens_one_cache_as_itself(pair, tmp_path):
     cache = open_caches(pair[:1])
     assert isinstance(cache, FeatureCache) and caches_of(cache) == (cache,) and cache.fingerprint == {"tower": 0}
     assert [cache.path for cache in caches_of(open_caches(pair))] == list(pair)
-    with pytest.raises(UserError, match="1 feature caches were given to join, expected at least two"):
+    with pytest.raises(UserError, match="expected at least two feature caches to join, 1 given"):
         JoinedCaches(pair[:1])
 
 

@@ -141,6 +141,13 @@ def test_evaluate_runs_reports_missing_images_before_a_model_loads(with_folder, 
     assert all(words in str(caught.value) for words in ["\n  absent.jpg", *advice])
 
 
+def test_evaluate_runs_needs_two_captions_before_a_model_loads(trained, tmp_path):
+    data = str(write_records([make_record("1", trained.keys[0], "one")], tmp_path / "held_out.json"))
+    runs = {"a": replace(find_projector(trained.run), llm="/nowhere")}
+    with pytest.raises(UserError, match=r"held_out\.json: 1 record with 1 caption to evaluate; expected at least two"):
+        evaluate_runs(runs, Placement(), options_of(trained, data_path=data))
+
+
 def test_evaluate_command_needs_images(trained):
     done = run(["python", *use_command("evaluate", trained.run, data_path=trained.records)], expect=1)
     assert "give --image_folder or --feature_cache" in done.stderr

@@ -65,7 +65,7 @@ def test_export_command_tells_llama_cpps_faults(trained, tmp_path):
 
 def test_export_gguf_reports_a_full_disk(trained, small_disk):
     disk = small_disk("size=8k")
-    with pytest.raises(UserError, match="the disk of --out .* is full: free some space, then run the same command"):
+    with pytest.raises(UserError, match="the disk of OUT .* is full: free some space, then run the same command"):
         export_gguf(find_projector(trained.run), disk / "out.gguf")
     assert list(disk.iterdir()) == []
 

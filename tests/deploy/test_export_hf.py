@@ -246,7 +246,7 @@ def test_export_hf_after_a_full_disk_works_again(trained, small_disk, monkeypatc
     with pytest.raises(UserError, match=r"the exported weights need .* kB, but the disk"):
         export_hf(find_projector(trained.run), disk / "model")
     monkeypatch.setattr("llava_twophase.deploy.export_hf.require_free_space", lambda *args: None)
-    with pytest.raises(UserError, match="the disk of --out .* is full: free some space, then run the same command"):
+    with pytest.raises(UserError, match="the disk of OUT .* is full: free some space, then run the same command"):
         export_hf(find_projector(trained.run), disk / "model")
     assert not (disk / "model").exists()
     subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)

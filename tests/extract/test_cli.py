@@ -68,7 +68,7 @@ def test_main_reports_wrong_flags_and_wrong_inputs_in_one_message(capsys, tmp_pa
         "--json needs --plan",
         "--device cuda:x cannot be used",
         "--data_path /no.json does not exist",
-        "--image_folder /no/images is neither a folder nor",
+        "--image_folder /no/images does not exist; expected a folder, or",
         f"--vision_tower {tmp_path}/tower has no image processor",
         f"{tmp_path}/other exists and is not a feature cache",
     ):

@@ -30,7 +30,7 @@ def test_plan_exits_with_1_if_the_extraction_would_fail(server, command, image_s
     records = [*image_set.records, drawn.make_record("x", "gone.jpg", "x")]
     path = drawn.write_records(records, tmp_path / "r.json")
     log = server.run([*command(data_path=path), "--plan"], expect=1)
-    assert "1 are missing" in log and "gone.jpg: the file is missing" in log
+    assert "1 missing" in log and "gone.jpg: the file is missing" in log
     server.run([*command(data_path=path, on_bad_image="skip"), "--plan"])
 
 

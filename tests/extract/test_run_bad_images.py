@@ -32,7 +32,7 @@ def broken(image_set, tmp_path):
 
 def test_extract_reports_bad_images_before_the_tower_loads(server, command, broken, tmp_path):
     log = server.run(command(image_folder=broken, vision_tower="nowhere/to-be-loaded-from"), expect=1)
-    assert "4 of 29 images" in log and "(1 are missing)" in log and "--on_bad_image skip" in log
+    assert "4 of 29 images" in log and "(1 missing)" in log and "--on_bad_image skip" in log
     for key, reason in (
         (BAD[0], "cannot be decoded"),
         (BAD[2], "the file is empty"),
@@ -184,7 +184,7 @@ def test_hostile_entries_spoil_only_themselves(server, command, image_set, tmp_p
         file.truncate(3 << 30)
     Image.new("RGB", (20000, 1), (200, 10, 10)).save(folder / keys[5], "PNG")
     log = server.run(command(image_folder=folder), expect=1)
-    assert "5 of 29 images" in log and "(0 are missing)" in log
+    assert "5 of 29 images" in log and "(0 missing)" in log
     for key, reason in reasons.items():
         assert any(line.strip().startswith(f"{key}: ") and reason in line for line in log.splitlines()), key
     server.run(command(image_folder=folder, on_bad_image="skip"))

@@ -86,7 +86,7 @@ def test_show_refuses_a_picture_that_would_not_fit_memory(hostile, tmp_path):
     keys = [GOOD[0]] * 30
     command = ["show", cache, *keys, "-o", tmp_path / "o.png", "--image_folder", folder, "--size", "4096"]
     errors = inspect(*command, expect=1).stderr
-    assert errors.startswith("error: 30 images at --size 4096 make a picture of ") and "smaller --size" in errors
+    assert errors.startswith("error: 30 images at --size 4096: a picture of ") and "smaller --size" in errors
 
 
 def test_report_shows_usable_images_and_the_reason_for_others(hostile, tmp_path):

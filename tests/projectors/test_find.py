@@ -46,7 +46,9 @@ def test_find_class_imports_from_a_package(folder):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("mlp2x_relu", "is unknown; expected linear, mlpNx_gelu .* pixel_shuffle.* or a class of your own"),
+        ("mlp2x_relu", "is unknown; did you mean mlp2x_gelu. Expected linear, mlpNx_gelu .*, or a class of your own"),
+        ("percever", "is unknown; did you mean perceiver. Expected linear"),
+        ("zzz", "is unknown; expected linear, mlpNx_gelu .* pixel_shuffle.* or a class of your own"),
         ("", "is unknown"),
         ("mlp0x_gelu", "is unknown"),
         (":Mine", "is unknown"),

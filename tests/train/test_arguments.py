@@ -33,6 +33,13 @@ def test_other_flags_of_llava_are_accepted(parse):
     assert parse(*shlex.split(KNOWN_TO_LLAVA)).training.bits == 16
 
 
+@pytest.mark.parametrize(("plan", "warned"), [([], True), (["--plan"], True), (["--plan", "24"], False)])
+def test_the_cpu_is_not_mentioned_for_devices_that_are_not_at_hand(plan, warned, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    parse_arguments([*recipe(tmp_path / "out", "--use_cpu", "False"), *plan])
+    assert ("training runs on the CPU" in caplog.text) is warned
+
+
 def test_bf16_false_is_false(parse):
     assert parse("--bf16", "False").training.bf16 is False
 

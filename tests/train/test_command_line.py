@@ -1,10 +1,13 @@
 """Parsing: every problem of a command line in one message."""
 
+import re
+from base64 import urlsafe_b64encode
+
 import pytest
 
 from llava_twophase.command_line import UsageError
 from llava_twophase.errors import UserError
-from llava_twophase.train.command_line import parse_arguments, parse_command
+from llava_twophase.train.command_line import _json_problems, parse_arguments, parse_command
 from train.recipe import recipe
 
 
@@ -54,12 +57,36 @@ def test_parse_arguments_reports_usage_and_refused_flags_together(tmp_path):
 
 
 def test_an_error_of_training_arguments_is_reported_beside_others(tmp_path):
-    deepspeed = tmp_path / "zero.json"
-    deepspeed.write_text("{", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        parse_arguments(recipe(tmp_path / "out", "--deepspeed", deepspeed, "--version", "v1"))
-    assert "is not valid JSON" in str(caught.value) and "--version v1" in str(caught.value)
+        parse_arguments(recipe(tmp_path / "out", "--fp16", "True", "--version", "v1"))
+    assert "fp16 and bf16" in str(caught.value) and "--version v1" in str(caught.value)
     assert not isinstance(caught.value, UsageError)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "problem"),
+    [
+        ("deepspeed", "nope.json", "No such file or directory; expected a JSON object, or a file of one such as"),
+        ("deepspeed", "nope", "No such file or directory; expected a JSON object, or a file"),
+        ("deepspeed", "bad.json", "it is not valid JSON: Expecting .*; expected a JSON object, or a file"),
+        ("deepspeed", "list.json", "found a list; expected a JSON object, or a file of one such as pipelines/zero2"),
+        ("deepspeed", "{a", "it is not valid JSON"),
+        ("accelerator_config", "nope.json", "No such file or directory"),
+        ("lr_scheduler_kwargs", "nope.json", "it is not valid JSON: .*; expected a JSON object$"),
+        ("gradient_checkpointing_kwargs", "True", "it is not valid JSON"),
+    ],
+)
+def test_parse_arguments_names_the_flag_whose_json_cannot_be_read(flag, value, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text("{", encoding="utf-8")
+    (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
+    parsed = parse_command(recipe(tmp_path / "out", f"--{flag}", value))
+    (found,) = parsed.flag_problems
+    assert re.match(rf"--{flag} {re.escape(value)}: {problem}", found) and parsed.faulty == {flag}
+
+
+def test_json_problems_accepts_the_base64_form_of_a_deepspeed_configuration():
+    assert _json_problems({"deepspeed": urlsafe_b64encode(b'{"zero_optimization": {"stage": 2}}').decode()}) == {}
 
 
 def test_parse_command_marks_flags_whose_value_is_unknown(tmp_path):

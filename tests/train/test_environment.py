@@ -51,5 +51,5 @@ def test_require_output_refuses_a_folder_in_the_place_of_a_file(parse, tmp_path)
 
 
 def test_require_space_counts_checkpoints(parse):
-    with pytest.raises(UserError, match="2 checkpoints need"):
+    with pytest.raises(UserError, match="are needed for 2 checkpoints, but"):
         environment.require_space(parse(), 10**15)

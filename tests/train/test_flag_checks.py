@@ -8,6 +8,7 @@ from helpers import ROOT
 from llava_twophase.errors import UserError
 from llava_twophase.train.arguments import ProjectorTrainingArguments
 from llava_twophase.train.command_line import parse_arguments, parse_command
+from llava_twophase.train.flag_checks import flag_hints
 from train.recipe import recipe
 
 
@@ -83,11 +84,6 @@ def test_parse_arguments_refuses_a_deepspeed_config_that_differs_from_the_flags(
     path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match=named):
         parse("--deepspeed", str(path))
-    path.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="--deepspeed, or another flag that takes JSON, is not valid JSON"):
-        parse("--deepspeed", str(path))
-    with pytest.raises(UserError, match="nowhere"):
-        parse("--deepspeed", str(tmp_path / "nowhere.json"))
 
 
 @pytest.mark.parametrize(
@@ -101,3 +97,29 @@ def test_parse_arguments_refuses_a_deepspeed_config_that_differs_from_the_flags(
 def test_parse_arguments_refuses_incomplete_evaluation_flags(parse, flags, message):
     with pytest.raises(UserError, match=message):
         parse(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "hints"),
+    [
+        ([], []),
+        (["--eval_fraction", "0.2"], ["--eval_fraction without --eval_strategy: its records are not evaluated"]),
+        (["--eval_data_path", "r.json"], ["--eval_data_path without --eval_strategy: its records are not evaluated"]),
+        (["--eval_fraction", "0.2", "--eval_strategy", "epoch"], []),
+    ],
+)
+def test_flag_hints_says_that_held_out_records_are_not_evaluated(parse, flags, hints):
+    found = flag_hints(parse(*flags))
+    assert len(found) == len(hints) and all(map(str.startswith, found, hints))
+
+
+def test_flag_hints_says_that_the_default_learning_rate_is_not_that_of_llava(tmp_path):
+    flags = recipe(tmp_path / "out")
+    position = flags.index("--learning_rate")
+    without = flags[:position] + flags[position + 2 :]
+    (hint,) = flag_hints(parse_arguments(without))
+    assert hint == (
+        "--learning_rate was not given: the default of HF Trainer, 5e-05, is used; LLaVA's recipe has "
+        "--learning_rate 1e-3"
+    )
+    assert flag_hints(parse_arguments([*without, "--mm_projector_lr", "1e-3"])) == []

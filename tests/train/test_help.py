@@ -53,6 +53,16 @@ def test_help_prints_flags_by_subject(capsys, monkeypatch, real):
             assert (" ".join(map(str, known)) if isinstance(known, list) else str(known)) == default
 
 
+def test_help_shows_which_flags_take_several_values_or_none(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for flag in ("vision_tower TOWER", "mm_vision_select_layer LAYER", "feature_cache CACHE", "compute_dtype DTYPE"):
+        name, kind = flag.split()
+        assert f"--{name} {kind} [{kind} ...]" in shown
+    assert "--plan [GPUS]" in shown and "--report_to NAME [NAME ...]" in shown and "--image_folder FOLDER" in shown
+
+
 def test_flags_without_effect_are_apart_from_those_that_have_one():
     *groups, accepted = shown_flags().values()
     without = re.compile("accepted|must be False|has no effect|stage 1 has one|True would hide a loss")

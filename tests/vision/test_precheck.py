@@ -37,12 +37,12 @@ def test_require_images_reports_missing_and_unusable_images(image_set, broken):
     with pytest.raises(UserError) as caught:
         require_images(source, [*image_set.keys, image_set.keys[1]], broken)
     first, *lines = str(caught.value).splitlines()
-    assert first.startswith(f"1 of 29 images are missing in --image_folder {broken}, 2 cannot be used; fix them")
+    assert first.startswith(f"1 of 29 images is missing in --image_folder {broken}, 2 cannot be used; fix them")
     assert [line.split(": ")[0].strip() for line in lines] == [image_set.keys[n] for n in (2, 1, 5)]
 
 
 def test_require_images_accepts_good_ones(image_set):
     source = open_images(image_set.folder)
     require_images(source, image_set.keys, image_set.folder)
-    with pytest.raises(UserError, match="1 of 30 images are missing"):
+    with pytest.raises(UserError, match="1 of 30 images is missing"):
         require_images(source, [*image_set.keys, "absent.jpg"], image_set.folder)

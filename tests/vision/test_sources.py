@@ -164,7 +164,7 @@ def test_read_takes_the_memory_of_the_file(tmp_path):
 def test_open_images_refuses_other_paths(tmp_path):
     with pytest.raises(UserError, match="--image_folder"):
         ImageFolder(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="neither a folder nor"):
+    with pytest.raises(UserError, match="nowhere does not exist; expected a folder, or a .zip or .tar archive"):
         open_images(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="neither a folder nor"):

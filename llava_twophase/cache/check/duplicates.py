@@ -81,4 +81,4 @@ def describe_duplicate_images(cache: FeatureCache) -> str | None:
     more = ", ..." if len(groups) > _EXAMPLES else ""
     total = sum(map(len, groups))
     files = counted(len(groups), "image file")
-    return f"{total:,} of {len(cache):,} keys are duplicates of {files}, byte for byte: {listed}{more}"
+    return f"{total:,} of {counted(len(cache), 'key')} are duplicates of {files}, byte for byte: {listed}{more}"

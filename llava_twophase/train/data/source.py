@@ -23,6 +23,7 @@ from llava_twophase.cache.staging import Stage
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.multi_scale import parse_scales
 from llava_twophase.records import Records
+from llava_twophase.text import agree, counted
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.prefetch import Batch, PrefetchDataset
 from llava_twophase.train.data.row_lookup import RowLookup
@@ -206,9 +207,13 @@ class CachedFeatures:
         quarantined = {key for cache in self._caches for key in cache.missing(list(read_quarantine(cache.path)))}
         kept = records.without(quarantined)
         if len(kept) < len(records):
-            logger.info("--drop_quarantined: %d of %d records dropped", len(records) - len(kept), len(records))
+            logger.info(
+                "--drop_quarantined: %d of %s dropped", len(records) - len(kept), counted(len(records), "record")
+            )
         if records and not kept:
-            raise UserError(f"--drop_quarantined drops all {len(records)} records: {self._paths} has none of them")
+            raise UserError(
+                f"--drop_quarantined drops all of {counted(len(records), 'record')}: {self._paths} has none"
+            )
         return kept
 
     def require(self, keys: Sequence[str]) -> None:
@@ -222,7 +227,8 @@ class CachedFeatures:
         for column, cache in enumerate(self._caches):
             missing = list(dict.fromkeys(keys[position] for position in np.flatnonzero(rows[:, column] < 0).tolist()))
             if missing:
-                heading = f"{len(missing)} of {len(set(keys))} images have no features in {cache.path}"
+                verb = agree(len(missing), "has", "have")
+                heading = f"{len(missing)} of {counted(len(set(keys)), 'image')} {verb} no features in {cache.path}"
                 problems.append(str(combined_error(missing, f"{heading}; {_advice(cache, missing)}")))
         if problems:
             raise UserError("\n".join(problems))
@@ -285,6 +291,6 @@ class CachedFeatures:
 def _advice(cache: FeatureCache, missing: Sequence[str]) -> str:
     quarantined = read_quarantine(cache.path).keys() & set(missing)
     if quarantined:
-        found = f"{len(quarantined)} of them are in its quarantine.jsonl"
+        found = f"{len(quarantined)} of them {agree(len(quarantined), 'is', 'are')} in its quarantine.jsonl"
         return f"{found}: --drop_quarantined True drops their records"
     return "extract them first"

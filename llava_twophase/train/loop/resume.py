@@ -13,6 +13,7 @@ from typing import Any
 
 from llava_twophase.cache.fingerprint import differences, normalize
 from llava_twophase.errors import UserError, combined_error
+from llava_twophase.text import counted
 from llava_twophase.train.identity import identity_differences
 from llava_twophase.train.layout import Layout, describe_change
 from llava_twophase.train.loop.agreement import on_all_ranks, on_main_rank
@@ -201,8 +202,8 @@ def _start_of_finished(folder: Path, record: _FinishedRun, command: _Command, ha
     planned = command.length.steps(record.steps_per_epoch)
     if planned < record.step:
         raise UserError(
-            f"--output_dir {folder} holds a finished run of {record.step} steps, and this command trains {planned}; "
-            "give another --output_dir"
+            f"--output_dir {folder} holds a finished run of {counted(record.step, 'step')}, and this command trains "
+            f"{planned}; give another --output_dir"
         )
     if planned > record.step:
         if not has_checkpoints:
@@ -211,7 +212,8 @@ def _start_of_finished(folder: Path, record: _FinishedRun, command: _Command, ha
     damaged = {name: line for name, stored in record.files.items() for line in damaged_files(folder, {name: stored})}
     if not damaged:
         logger.info(
-            "the run in %s is finished after %d steps: nothing to train, no file was changed", folder, record.step
+            "the run in %s is finished after %s: nothing to train, no file was changed",
+            *(folder, counted(record.step, "step")),
         )
         return Start(finished=True)
     problem = f"the finished run in {folder} is damaged: {'; '.join(damaged.values())}"

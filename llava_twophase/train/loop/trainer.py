@@ -170,7 +170,7 @@ class ProjectorTrainer(Trainer):
             return
         self._waited += self._meter.waited
         usage = self._cpu.usage(idle=self._waited, threads=torch.get_num_threads())
-        advice = usage.advice("--dataloader_num_workers")
+        advice = usage.advice("--dataloader_num_workers" if self.args.dataloader_num_workers else None)
         if advice is not None:
             logger.warning("%s", advice)
             self._cpu = None  # once in a run

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from llava_twophase.constants import IGNORE_INDEX
 from llava_twophase.errors import UserError
-from llava_twophase.text import format_bytes
+from llava_twophase.text import counted, format_bytes
 from llava_twophase.train.model.activation_checkpointing import activation_checkpointing, checkpointable_layers
 from llava_twophase.train.model.activation_memory import analytic_estimate, free_memory, measure_activations
 from llava_twophase.train.model.last_layer import LastLayer, decoder_layers
@@ -271,7 +271,7 @@ class FrozenLLM:
             )
         if reduced is None:
             self._evaluated_samples = failed.samples // 2
-            logger.warning("out of memory; evaluating %d samples at once", self._evaluated_samples)
+            logger.warning("out of memory; evaluating %s at once", counted(self._evaluated_samples, "sample"))
         else:
             self.micro_batching = reduced
             smaller = reduced.next([failed.length] * failed.samples)

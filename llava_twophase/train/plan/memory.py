@@ -203,7 +203,7 @@ def _changes_on_accelerators(setup: Setup) -> Iterator[tuple[str, Setup]]:
         for bits in (8, 4):
             if bits < setup.placement.bits:
                 yield f"--bits {bits}", replace(automatic, placement=replace(setup.placement, bits=bits))
-    for ranks in (count for count in (setup.ranks, *_RANKS) if count >= max(2, setup.ranks)):
+    for ranks in (count for count in sorted({setup.ranks, *_RANKS}) if count >= max(2, setup.ranks)):
         placement = replace(setup.placement, bits=16, shares=ranks)
         text = f"--deepspeed pipelines/zero3.json on {ranks} devices"
         yield text, replace(automatic, placement=placement, ranks=ranks, zero_stage=3)

@@ -118,7 +118,7 @@ def test_cached_features_compares_the_fields_that_a_short_fingerprint_has(source
 def test_cached_features_lists_images_without_features(source_of):
     source = source_of(FINGERPRINT)
     present = next(iter(source._cache.keys()))
-    with pytest.raises(UserError, match=r"1 of 2 images have no features in .*; extract them first") as caught:
+    with pytest.raises(UserError, match=r"1 of 2 images has no features in .*; extract them first") as caught:
         source.require([present, "absent.jpg"])
     assert "absent.jpg" in str(caught.value)
 
@@ -153,7 +153,7 @@ def test_usable_logs_nothing_if_nothing_is_dropped(quarantining, caplog):
 
 def test_usable_refuses_to_drop_every_record(quarantining):
     source, _ = quarantining
-    with pytest.raises(UserError, match="--drop_quarantined drops all 2 records"):
+    with pytest.raises(UserError, match="--drop_quarantined drops all of 2 records"):
         source.usable(records_of([record("bad.jpg"), record("bad.jpg")]))
 
 
@@ -177,7 +177,7 @@ def test_require_accepts_an_image_of_several_records(source_of):
     source = source_of(FINGERPRINT)
     key = next(iter(source._cache.keys()))
     source.require([key, key])
-    with pytest.raises(UserError, match=r"1 of 2 images have no features"):
+    with pytest.raises(UserError, match=r"1 of 2 images has no features"):
         source.require([key, key, "absent.jpg"])
 
 

@@ -37,6 +37,7 @@ def cpu_trainer(monkeypatch):
     made = ProjectorTrainer.__new__(ProjectorTrainer)
     made._meter = SimpleNamespace(waited=2.0)
     made._cpu, made._waited = FakeCpuMeter(), 0.0
+    made.args = SimpleNamespace(dataloader_num_workers=2)
     return made
 
 
@@ -48,6 +49,9 @@ def test_log_warns_once_about_a_starved_cpu(cpu_trainer, monkeypatch, caplog):
     (message,) = caplog.messages
     assert "received 10% of the CPU time" in message
     assert "set OMP_NUM_THREADS=1" in message and "lower --dataloader_num_workers" in message
+    cpu_trainer.args.dataloader_num_workers, cpu_trainer._cpu = 0, FakeCpuMeter()
+    cpu_trainer._warn_if_cpu_is_starved()
+    assert "OMP_WAIT_POLICY=passive, or use a machine with free CPUs" in caplog.messages[1]
 
 
 def test_log_counts_all_waiting_for_data_and_judges_each_part_of_a_run(cpu_trainer, monkeypatch, caplog):

@@ -91,6 +91,11 @@ def test_alternatives_on_a_cpu_need_no_gpu(workload):
     assert [text for text, _ in alternatives(workload, setup, device)] == ["--bf16 True"]
 
 
+def test_alternatives_of_several_devices_are_listed_once(workload):
+    found = [text for text, _ in alternatives(workload, Setup(Placement(2), batch=1, ranks=8), Device("cuda", 10**10))]
+    assert [text for text in found if "zero3.json" in text] == ["--deepspeed pipelines/zero3.json on 8 devices"]
+
+
 def test_zero3_does_not_offer_bits(workload):
     setup = Setup(Placement(2, shares=2), ranks=2, zero_stage=3)
     found = [text for text, _ in alternatives(workload, setup, Device("cuda", 10**10))]
