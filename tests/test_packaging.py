@@ -70,6 +70,11 @@ def test_the_promised_extras_exist():
     assert EXTRAS.keys() == {*runtime, "test", "dev", "bench"}
 
 
+def test_readme_lists_the_extras_of_users():
+    listed = re.search(r"# extras: (.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(listed[1].split(", ")) == EXTRAS.keys() - {"test", "dev", "bench", "demo"}
+
+
 def test_make_help_lists_every_target():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     printed = run(["make", "--no-print-directory"]).stdout

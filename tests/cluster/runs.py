@@ -36,7 +36,7 @@ def documented_script(word, inputs, output, replaced):
     for text, value in [*values.items(), replaced]:
         assert text in script
         script = script.replace(text, str(value))
-    schedule = "--learning_rate 1e-3 --warmup_ratio 0.03 --lr_scheduler_type cosine --gradient_checkpointing True"
+    schedule = "--warmup_ratio 0.03 --lr_scheduler_type cosine --gradient_checkpointing True"
     return f"cd {output.parent}; {script.rstrip()} {schedule} --report_to none {' '.join(TRAIN_FLAGS)}"
 
 
