@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_twophase.cache.codec import Codec
+from llava_twophase.cache.key_forms import stored_keys
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.joining import join_features, joined_fingerprint, joined_shape
@@ -27,7 +28,8 @@ _ALIGNMENT = 64
 class JoinedCaches:
     """Several feature caches, read as one: the features of an image are those of all caches, joined on channels.
 
-    Width, storage dtype, row order and number of images may differ between the caches. Like ``FeatureCache``, instances
+    Width, storage dtype, row order, number of images and the Unicode normalisation form of keys may differ between the
+    caches. Like ``FeatureCache``, instances
     can be shared between threads, survive fork and can be pickled, and every row that is read is compared with its
     checksum.
 
@@ -64,7 +66,7 @@ class JoinedCaches:
 
     def __contains__(self, key: object) -> bool:
         """Return whether all caches have an image's features."""
-        return all(key in cache for cache in self.caches)
+        return isinstance(key, str) and bool((self.find([key]) >= 0).all())
 
     def keys(self) -> Iterator[str]:
         """Iterate over the image keys that all caches have, in the row order of the first."""
@@ -73,7 +75,7 @@ class JoinedCaches:
 
     def find(self, keys: Sequence[str]) -> np.ndarray:
         """Return the row of each key in each cache, ``int64 [len(keys), C]``; -1 where a cache does not have it."""
-        return np.stack([cache.find(keys) for cache in self.caches], axis=1)
+        return np.stack([cache.find(stored_keys(cache, keys)) for cache in self.caches], axis=1)
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         """Return the keys that at least one cache does not have, in their order."""
@@ -85,7 +87,7 @@ class JoinedCaches:
         Raises:
             UserError: A cache does not have a key; the message has the cache's path.
         """
-        return np.stack([cache.rows(keys) for cache in self.caches], axis=1)
+        return np.stack([cache.rows(stored_keys(cache, keys)) for cache in self.caches], axis=1)
 
     def read(self, keys: Sequence[str]) -> np.ndarray:
         """Read joined features as float32 ``[B, L, D]``.
@@ -102,7 +104,7 @@ class JoinedCaches:
         Raises:
             UserError: As ``FeatureCache.read``, for each cache.
         """
-        return join_features([cache.read_tensor(keys) for cache in self.caches])
+        return join_features([cache.read_tensor(stored_keys(cache, keys)) for cache in self.caches])
 
     def read_raw_rows_into(self, rows: np.ndarray, buffer: np.ndarray) -> None:
         """Read stored rows into the caller's memory, for example a pinned buffer; ``codec.from_rows`` decodes them.

@@ -10,7 +10,7 @@ from pathlib import Path
 from llava_twophase import __version__
 from llava_twophase.cache.joined import open_caches
 from llava_twophase.deploy.captioner import Captioner, Placement
-from llava_twophase.deploy.inputs import NamedImage, list_images, thumbnail
+from llava_twophase.deploy.inputs import NamedImage, is_records, list_images, thumbnail
 from llava_twophase.deploy.trained_projector import TrainedProjector
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import replace_file
@@ -47,7 +47,9 @@ def caption(projector: TrainedProjector, images: Sequence[str], placement: Place
         UserError: An image does not exist or a model cannot be loaded; nothing was captioned.
     """
     named = list_images(images, options.image_folder)
-    _require_existing(named, options, projector.interpolate_patch_grid)
+    needs_folder = options.image_folder is None and any(map(is_records, images))
+    advice = "; images of records need --image_folder" if needs_folder else ""
+    _require_existing(named, options.feature_cache, projector.interpolate_patch_grid, advice)
     captioner = Captioner.load(projector, placement, feature_cache=options.feature_cache)
     cards, failed = [], 0
     for image, text, error in _captions(captioner, named, options.batch_size):
@@ -67,14 +69,14 @@ def caption(projector: TrainedProjector, images: Sequence[str], placement: Place
     return 1 if failed else 0
 
 
-def _require_existing(images: Sequence[NamedImage], options: CaptionOptions, interpolate: bool) -> None:
+def _require_existing(
+    images: Sequence[NamedImage], caches: Sequence[str] | None, interpolate: bool, advice: str
+) -> None:
     missing = [image.name for image in images if not image.exists]
-    caches = options.feature_cache
     if caches:
         missing = open_caches(caches, interpolate).missing(missing)
     if missing:
         where = f", neither as a file nor in {' and '.join(caches)}" if caches else ""
-        advice = "" if options.image_folder else "; images of records need --image_folder"
         raise combined_error(missing, f"{len(missing)} of {counted(len(images), 'image')} not found{where}{advice}")
 
 

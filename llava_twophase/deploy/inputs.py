@@ -38,6 +38,11 @@ class NamedImage:
     exists: bool = True
 
 
+def is_records(path: str) -> bool:
+    """Return whether an argument of ``caption`` is a file of records, by its name."""
+    return Path(path).suffix.lower() in _RECORDS
+
+
 def list_images(paths: Sequence[str], image_folder: str | None = None) -> list[NamedImage]:
     """Expand the arguments of ``caption``.
 
@@ -70,12 +75,11 @@ def thumbnail(read: Callable[[], bytes]) -> list[tuple[str, Image.Image]]:
 
 def _expand(path: str, image_folder: str | None) -> Iterator[NamedImage]:
     given = Path(path)
-    suffix = given.suffix.lower()
-    if suffix in _RECORDS:
+    if is_records(path):
         images = open_images(image_folder) if image_folder else None
         for key in image_keys(load_records(given, image_folder=image_folder)):
             yield NamedImage(key, _reader(images, key), exists=images is not None)
-    elif given.is_dir() or (suffix in _ARCHIVES and given.exists()):
+    elif given.is_dir() or (given.suffix.lower() in _ARCHIVES and given.exists()):
         images = open_images(given)
         names = [name for name in _names(given) if name.lower().endswith(IMAGE_SUFFIXES)]
         if not names:

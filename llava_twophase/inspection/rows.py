@@ -5,7 +5,6 @@ Shapes: B rows read at once, L tokens, D width.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from llava_twophase.cache.key_forms import stored_keys
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError, combined_error
 
@@ -74,13 +74,8 @@ class CheckedRows:
         """
         # In a locale that is not UTF-8, Python gives arguments as surrogates instead of their UTF-8 characters.
         texts = [key.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") for key in keys]
-        rows = self.cache.find(texts)
-        problems = []
-        for place in np.flatnonzero(rows < 0).tolist():
-            forms = [unicodedata.normalize(form, texts[place]) for form in ("NFC", "NFD")]
-            rows[place] = self.cache.find(forms).max()
-            if rows[place] < 0:
-                problems.append(self._unknown(texts[place]))
+        rows = self.cache.find(stored_keys(self.cache, texts))
+        problems = [self._unknown(texts[place]) for place in np.flatnonzero(rows < 0).tolist()]
         if len(problems) == 1:
             raise UserError(problems[0])
         if problems:

@@ -162,12 +162,9 @@ def _build_trainer(
             "%s %s truncated at --model_max_length %d", counted(truncated, "caption"), verb, training.model_max_length
         )
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info(
-        "%s, %d held out, %d trainable weights",
-        counted(len(inputs.records), "record"),
-        len(inputs.eval_records),
-        weights,
-    )
+    held_out = f"{len(inputs.eval_records):,} held out"
+    records, trained = counted(len(inputs.records), "record"), counted(weights, "trainable weight")
+    logger.info("%s, %s, %s", records, held_out, trained)
     return ProjectorTrainer(
         model,
         training,

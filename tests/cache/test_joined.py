@@ -1,6 +1,7 @@
 """Joined caches: rows by key from every cache, on channels, with every check of a single cache."""
 
 import pickle
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -43,6 +44,19 @@ def test_joined_caches_read_the_rows_of_all_caches_by_key(pair):
     tensor = joined.read_tensor(keys)
     assert tensor.dtype == torch.float32
     np.testing.assert_array_equal(tensor.numpy(), expected)
+
+
+def test_joined_caches_find_keys_in_the_unicode_form_of_each_cache(tmp_path):
+    names = ("\u00e9/\u00fc.jpg", "a.jpg")
+    forms = {form: [unicodedata.normalize(form, name) for name in names] for form in ("NFC", "NFD")}
+    paths = [write_cache(tmp_path / form, keys, seed=seed) for seed, (form, keys) in enumerate(forms.items())]
+    joined, caches = JoinedCaches(paths), [FeatureCache(path) for path in paths]
+    expected = np.concatenate([cache.read(keys) for cache, keys in zip(caches, forms.values(), strict=True)], axis=2)
+    for keys in forms.values():
+        assert keys[0] in joined and joined.missing(keys) == []
+        np.testing.assert_array_equal(joined.read(keys), expected)
+        assert joined.rows(keys).tolist() == [[0, 0], [1, 1]]
+    assert list(joined.keys()) == forms["NFC"] and len(joined) == 2
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "int8"), ("int4", "float16"), ("float32", "bfloat16")])

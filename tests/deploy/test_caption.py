@@ -69,4 +69,4 @@ def test_caption_reports_missing_images_before_the_llm_loads(trained, tmp_path):
     command = use_command("caption", trained.run, tmp_path / "a.jpg", trained.keys[0], feature_cache=trained.cache)
     done = run(["python", *command], expect=1)
     assert "1 of 2 images not found, neither as a file nor in" in done.stderr and done.stdout == ""
-    assert "Loading weights" not in done.stderr
+    assert "Loading weights" not in done.stderr and "--image_folder" not in done.stderr

@@ -8,7 +8,6 @@ Shapes: B samples, L patch tokens, D tower width.
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from llava_twophase.cache.joined import AnyCache, caches_of, open_caches
+from llava_twophase.cache.key_forms import stored_keys
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.staging import Stage
@@ -274,18 +274,16 @@ class CachedFeatures:
         return " joined with ".join(str(cache.path) for cache in self._caches)
 
     def _with_stored_keys(self, records: Records) -> Records:
-        """Return the records with image keys in the Unicode form that the cache has; macOS decomposes accents."""
+        """Return the records with image keys in the Unicode form that the first cache has."""
         unusual = records.images.not_ascii()
-        missing = self._cache.missing(list(set(unusual.values())))
-        stored: dict[str, str] = {}
-        for form in ("NFC", "NFD"):
-            others = {key: unicodedata.normalize(form, key) for key in missing}
-            absent = set(self._cache.missing(list(others.values())))
-            stored |= {key: other for key, other in others.items() if other not in absent}
-        if not stored:
+        keys = list(dict.fromkeys(unusual.values()))
+        stored = dict(zip(keys, stored_keys(self._caches[0], keys), strict=True))
+        changed = {position: stored[key] for position, key in unusual.items() if stored[key] != key}
+        if not changed:
             return records
-        logger.info("%s has %d of the images in another Unicode form", self._paths, len(stored))
-        return records.rename({position: stored[key] for position, key in unusual.items() if key in stored})
+        count = counted(len(set(changed.values())), "image")
+        logger.info("%s has %s of the records in another Unicode form", self._caches[0].path, count)
+        return records.rename(changed)
 
 
 def _advice(cache: FeatureCache, missing: Sequence[str]) -> str:

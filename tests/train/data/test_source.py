@@ -159,7 +159,7 @@ def test_usable_refuses_to_drop_every_record(quarantining):
 
 def test_require_names_the_flag_for_quarantined_images(quarantining):
     source, _ = quarantining
-    with pytest.raises(UserError, match="1 of them are in its quarantine.jsonl: --drop_quarantined True"):
+    with pytest.raises(UserError, match="1 of them is in its quarantine.jsonl: --drop_quarantined True"):
         source.require(["bad.jpg", "other.jpg"])
 
 

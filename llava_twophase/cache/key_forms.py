@@ -1,0 +1,30 @@
+"""Image keys in the Unicode normalisation form that a cache has: macOS decomposes the accents of file names."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Keys(Protocol):
+    """A feature cache, or joined ones."""
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """Return the keys that are not in the cache."""
+
+
+def stored_keys(cache: Keys, keys: Sequence[str]) -> list[str]:
+    """Return each key as the cache has it, in NFC or NFD; a key that it has in neither form is unchanged.
+
+    Args:
+        cache: Where the keys are looked up.
+        keys: Image keys; one that the cache has is returned as it is.
+    """
+    missing = cache.missing(list({key for key in keys if not key.isascii()}))
+    stored: dict[str, str] = {}
+    for form in ("NFC", "NFD"):
+        others = {key: unicodedata.normalize(form, key) for key in missing}
+        absent = set(cache.missing(list(others.values())))
+        stored |= {key: other for key, other in others.items() if other not in absent}
+    return [stored.get(key, key) for key in keys]
