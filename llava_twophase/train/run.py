@@ -85,9 +85,7 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
             on_main_rank(lambda: restore_config(folder, config))
         return None
     require_portable(start.checkpoint, start.layout, training)
-    for hint in flag_hints(arguments):
-        logger.info(hint)
-    warn_about_stage_2(arguments)
+    _log_advice(arguments)
     if arguments.data.holds_out:
         on_main_rank(lambda: write_held_out(folder, inputs.eval_records))
     trainer_arguments = arguments.for_trainer()
@@ -125,6 +123,12 @@ def _train(arguments: Arguments, inputs: TrainingInputs, folder: Path) -> int | 
             )
             logger.info("wrote %s", path)
     return None
+
+
+def _log_advice(arguments: Arguments) -> None:
+    for hint in flag_hints(arguments):
+        logger.info(hint)
+    warn_about_stage_2(arguments)
 
 
 def _build_model(arguments: Arguments, inputs: TrainingInputs, checkpoint: Path | None) -> LlavaProjectorModel:
