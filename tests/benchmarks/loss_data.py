@@ -4,7 +4,7 @@ A scene has two groups of one to three equal shapes, in two halves of a picture 
 has 15 to 18 tokens and about 11 nats that only the picture tells: "two red circles left of a blue star on a pink
 background". Stamps are real drawings and photos with short captions.
 
-Shapes: N images, L = 64 patch tokens, D = 384 tower width.
+Shapes: N images, L = 36 patch tokens, D = 384 tower width.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pipelines.demo.scenes import COLOURS, RELATIONS, SHAPES, SIDE, SUPERSAMPLE,
 from pipelines.demo.stamps import fetch_stamps, write_stamps
 from pipelines.demo.weights import dinov2_folder
 
+CROP = 84  # pixels: 6 x 6 patches
 HELD_OUT = {"scenes": 48, "stamps": 64}
 TRAIN = {"scenes": 800, "stamps": None}  # None: all that are not held out
 SELECT_LAYER = -3  # keeps more of colours than the second to last
@@ -119,7 +120,7 @@ def load_data(name: str, folder: Path, llm: str) -> tuple[Split, Split]:
         splits = (
             draw_scenes(TRAIN[name] or 0, held_out) if name == "scenes" else read_stamps(folder / "stamps", held_out)
         )
-        tower = dinov2_folder(fetch(DINOV2_SMALL), SIDE)
+        tower = dinov2_folder(fetch(DINOV2_SMALL), CROP)
         content = [{"features": encode(tower, pairs), "captions": [text for _, text in pairs]} for pairs in splits]
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(content, kept.with_suffix(".tmp"))
@@ -143,7 +144,7 @@ def encode(tower: Path, pairs: list[tuple[Image.Image, str]]) -> torch.Tensor:
 def caption_template(llm: str) -> PlainTemplate:
     """Return the template ``plain`` with the LLM's tokenizer."""
     tokenizer = load_caption_tokenizer(llm, AutoTokenizer.from_pretrained(llm))
-    return PlainTemplate(tokenizer, model_max_length=2048, image_tokens=(SIDE // 14) ** 2)
+    return PlainTemplate(tokenizer, model_max_length=2048, image_tokens=(CROP // 14) ** 2)
 
 
 def tokenize(part: dict[str, Any], template: PlainTemplate) -> Split:

@@ -58,8 +58,8 @@ class Way:
 
 WAYS = {
     "baseline": Way("published recipe"),
-    "token_schedule": Way("16 pooled tokens for 80 % of steps, then 64", tokens="pooled", share=0.8),
-    "patch_subset": Way("16 random patches for 80 % of steps, then 64", tokens="subset", share=0.8),
+    "token_schedule": Way("9 pooled tokens for 80 % of steps, then 36", tokens="pooled", share=0.8),
+    "patch_subset": Way("9 random patches for 80 % of steps, then 36", tokens="subset", share=0.8),
     "ridge": Way("start from ridge regression, 60 % of steps", duration=0.6, start="ridge"),
     "muon": Way("Muon, 60 % of steps", duration=0.6, optimizer="muon"),
     "schedule_free": Way("schedule-free AdamW, 60 % of steps", duration=0.6, optimizer="schedule_free"),
