@@ -18,6 +18,7 @@ from train.model.llms import build_llm
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
+import time_to_loss
 from loss_data import Split, draw_rich_scene
 from loss_report import flops_to_loss, mean_and_interval, predict_final, summarize
 from loss_runs import Recipe, Run, claimed, finish, read_records, train_projector, with_changes
@@ -151,6 +152,20 @@ def test_summary_compares_with_the_mean_of_the_baseline():
     assert (found["reached"], found["share_to_loss"]) == (1, 0.3)
     assert mean_and_interval([1.9, 2.0, 2.1]) == (2.0, pytest.approx(4.303 * 0.1 / 3**0.5))
     assert flops_to_loss(bad, 2.0) is None and summarize([baseline[0] | {"way": "muon"}]) == {}
+
+
+def test_report_shows_own_settings_and_lists_others(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: plots)")
+    run = time_to_loss.planned(["stamps"], ["baseline"], [0], {})[0]
+    for record_of, final in ((run, 2.5), (with_changes(run, {"batch": 9}), 2.0)):
+        record = {"data": "stamps", "way": "baseline", "seed": 0, "settings": record_of.settings(), "tflop": 7.0}
+        record |= {"curve": [[4, 3.5, 3.0], [8, 7.0, final]], "final": final, "train_losses": [3.0] * 20}
+        record_of.path(tmp_path).write_text(json.dumps(record), encoding="utf-8")
+    assert time_to_loss.main(["--results", str(tmp_path), "--report", "--figure", str(tmp_path / "curves.svg")]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["stamps"]["ways"]["baseline"]["losses"] == [2.5] and line["stamps"]["prediction_errors"] == [0.0]
+    assert [other["final"] for other in line["others"]] == [2.0]
+    assert "baseline (1)" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
 
 
 def test_rich_scenes_have_the_caption_of_what_is_drawn():

@@ -126,6 +126,21 @@ def show(title: str, summary: dict[str, Any], labels: dict[str, str]) -> None:
     Console(width=160).print(table)
 
 
+def show_others(records: Sequence[dict[str, Any]], ways: dict[str, dict[str, Any]]) -> None:
+    """Print runs with other settings than the tables'."""
+    table = Table(title="runs with other settings")
+    for heading in ("data", "way", "seed", "steps", "batch", "learning rate", "changes", "TFLOP", "held-out loss"):
+        table.add_column(heading)
+    for record in sorted(records, key=lambda record: (record["data"], record["way"], record["seed"])):
+        settings = record["settings"]
+        own = ways[record["way"]]
+        changes = {name: value for name, value in settings["way"].items() if value != own[name]}
+        recipe = (str(settings[name]) for name in ("steps", "batch", "learning_rate"))
+        figures = (f"{record['tflop']:.1f}", f"{record['final']:.4f}")
+        table.add_row(record["data"], record["way"], str(record["seed"]), *recipe, str(changes or ""), *figures)
+    Console(width=160).print(table)
+
+
 def draw(records: Sequence[dict[str, Any]], labels: dict[str, str], path: Path) -> None:
     """Draw mean held-out loss against mean TFLOP of each way, one plot for each data set."""
     import matplotlib as mpl

@@ -29,7 +29,7 @@ from llava_twophase.train.model.load_llm import LoadedLLM, read_causal_lm
 logger = logging.getLogger(__name__)
 
 EVALUATED_BATCH = 16
-EVALUATIONS = (0.4, 0.8, 1.0)  # parts of a run's steps
+EVALUATIONS = (0.25, 0.5, 0.8, 1.0)  # parts of a run's steps
 
 
 @dataclass(frozen=True)

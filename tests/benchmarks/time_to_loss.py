@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from loss_report import draw, predictions, show, summarize  # noqa: E402
+from loss_report import draw, predictions, show, show_others, summarize  # noqa: E402
 from loss_runs import Bench, Recipe, Run, finish, read_records, with_changes  # noqa: E402
 from loss_ways import WAYS  # noqa: E402
 
@@ -37,8 +38,8 @@ from pipelines.demo.fetch import SMOLLM2_135M, fetch  # noqa: E402
 from pipelines.demo.weights import smollm2_folder  # noqa: E402
 
 RECIPES = {
-    "scenes": Recipe(steps=150, batch=8, learning_rate=2e-3),
-    "stamps": Recipe(steps=200, batch=8, learning_rate=1e-3),
+    "scenes": Recipe(steps=180, batch=4, learning_rate=5e-4),
+    "stamps": Recipe(steps=180, batch=4, learning_rate=5e-4),
 }
 SEEDS = (0, 1, 2)
 
@@ -71,14 +72,14 @@ def report(records: list[dict[str, Any]], figure: Path | None) -> dict[str, Any]
     line["others"] = [
         {name: record[name] for name in ("data", "way", "seed", "settings", "tflop", "final")} for record in others
     ]
-    for record in line["others"]:
-        print(f"{record['data']} {record['way']} {record['seed']}: {record['final']:.4f}", record["settings"])
+    if others:
+        show_others(line["others"], {name: asdict(way) for name, way in WAYS.items()})
     if figure is not None and default:
         draw(default, labels, figure)
     return line
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "time-to-loss-results", help="folder of finished runs")
     parser.add_argument("--data", nargs="+", choices=RECIPES, default=list(RECIPES))
@@ -88,15 +89,16 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--report", action="store_true", help="run nothing; show what is finished")
     parser.add_argument("--figure", type=Path, help="with --report, an SVG or PNG file of the curves")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.report:
+        print(json.dumps(report(read_records(args.results), args.figure)))
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.set_num_threads(args.threads)
-    if not args.report:
-        changes = {name: float(value) for name, _, value in (text.partition("=") for text in args.change)}
-        bench = Bench(str(smollm2_folder(fetch(SMOLLM2_135M))), args.results)
-        for record in finish(planned(args.data, args.ways, args.seeds, changes), bench, args.results):
-            logging.info("%s %s seed %d: %.4f", record["data"], record["way"], record["seed"], record["final"])
-    print(json.dumps(report(read_records(args.results), args.figure)))
+    changes = {name: float(value) for name, _, value in (text.partition("=") for text in args.change)}
+    bench = Bench(str(smollm2_folder(fetch(SMOLLM2_135M))), args.results)
+    for record in finish(planned(args.data, args.ways, args.seeds, changes), bench, args.results):
+        logging.info("%s %s seed %d: %.4f", record["data"], record["way"], record["seed"], record["final"])
     return 0
 
 
