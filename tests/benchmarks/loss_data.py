@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def read_stamps(folder: Path, held_out: int) -> tuple[list[tuple[Image.Image, st
     return splits[0], splits[1]
 
 
-def load_data(name: str, folder: Path, llm: str) -> tuple[Split, Split]:
+def load_data(name: str, folder: Path, llm: str, with_bos: bool) -> tuple[Split, Split]:
     """Return the training and the held-out split; features are computed by the first call and kept in `folder`."""
     kept = folder / f"features-{name}.pt"
     if not kept.exists():
@@ -125,7 +125,7 @@ def load_data(name: str, folder: Path, llm: str) -> tuple[Split, Split]:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(content, kept.with_suffix(".tmp"))
         kept.with_suffix(".tmp").replace(kept)
-    template = caption_template(llm)
+    template = caption_template(llm, with_bos)
     train, held = (tokenize(part, template) for part in torch.load(kept))
     return train, held
 
@@ -141,9 +141,16 @@ def encode(tower: Path, pairs: list[tuple[Image.Image, str]]) -> torch.Tensor:
     return torch.cat(found)
 
 
-def caption_template(llm: str) -> PlainTemplate:
-    """Return the template ``plain`` with the LLM's tokenizer."""
-    tokenizer = load_caption_tokenizer(llm, AutoTokenizer.from_pretrained(llm))
+def caption_template(llm: str, with_bos: bool) -> PlainTemplate:
+    """Return the template ``plain`` with the LLM's tokenizer.
+
+    SmolLM2's tokenizer adds no BOS, so the first patch would take the place of the LLM's attention sink. `with_bos`
+    begins rows with its BOS, as LLaVA's rows for Vicuna do.
+    """
+    hf_tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer = load_caption_tokenizer(llm, hf_tokenizer)
+    if with_bos:
+        tokenizer = replace(tokenizer, bos=hf_tokenizer.bos_token_id)
     return PlainTemplate(tokenizer, model_max_length=2048, image_tokens=(CROP // 14) ** 2)
 
 

@@ -40,11 +40,13 @@ class Recipe:
         steps: Optimizer steps.
         batch: Samples of a step.
         learning_rate: Learning rate.
+        bos: Whether rows begin with the LLM's BOS.
     """
 
     steps: int
     batch: int
     learning_rate: float
+    bos: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,17 @@ class Bench:
     def __init__(self, llm: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         self._name, self._folder = llm, folder
         self._llm = read_causal_lm(llm, {"dtype": dtype})
-        self._data: dict[str, tuple[Split, Split]] = {}
+        self._data: dict[tuple[str, bool], tuple[Split, Split]] = {}
 
-    def data(self, name: str) -> tuple[Split, Split]:
+    def data(self, name: str, bos: bool) -> tuple[Split, Split]:
         """Return both splits of a data set."""
-        if name not in self._data:
-            self._data[name] = load_data(name, self._folder, self._name)
-        return self._data[name]
+        if (name, bos) not in self._data:
+            self._data[name, bos] = load_data(name, self._folder, self._name, bos)
+        return self._data[name, bos]
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train one projector and return its record."""
-        train, held_out = self.data(run.data)
+        train, held_out = self.data(run.data, run.recipe.bos)
         return train_projector(run, self._llm, train, held_out)
 
 
