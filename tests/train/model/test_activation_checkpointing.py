@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
 from llava_twophase.train.model.activation_checkpointing import activation_checkpointing, checkpointable_layers
 from llava_twophase.train.model.activation_memory import saved_bytes
@@ -42,7 +43,7 @@ def test_compiled_layers_are_recomputed_and_share_their_code():
 
     def backend(graph, inputs):
         compiled.append(graph)
-        return graph.forward
+        return aot_eager(graph, inputs)  # recomputes in torch 2.11 too, where running the graph itself does not
 
     for layer in layers:
         layer.compile(backend=backend)
