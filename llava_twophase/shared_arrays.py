@@ -69,6 +69,19 @@ def shared_arrays(path: Path, make: Callable[[], Arrays]) -> Arrays:
     return _open(path) or arrays
 
 
+def release_pages(arrays: Arrays) -> None:
+    """Unmap the pages of mapped arrays that were read once: they count as memory of each process that has touched them.
+
+    They stay in the page cache, and are mapped again when they are read. Arrays in memory are left alone.
+    """
+    for array in arrays.values():
+        base: Any = array
+        while isinstance(base, (np.ndarray, memoryview)):
+            base = base.base if isinstance(base, np.ndarray) else base.obj
+        if isinstance(base, mmap.mmap):
+            base.madvise(mmap.MADV_DONTNEED)
+
+
 def _open(path: Path) -> Arrays | None:
     # Pages are shared between the processes that map the file, and the checksum reads them once.
     try:

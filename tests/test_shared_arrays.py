@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llava_twophase import shared_arrays as module
-from llava_twophase.shared_arrays import shared_arrays, user_cache
+from llava_twophase.shared_arrays import release_pages, shared_arrays, user_cache
 
 ARRAYS = {"numbers": np.arange(10, dtype="<u8"), "table": np.ones((3, 5), "<f4"), "empty": np.empty(0, "<i8")}
 
@@ -148,3 +148,11 @@ def test_opening_a_file_leaves_its_pages_unmapped(tmp_path):
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_release_pages_unmaps_what_was_read(tmp_path):
+    arrays = shared_arrays(tmp_path / "a", lambda: {"values": np.ones(200 << 20, np.uint8)})
+    assert int(arrays["values"].sum(dtype=np.int64)) == 200 << 20
+    before = resident()
+    release_pages({**arrays, "in memory": np.arange(3)})
+    assert before - resident() > 100 << 20 and arrays["values"][-1] == 1

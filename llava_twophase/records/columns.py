@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from llava_twophase.errors import UserError
-from llava_twophase.shared_arrays import Arrays, shared_arrays
+from llava_twophase.shared_arrays import Arrays, release_pages, shared_arrays
 
 # Little-endian on every machine, because columns are files. N records, P prompts.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -30,6 +30,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "prompt_text": np.dtype("u1"),
     "prompt_starts": np.dtype("<u8"),  # [P + 1] where a prompt begins
 }
+_FEW = 1 << 10  # more records are read once, by a pass over all of them
 _SPARSE = 8  # a chunk's text is copied in one piece unless less than this part of it is asked for
 
 
@@ -140,4 +141,6 @@ class Selection:
         if high - low > _SPARSE * int((ends - begins).sum()) + os.sysconf("SC_PAGESIZE"):
             return [text[begin:end].tobytes() for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
         part = text[low:high].tobytes()
+        if len(begins) > _FEW:
+            release_pages(self.columns.arrays)
         return [part[a:b] for a, b in zip((begins - low).tolist(), (ends - low).tolist(), strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -169,6 +170,15 @@ class ImageKeys(Sequence[str]):
     def names(self, start: int, stop: int) -> list[bytes]:
         """Return the keys from ``start`` to ``stop`` in UTF-8."""
         return self._selection.names(start, stop)
+
+    def identity(self) -> str:
+        """Return hexadecimal digits that are equal for the same keys of the same data file, without reading them."""
+        chosen = self._selection
+        digest = hashlib.sha256(chosen.columns.digest.encode("ascii"))
+        if chosen.positions is not None:
+            digest.update(np.ascontiguousarray(chosen.positions, "<i8"))
+        digest.update(json.dumps(sorted(chosen.renamed.items())).encode("ascii"))
+        return digest.hexdigest()
 
     def not_ascii(self) -> dict[int, str]:
         """Return the keys that are not ASCII, by position."""

@@ -76,3 +76,11 @@ def test_records_without_some_images(pair):
 def test_records_of_memory_are_pickled(pair):
     records, expected = pair
     assert pickle.loads(pickle.dumps(records)) == expected
+
+
+def test_image_keys_of_another_selection_have_another_identity(pair):
+    records, _ = pair
+    others = [records[1:], records.select(np.arange(len(records))[::-1]), records.rename({0: "x.jpg"})]
+    found = {part.images.identity() for part in (records, *others)}
+    assert len(found) == 4 and records.images.identity() in found
+    assert pickle.loads(pickle.dumps(records)).images.identity() == records.images.identity()

@@ -6,6 +6,7 @@ import pytest
 from cache.make import make_cache
 from llava_twophase.cache.joined import JoinedCaches
 from llava_twophase.cache.reader import FeatureCache
+from llava_twophase.records import Record, records_of
 from llava_twophase.train.data import row_lookup
 from llava_twophase.train.data.row_lookup import RowLookup
 
@@ -24,3 +25,20 @@ def test_row_lookup_equals_find_and_asks_once(tmp_path, monkeypatch, joined):
     assert np.array_equal(lookup.find(keys), expected) and np.array_equal(lookup.find(keys), expected)
     assert sum(asked) == len(keys) and max(asked) <= 3
     assert lookup.find([]).shape == expected[:0].shape
+
+
+def test_row_lookup_of_many_records_is_kept_for_their_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_lookup, "_SHARED_FROM", 3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    path, keys, _ = make_cache(tmp_path / "cache")
+    other = FeatureCache(make_cache(tmp_path / "other", counts=(4,))[0])
+    images = records_of(Record(key, "a caption", "<image>") for key in [*keys, "absent.jpg"]).images
+    expected = {cache: cache.find(list(images)) for cache in (FeatureCache(path), other)}
+    for cache, rows in expected.items():
+        assert np.array_equal(RowLookup(cache).find(images), rows)
+    assert len(list((tmp_path / "home" / "llava-twophase" / "rows").glob("*.arrays"))) == 2
+    monkeypatch.setattr(FeatureCache, "find", None)
+    for cache, rows in expected.items():
+        assert np.array_equal(RowLookup(cache).find(images), rows)
+    with pytest.raises(TypeError):
+        RowLookup(other).find(images[:3])
