@@ -1,10 +1,12 @@
-"""Measure what docs/scale.md multiplies: a manifest of many shards, and the CPU time of one image.
+"""Measure what docs/scale.md multiplies: a manifest of many shards, the CPU time of one image, and a plan of records.
 
-    python tests/benchmarks/scale.py --folder /some/disk
+    python tests/benchmarks/scale.py --folder /some/disk/with/10GB
+    python tests/benchmarks/scale.py --records 0        # without the plan
 
 Each part runs in a new process. CPU seconds are given, because they depend little on other load; peaks are memory above
 that of the process before. Shards of the manifest are empty files: reading, writing and updating it opens none. Images
-are those of tests/benchmarks/extract.py; rows are bf16 of CLIP-L/14-336, in /dev/shm. tests/benchmarks/cache_open.py
+are those of tests/benchmarks/extract.py; rows are bf16 of CLIP-L/14-336, in /dev/shm. *Plan* is what an extraction does
+before it looks at images, for a new cache and for one that has all of them. tests/benchmarks/cache_open.py
 measures opening, tests/benchmarks/startup.py records, and tests/docs_scale.py has the results. The last line is one
 JSON object.
 """
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -117,6 +120,36 @@ def rows(folder, _):
     return {"write_cpu_s": round(writing.seconds / IMAGES, 6), "read_cpu_s": round(reading.seconds / IMAGES, 6)}
 
 
+def plan(folder, cached):
+    """Read the records, whose columns are kept already, and plan their extraction."""
+    from llava_twophase.cache.session import existing_manifest
+    from llava_twophase.extract.config import ExtractConfig
+    from llava_twophase.extract.preflight import open_inputs, plan_extraction
+    from llava_twophase.records import load_records
+
+    cache = folder / ("cache" if cached else "new")
+    config = ExtractConfig(str(folder / "records.json"), str(folder / "images"), "tower", cache)
+    with Clock() as clock:
+        found = plan_extraction(open_inputs(config, load_records(config.data_path)), existing_manifest(cache))
+    assert bool(found.work) != cached
+    return clock.found()
+
+
+def measure_plans(folder, records):
+    """Return what planning an extraction of many records takes."""
+    from startup import write_cache, write_records
+
+    from llava_twophase.records import load_records
+
+    (folder / "images").mkdir(parents=True)
+    os.environ["XDG_CACHE_HOME"] = str(folder / "home")
+    write_records(folder / "records.json", records)
+    with mock.patch("os.fsync"):
+        write_cache(folder / "cache", records)
+    load_records(folder / "records.json")
+    return {"plan, new": run_alone(plan, folder, False), "plan, all cached": run_alone(plan, folder, True)}
+
+
 def run_alone(part, *arguments):
     """Return what a part measured in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -134,6 +167,7 @@ def main():
     parser.add_argument("--folder", help="folder for the manifest (default: a temporary folder)")
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--records", type=int, default=12_000_000, help="records to plan for (default: 12 million)")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     folder, line = Path(tempfile.mkdtemp(prefix="scale-", dir=args.folder)), {}
@@ -144,12 +178,14 @@ def main():
             line[name] = smallest(part, args.repetitions, folder / "cache", args.shards)
         line["image decoded"] = smallest(decode, args.repetitions, memory, 0)
         line["row"] = smallest(rows, args.repetitions, memory, 0)
+        if args.records:
+            line |= measure_plans(folder / "plan", args.records)
     finally:
         shutil.rmtree(folder)
         shutil.rmtree(memory)
     for name, found in line.items():
         print(f"{name}: {found}")
-    print(json.dumps({**line, "shards": args.shards, "load": round(os.getloadavg()[0], 1)}))
+    print(json.dumps({**line, "shards": args.shards, "records": args.records, "load": round(os.getloadavg()[0], 1)}))
 
 
 if __name__ == "__main__":
