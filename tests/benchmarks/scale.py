@@ -147,7 +147,10 @@ def measure_plans(folder, records):
     with mock.patch("os.fsync"):
         write_cache(folder / "cache", records)
     load_records(folder / "records.json")
-    return {"plan, new": run_alone(plan, folder, False), "plan, all cached": run_alone(plan, folder, True)}
+    kept = sum(file.stat().st_size for file in (folder / "home").rglob("*") if file.is_file())
+    sizes = {"json_mb": round((folder / "records.json").stat().st_size / 1e6), "columns_mb": round(kept / 1e6)}
+    plans = {"plan, new": run_alone(plan, folder, False), "plan, all cached": run_alone(plan, folder, True)}
+    return {"records": sizes, **plans}
 
 
 def run_alone(part, *arguments):
@@ -185,7 +188,7 @@ def main():
         shutil.rmtree(memory)
     for name, found in line.items():
         print(f"{name}: {found}")
-    print(json.dumps({**line, "shards": args.shards, "records": args.records, "load": round(os.getloadavg()[0], 1)}))
+    print(json.dumps({**line, "shards": args.shards, "of": args.records, "load": round(os.getloadavg()[0], 1)}))
 
 
 if __name__ == "__main__":
