@@ -66,7 +66,7 @@ def test_pins_are_exact_and_public():
 
 
 def test_the_promised_extras_exist():
-    runtime = {"wandb", "tensorboard", "plots", "demo", "evaluate", "gguf", "gpu", "remote"}
+    runtime = {"wandb", "tensorboard", "plots", "demo", "evaluate", "gguf", "gpu", "parquet", "remote"}
     assert EXTRAS.keys() == {*runtime, "test", "dev", "bench"}
 
 
