@@ -162,3 +162,27 @@ def s3(moto, monkeypatch):
     proxy.upload = upload
     yield proxy
     proxy.close()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hugging Face Hub with the dataset `user/features`, and its client directed to it."""
+    import fsspec
+    from huggingface_hub import constants
+
+    from hub_server import HubServer
+
+    (tmp_path / "hub").mkdir()
+    server = HubServer(tmp_path / "hub", "user/features")
+    # The client reads these from the environment when it is imported.
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.close()
+    fsspec.get_filesystem_class("hf").clear_instance_cache()

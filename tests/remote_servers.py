@@ -63,12 +63,13 @@ class FolderServer:
         faults: What goes wrong.
         ranges: Whether it honours ranges.
         status: A status for every answer, None for normal ones.
+        ranges_sent: Path, first byte and length of each range.
     """
 
     def __init__(self, folder):
         self.folder, self.faults = Path(folder), Faults()
-        self.ranges, self.status = True, None
-        self._server = _Server(("127.0.0.1", 0), _handler(self))
+        self.ranges, self.status, self.ranges_sent = True, None, []
+        self._server = Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -87,7 +88,7 @@ class Proxy:
 
     def __init__(self, target):
         self.faults = Faults()
-        self._server = _Server(("127.0.0.1", 0), _proxy_handler(target, self.faults))
+        self._server = Server(("127.0.0.1", 0), _proxy_handler(target, self.faults))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -96,7 +97,9 @@ class Proxy:
         self._server.server_close()
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
+    """A server whose threads end with the process."""
+
     daemon_threads = True
     request_queue_size = 128
 
@@ -104,7 +107,9 @@ class _Server(ThreadingHTTPServer):
         """Ignore clients that went away."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Sends answers with a fault, if there is one; subclasses define the methods."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -142,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _handler(server):
-    class Handler(_Handler):
+    class FolderHandler(Handler):
         def do_GET(self):
             fault = server.faults.draw() if ".h5" in self.path and self.command == "GET" else None
             with server.faults.answering():
@@ -171,10 +176,11 @@ def _handler(server):
                 file.seek(int(first))
                 body = file.read(int(last) - int(first) + 1)
             server.faults.sent += len(body)
+            server.ranges_sent.append((path, int(first), len(body)))
             stop = int(first) + len(body) - 1
             return 206, {**headers, "Content-Range": f"bytes {first}-{stop}/{status.st_size}"}, body
 
-    return Handler
+    return FolderHandler
 
 
 def _proxy_handler(target, faults):
@@ -183,7 +189,7 @@ def _proxy_handler(target, faults):
 
     host = urlsplit(target).netloc
 
-    class Handler(_Handler):
+    class ProxyHandler(Handler):
         def do_GET(self):
             reading = self.command == "GET" and ".h5" in self.path and "Range" in self.headers
             fault = faults.draw() if reading else None
@@ -207,7 +213,7 @@ def _proxy_handler(target, faults):
 
         do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
-    return Handler
+    return ProxyHandler
 
 
 @contextmanager

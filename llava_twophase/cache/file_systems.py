@@ -34,6 +34,8 @@ def connect(url: str, connections: int) -> tuple[Any, str]:
         if protocol == "s3":  # botocore's own limit is 10 connections
             configured = conf.get("s3", {}).get("config_kwargs", {})
             options["config_kwargs"] = {"max_pool_connections": connections, **configured}
+        if protocol in ("file", "local"):  # folders are created, as object storage needs none
+            options["auto_mkdir"] = True
         files, path = url_to_fs(url, **options)
     except ImportError as error:
         raise _not_installed(url, protocol, error) from error

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -170,7 +171,8 @@ class RemoteStorage:
         Raises:
             UserError: It cannot be written.
         """
-        self._repeat(lambda: self._files.put_file(str(file), self._path(name)), self._url_of(name), READING)
+        put = partial(self._files.put_file, str(file), self._path(name))
+        self._repeat(put, self._url_of(name), READING, action="written")
 
     def _connect(self) -> None:
         self._files, self._root = connect(self._url, self._requests)

@@ -50,12 +50,13 @@ def is_final(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _FINAL_NUMBERS
 
 
-def explain(url: str, error: BaseException) -> UserError:
+def explain(url: str, error: BaseException, action: str = "read") -> UserError:
     """Return what to tell a user about an error that was final, or that repeated requests did not remove.
 
     Args:
         url: What was requested.
         error: The error.
+        action: What could not be done, a participle.
     """
     if isinstance(error, UserError):
         return error
@@ -63,13 +64,13 @@ def explain(url: str, error: BaseException) -> UserError:
         return UserError(f"{url} does not exist")
     if is_denied(error):
         return UserError(
-            f"{url} cannot be read: credentials are missing or were refused ({_reason(error)}); give them as fsspec "
-            "reads them: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE for s3://, HF_TOKEN or hf auth "
-            "login for hf://, a file in ~/.config/fsspec for all"
+            f"{url} cannot be {action}: credentials are missing or were refused ({_reason(error)}); give them as "
+            "fsspec reads them: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE for s3://, HF_TOKEN or hf "
+            "auth login for hf://, a file in ~/.config/fsspec for all"
         )
     if status_of(error) == 416 or isinstance(error, OSError) and error.errno == errno.EINVAL:
         return UserError(f"{url} is truncated, or was replaced by a shorter file ({_reason(error)})")
-    return UserError(f"{url} cannot be read ({_reason(error)}); check the URL and the network")
+    return UserError(f"{url} cannot be {action} ({_reason(error)}); check the URL and the network")
 
 
 def _reason(error: BaseException) -> str:

@@ -28,7 +28,12 @@ class Repetition:
         self._silent_until = 0.0
 
     def __call__(
-        self, call: Callable[[], _T], url: str, patience: float, given_up: threading.Event | None = None
+        self,
+        call: Callable[[], _T],
+        url: str,
+        patience: float,
+        given_up: threading.Event | None = None,
+        action: str = "read",
     ) -> _T:
         """Return what a function returns, once it succeeds.
 
@@ -37,6 +42,7 @@ class Repetition:
             url: What it requests, for errors.
             patience: Seconds after which it is not called again.
             given_up: Once it is set, the function is not called again.
+            action: What the function does, for errors.
 
         Raises:
             UserError: It did not succeed in time, or its error is final.
@@ -48,7 +54,7 @@ class Repetition:
                 return call()
             except Exception as error:
                 if is_final(error) or given_up.is_set() or monotonic() + delay > deadline:
-                    raise explain(url, error) from error
+                    raise explain(url, error, action) from error
                 if delay > 2 * FIRST_DELAY and monotonic() > self._silent_until:
                     self._silent_until = monotonic() + _SILENCE
                     logger.warning("%s: %s: %s; repeating the request", url, type(error).__name__, error)

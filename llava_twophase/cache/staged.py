@@ -20,6 +20,7 @@ from llava_twophase.cache.remote import OPENING, RemoteStorage
 from llava_twophase.cache.shard import Shard
 from llava_twophase.cache.staging import Stage
 from llava_twophase.cache.storage import Piece, Storage
+from llava_twophase.distributed import ranks_from_environment
 from llava_twophase.errors import UserError
 from llava_twophase.text import format_bytes
 
@@ -61,6 +62,7 @@ class StagedStorage:
         self._plan = _Plan([], np.empty(0, np.int64))
         self._changed = threading.Condition()
         self._copier: threading.Thread | None = None
+        self._warned = False
 
     def __str__(self) -> str:
         """Return the URL."""
@@ -133,14 +135,22 @@ class StagedStorage:
         entry = others[0] if others else waiting[0]
         try:
             shard = source.open_shard(entry.file)
-            return 0.0 if self._stage.add(shard, entry, self._manifest, lambda: plan.kept_for(entry)) else _PAUSE
+            added = self._stage.add(shard, entry, self._manifest, lambda: plan.kept_for(entry))
+            self._warned = self._warned and not added
+            return 0.0 if added else _PAUSE
         except OSError as error:
-            advice = "free some space or lower --stage_gb" if error.errno == errno.ENOSPC else "fix the cause"
-            logger.warning("--stage_dir %s: %s; rows are requested until then: %s", self._stage.folder, error, advice)
+            self._warn(error)
             return _FULL_PAUSE
         except (UserError, RuntimeError) as error:  # RuntimeError: the interpreter is shutting down
             logger.info("--stage_dir %s: %s", self._stage.folder, error)
             return _FULL_PAUSE
+
+    def _warn(self, error: OSError) -> None:
+        # Once, until a copy succeeds, by one of the ranks that share the folder: the cause may last for hours.
+        if not self._warned and ranks_from_environment().local_rank == 0:
+            advice = "free some space or lower --stage_gb" if error.errno == errno.ENOSPC else "fix the cause"
+            logger.warning("--stage_dir %s: %s; rows are requested until then: %s", self._stage.folder, error, advice)
+        self._warned = True
 
 
 class StagedShard(Shard):

@@ -155,7 +155,8 @@ def _commit(target: RemoteStorage, files: dict[str, Path | bytes]) -> None:
         advice = "create the dataset first: hf repos create NAME --type dataset"
         raise UserError(f"{target} is not in a repository that these credentials can write; {advice}") from None
     except Exception as error:
-        raise explain(str(target), error) from error
+        # The client's own errors about an upload say only which file it was.
+        raise explain(str(target), error.__cause__ or error, "written") from error
 
 
 def _upload_card(target: RemoteStorage, cache: FeatureCache) -> None:

@@ -129,6 +129,8 @@ def test_a_full_disk_is_reported_and_rows_are_requested(opened, tmp_path, monkey
     cache.stage_ahead(np.arange(12))
     wait_for(lambda: "No space left on device" in caplog.text)
     assert "rows are requested until then: free some space or lower --stage_gb" in caplog.text
+    time.sleep(0.6)  # three more attempts
+    assert caplog.text.count("rows are requested") == 1
     np.testing.assert_array_equal(cache.read_raw(opened.keys), opened.stored)
     monkeypatch.undo()
     wait_for(lambda: copies(tmp_path) == 3)

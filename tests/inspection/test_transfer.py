@@ -3,11 +3,14 @@
 import errno
 import json
 import os
-from types import SimpleNamespace
+import subprocess
+import sys
+import time
 
 import pytest
 
 from cache.make import flip_bit, make_cache
+from helpers import ROOT, process_environment
 from llava_twophase import FeatureCache
 from llava_twophase.cache import remote, repetition
 from llava_twophase.cache.check.verify import verify
@@ -15,6 +18,10 @@ from llava_twophase.cache.quarantine import Quarantined, write_quarantine
 from llava_twophase.inspection import transfer
 from llava_twophase.inspection.card import dataset_card
 from llava_twophase.inspection.cli import main
+
+
+# huggingface_hub 2.4 uploads in a way that httpx warns of.
+hub_uploads = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +101,56 @@ def test_pull_resumes_after_an_outage(cache, web, tmp_path, capsys, monkeypatch)
     assert values_of(capsys)["copied"] == 0
 
 
+def start(*arguments):
+    command = [sys.executable, "pipelines/inspect_cache.py", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=process_environment(), stderr=subprocess.DEVNULL)
+
+
+def kill_once(process, condition):
+    """Kill a process when the condition holds for the first time."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+
+
+def test_pull_resumes_after_a_kill(cache, web, tmp_path, capsys):
+    shards, copied = cache / "shards", tmp_path / "copy/shards"
+    web.faults.latency = 0.5
+    process = start("pull", f"{web.url}/cache", tmp_path / "copy")
+    kill_once(process, lambda: (copied / "shard-000000.h5").exists())
+    assert contents(copied)["shard-000000.h5"] == (shards / "shard-000000.h5").read_bytes()
+    assert not (tmp_path / "copy/manifest.json").exists()
+    web.faults.latency = 0.0
+    assert main(["pull", f"{web.url}/cache", str(tmp_path / "copy"), "--json"]) == 0
+    assert values_of(capsys)["copied"] == 2
+    assert contents(tmp_path / "copy") == contents(cache)
+
+
+def test_push_resumes_after_a_kill(cache, s3, tmp_path, capsys):
+    s3.upload(cache / "shards", "s3://bucket/other/shards")
+    from fsspec.core import url_to_fs
+
+    files, path = url_to_fs("s3://bucket/killed", skip_instance_cache=True, use_listings_cache=False)
+    s3.faults.latency = 0.15
+    process = start("push", cache, "s3://bucket/killed")
+    kill_once(process, lambda: files.exists(f"{path}/shards/shard-000000.h5"))
+    s3.faults.latency = 0.0
+    assert not files.exists(f"{path}/manifest.json")
+    assert main(["push", str(cache), "s3://bucket/killed", "--json"]) == 0
+    assert values_of(capsys)["copied"] in (1, 2)
+    assert main(["pull", "s3://bucket/killed", str(tmp_path / "copy")]) == 0
+    assert contents(tmp_path / "copy") == contents(cache)
+
+
+def test_push_that_cannot_write_says_so(cache, s3, capsys, monkeypatch):
+    monkeypatch.setattr(remote, "READING", 0.2)
+    assert main(["push", str(cache), "s3://nobucket/cache"]) == 1
+    assert "s3://nobucket/cache" in capsys.readouterr().err
+
+
 def test_pull_under_faults_gives_the_same_bytes(cache, web, tmp_path):
     for name in ("drop", "unavailable", "truncate"):
         setattr(web.faults, name, 0.2)
@@ -150,34 +207,45 @@ def test_wrong_directions_are_refused(cache, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_push_to_the_hub_commits_shards_then_card_then_manifest(cache, monkeypatch, capsys):
-    """The Hub itself is replaced; its client's functions get what they document."""
-    import huggingface_hub
-
-    commits, repository = [], {}
-
-    class Api:
-        def create_commit(self, repo_id, operations, commit_message, repo_type, revision):
-            assert (repo_id, repo_type, revision) == ("user/features", "dataset", "main")
-            commits.append([operation.path_in_repo for operation in operations])
-            for operation in operations:
-                repository[operation.path_in_repo] = operation.path_or_fileobj
-
-    place = SimpleNamespace(repo_id="user/features", repo_type="dataset", revision="main", path_in_repo="clip")
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub.HfFileSystem, "resolve_path", lambda self, path: place)
-    monkeypatch.setattr(remote.RemoteStorage, "read_file", lambda self, name: None)
-    monkeypatch.setattr(transfer, "_is_there", lambda *_: False)
-    monkeypatch.setattr(transfer, "verify", lambda url: [])
+@hub_uploads
+def test_push_to_the_hub_commits_shards_then_card_then_manifest(cache, hub, tmp_path, monkeypatch, capsys):
+    """A server of this machine stands in for the Hub: see `hub_server`."""
     monkeypatch.setattr(transfer, "_FILES_IN_A_COMMIT", 3)
     assert main(["push", str(cache), "hf://datasets/user/features/clip"]) == 0
-    assert commits == [
+    assert "every checksum matches" in capsys.readouterr().out
+    assert hub.commits == [
         [f"clip/shards/shard-00000{number}.h5" for number in range(3)],
         ["clip/quarantine.jsonl"],
         ["clip/README.md"],
         ["clip/manifest.json"],
     ]
-    assert "--feature_cache hf://datasets/user/features/clip" in repository["clip/README.md"].decode()
+    pushed = contents(tmp_path / "hub/clip")
+    assert "--feature_cache hf://datasets/user/features/clip" in pushed.pop("README.md").decode()
+    assert pushed == contents(cache)
+    assert main(["pull", "hf://datasets/user/features/clip", str(tmp_path / "copy")]) == 0
+    assert contents(tmp_path / "copy") == contents(cache)
+
+
+@hub_uploads
+def test_push_to_the_hub_resumes_and_keeps_an_edited_card(cache, hub, tmp_path, capsys):
+    assert main(["push", str(cache), "hf://datasets/user/features"]) == 0
+    (tmp_path / "hub/shards/shard-000001.h5").unlink()
+    (tmp_path / "hub/README.md").write_text("mine")
+    capsys.readouterr()
+    assert main(["push", str(cache), "hf://datasets/user/features", "--json"]) == 0
+    assert values_of(capsys)["copied"] == 1
+    assert (tmp_path / "hub/README.md").read_text() == "mine"
+    assert verify(tmp_path / "hub") == []
+
+
+def test_push_to_an_unknown_dataset_says_how_to_create_it(cache, hub, capsys):
+    assert main(["push", str(cache), "hf://datasets/user/other"]) == 1
+    assert "create the dataset first: hf repos create NAME --type dataset" in capsys.readouterr().err
+
+
+def test_push_to_a_folder_url_creates_its_folders(cache, tmp_path):
+    assert main(["push", str(cache), f"file://{tmp_path}/new/folder"]) == 0
+    assert contents(tmp_path / "new/folder") == contents(cache)
 
 
 def test_dataset_card_has_metadata_and_the_fingerprint(cache):

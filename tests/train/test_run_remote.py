@@ -46,6 +46,15 @@ def test_training_with_a_stage_equals_a_local_run(train_in_process, s3, plain_ca
     assert len(copies) == len(list((plain_cache / "shards").glob("*.h5")))
 
 
+def test_training_from_the_hub_equals_a_local_run(train_in_process, hub, plain_cache, tmp_path):
+    """A server of this machine stands in for the Hub: see `hub_server`."""
+    assert train_in_process("local") == (0, True)
+    shutil.copytree(plain_cache, tmp_path / "hub/plain")
+    assert train_in_process("remote", feature_cache="hf://datasets/user/features/plain") == (0, True)
+    assert hub.faults.sent > 0
+    assert_same_outcome(outcome(tmp_path / "local"), outcome(tmp_path / "remote"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
