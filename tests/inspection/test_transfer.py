@@ -19,7 +19,6 @@ from llava_twophase.inspection import transfer
 from llava_twophase.inspection.card import dataset_card
 from llava_twophase.inspection.cli import main
 
-
 # huggingface_hub 2.4 uploads in a way that httpx warns of.
 hub_uploads = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
