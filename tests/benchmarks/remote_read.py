@@ -146,7 +146,7 @@ def measure(path, args, *servers, stage=None):
     started = time.perf_counter()
     next(batches)
     first = time.perf_counter() - started
-    waited, began, steps = 0.0, time.perf_counter(), 0
+    waited, steps = 0.0, 0
     pids = [server.pid for server in servers]
     own, theirs = time.process_time(), cpu_seconds(pids)
     while True:
@@ -162,7 +162,7 @@ def measure(path, args, *servers, stage=None):
         "open_s": round(opened, 2),
         "first_batch_s": round(first, 2),
         "steps": steps,
-        "mb_per_s": round(steps * args.batch * ROW / (time.perf_counter() - began) / 1e6, 1),
+        "mb_per_s": round(steps * args.batch * ROW / seconds / 1e6, 1),
         "data_wait_percent": round(100 * waited / seconds, 2),
         "own_cpu_ms_per_row": round(1e3 * (time.process_time() - own) / (steps * args.batch), 1),
         "server_cpu_ms_per_row": round(1e3 * (cpu_seconds(pids) - theirs) / (steps * args.batch), 1),

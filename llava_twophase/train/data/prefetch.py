@@ -194,6 +194,11 @@ class PrefetchDataset(Dataset[PendingBatch]):
         self._upcoming = Upcoming(order, self._ring.shape[1], ranks)
         self._cache.stage_ahead(self._rows[np.asarray(order[used:], np.int64)])
 
+    def close(self) -> None:
+        """Forget batches that were to be read ahead: the process need not wait for them at its end."""
+        for pool in (self._collator, self._readers):
+            pool.shutdown(wait=False, cancel_futures=True)
+
     def __getitem__(self, index: int) -> PendingBatch:
         """Start reading a batch of one."""
         return self.__getitems__([index])

@@ -1,5 +1,6 @@
 """Batches that threads read ahead: equal to a plain data loader's, in the same order, in reused memory."""
 
+import threading
 from concurrent.futures import wait
 
 import numpy as np
@@ -149,6 +150,24 @@ def test_prefetch_dataset_reads_batches_of_a_url_ahead(cached, monkeypatch, ahea
     wait([task for future in begun for task in future.result()[1]])
     assert sorted(sum(asked, [])) == sorted(ORDER[: 3 * read])
     assert len(dataset._ring) == 3 + min(ahead, 32)
+
+
+def test_prefetch_dataset_reads_nothing_more_when_it_is_closed(cached, monkeypatch):
+    monkeypatch.setattr(prefetch, "REQUESTS", 1)
+    dataset, _ = feed(f"file://{cached[0]}", batch=1)  # two batches are requested at the same time
+    proceed, asked = threading.Event(), []
+
+    def read(rows, buffer):
+        asked.append(rows)
+        proceed.wait(10)
+
+    monkeypatch.setattr(dataset._cache, "read_raw_rows_into", read)
+    dataset.__getitems__(ORDER[:1])
+    wait([slot.begun for slot in dataset._slots if slot is not None])
+    dataset.close()
+    proceed.set()
+    dataset._readers.shutdown(wait=True)
+    assert len(asked) == 2
 
 
 def test_prefetch_dataset_reads_one_batch_of_a_folder(cached):
