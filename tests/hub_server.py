@@ -31,7 +31,8 @@ class HubServer:
 
     def __init__(self, folder, dataset):
         self.folder, self.dataset = Path(folder), dataset
-        self.faults, self.commits, self.token = Faults(), [], None
+        self.faults, self.token = Faults(), None
+        self.commits = []
         self.objects = {}  # uploaded content by SHA-256, which a commit refers to
         self._server = Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"

@@ -68,7 +68,8 @@ class FolderServer:
 
     def __init__(self, folder):
         self.folder, self.faults = Path(folder), Faults()
-        self.ranges, self.status, self.ranges_sent = True, None, []
+        self.ranges, self.status = True, None
+        self.ranges_sent = []
         self._server = Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
