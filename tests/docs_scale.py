@@ -28,7 +28,7 @@ MEASURED = {
     "read": ("read a bf16 row and compare its checksum", 0.0003, "CPU s per image", SCALE),
     "manifest_bytes": ("entry of a shard in the manifest", 135, "bytes per shard", SCALE),
     "manifest_read": ("read the manifest", 3.7e-6, "CPU s per shard", SCALE),
-    "manifest_peak": ("peak memory of reading it", 672, "bytes per shard", SCALE),
+    "manifest_peak": ("peak memory of reading it", 700, "bytes per shard", SCALE),
     "manifest_update": ("list the shards and write the manifest", 4.0e-6, "CPU s per shard", SCALE),
     "index_bytes": ("shared index: hash, key of 19 bytes, row checksum", 35.0, "bytes per image", f"{OPEN} (100M)"),
     "index_make": ("make the shared index", 6.2e-7, "CPU s per image", f"{OPEN} (100M)"),
@@ -36,6 +36,8 @@ MEASURED = {
     "open": ("open a cache with a shared index", 2.7e-8, "CPU s per image", f"{OPEN} (100M)"),
     "shard_bytes": ("private memory of a process that has a cache open", 640, "bytes per shard", f"{OPEN} (100M)"),
     "record_bytes": ("records as shared columns; in JSON 253 bytes", 121, "bytes per record", f"{SCALE} (12M)"),
+    "plan_new": ("plan an extraction of 12M records, none cached", 13.4, "CPU s", f"{SCALE} (12M)"),
+    "plan_cached": ("plan an extraction of 12M records, all cached", 54, "CPU s", f"{SCALE} (12M)"),
     "own_bytes": ("an index that is not shared", 27.1, "bytes per image", f"{OPEN} (100M)"),
 }  # fmt: skip
 # Operations, computed from shapes by PAPER. The tower is CLIP-L/14-336, a sample has 576 image tokens and 15 others.
