@@ -208,7 +208,7 @@ def test_wrong_directions_are_refused(cache, capsys, arguments, message):
 
 @hub_uploads
 def test_push_to_the_hub_commits_shards_then_card_then_manifest(cache, hub, tmp_path, monkeypatch, capsys):
-    """A server of this machine stands in for the Hub: see `hub_server`."""
+    """A server of this machine replaces the Hub: see `hub_server`."""
     monkeypatch.setattr(transfer, "_FILES_IN_A_COMMIT", 3)
     assert main(["push", str(cache), "hf://datasets/user/features/clip"]) == 0
     assert "every checksum matches" in capsys.readouterr().out

@@ -47,7 +47,7 @@ def test_training_with_a_stage_equals_a_local_run(train_in_process, s3, plain_ca
 
 
 def test_training_from_the_hub_equals_a_local_run(train_in_process, hub, plain_cache, tmp_path):
-    """A server of this machine stands in for the Hub: see `hub_server`."""
+    """A server of this machine replaces the Hub: see `hub_server`."""
     assert train_in_process("local") == (0, True)
     shutil.copytree(plain_cache, tmp_path / "hub/plain")
     assert train_in_process("remote", feature_cache="hf://datasets/user/features/plain") == (0, True)
