@@ -129,13 +129,13 @@ def show(title: str, summary: dict[str, Any], labels: dict[str, str]) -> None:
 def show_others(records: Sequence[dict[str, Any]], ways: dict[str, dict[str, Any]]) -> None:
     """Print runs with other settings than the tables'."""
     table = Table(title="runs with other settings")
-    for heading in ("data", "way", "seed", "steps", "batch", "learning rate", "changes", "TFLOP", "held-out loss"):
+    for heading in ("data", "way", "seed", "steps", "batch", "learning rate", "BOS", "changes", "TFLOP", "loss"):
         table.add_column(heading)
     for record in sorted(records, key=lambda record: (record["data"], record["way"], record["seed"])):
         settings = record["settings"]
         own = ways[record["way"]]
         changes = {name: value for name, value in settings["way"].items() if value != own[name]}
-        recipe = (str(settings[name]) for name in ("steps", "batch", "learning_rate"))
+        recipe = (str(settings.get(name, False)) for name in ("steps", "batch", "learning_rate", "bos"))
         figures = (f"{record['tflop']:.1f}", f"{record['final']:.4f}")
         table.add_row(record["data"], record["way"], str(record["seed"]), *recipe, str(changes or ""), *figures)
     Console(width=160).print(table)
