@@ -16,6 +16,7 @@ from llava_twophase.records.parquet import is_parquet, read_parquet_records
 from llava_twophase.records.record import Record
 from llava_twophase.records.sequences import Records
 from llava_twophase.records.store import build_in_memory, keep_columns
+from llava_twophase.text import agree, counted
 
 # Smaller files are read at each start: that takes less than a second.
 _KEPT_FROM = 64 * 10**6
@@ -72,7 +73,7 @@ def _build(path: Path, flag: str, image_folder: str | Path | None, files: Mappin
         builder.add_entries(_without_chat_layout(entries, path))
     built = builder.finish()
     if built.bad:
-        heading = f"{path} has {built.bad} bad records; fix or remove them"
+        heading = f"{path} has {counted(built.bad, 'bad record')}; fix or remove {agree(built.bad, 'it', 'them')}"
         raise combined_error(built.problems, heading, total=built.bad)
     if not built.records:
         raise UserError(f"{path} has no records; expected LLaVA's list of id, image and conversations")

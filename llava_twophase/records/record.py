@@ -18,6 +18,7 @@ from typing import Any
 
 from llava_twophase.constants import IMAGE_TOKEN
 from llava_twophase.errors import UserError, short_repr
+from llava_twophase.text import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def _turns(raw: dict[str, Any]) -> tuple[str, str]:
     if not isinstance(turns, list):
         raise UserError(f"has no list of turns in conversations (its keys are {short_repr(sorted(map(str, raw)))})")
     if len(turns) != 2:
-        raise UserError(f"has {len(turns)} turns in conversations, expected exactly two (human, gpt)")
+        raise UserError(f"has {counted(len(turns), 'turn')} in conversations, expected exactly two (human, gpt)")
     prompt, caption = (turn.get("value") if isinstance(turn, dict) else None for turn in turns)
     if not isinstance(prompt, str) or not isinstance(caption, str):
         raise UserError(f"a turn has no text under 'value': {short_repr(turns)}")

@@ -59,7 +59,7 @@ def test_parquet_reports_the_problems_of_json_with_row_numbers(tmp_path):
         with pytest.raises(UserError) as caught:
             load_records(path)
         found.append(str(caught.value).replace(str(path), "FILE"))
-    assert found[0] == found[1] and "4 bad records" in found[0] and "record 9 (id '9'): has 1 turns" in found[0]
+    assert found[0] == found[1] and "4 bad records" in found[0] and "record 9 (id '9'): has 1 turn in" in found[0]
 
 
 IMAGE = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
