@@ -44,7 +44,7 @@ def test_a_disk_too_full_for_an_empty_shard_is_explained(small_disk, kilobytes):
 def test_features_that_do_not_fit_are_refused_with_both_sizes(server, command, small_disk):
     disk = small_disk("size=48k")
     log = server.run(command(feature_cache=disk / "cache"), expect=1)
-    assert re.search(r"need \d+\.\d+ kB, .* has \d+\.\d+ kB free", log) and "--storage_dtype int8" in log
+    assert re.search(r"\d+\.\d+ kB are needed for .* has \d+\.\d+ kB free", log) and "--storage_dtype int8" in log
     assert "they do not fit" in server.run([*command(feature_cache=disk / "cache"), "--plan"], expect=1)
 
 

@@ -177,7 +177,7 @@ def test_pull_onto_a_full_disk_is_one_error(cache, web, tmp_path, capsys, monkey
 def test_pull_that_does_not_fit_is_refused_before_it_begins(cache, web, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("llava_twophase.files.free_bytes", lambda folder: 1)
     assert main(["pull", f"{web.url}/cache", str(tmp_path / "copy")]) == 1
-    assert "3 shards need " in capsys.readouterr().err
+    assert " kB are needed for 3 shards, but the disk" in capsys.readouterr().err
 
 
 def test_pull_into_another_cache_is_refused(cache, web, tmp_path, capsys):
