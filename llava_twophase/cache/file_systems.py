@@ -26,10 +26,12 @@ def connect(url: str, connections: int) -> tuple[Any, str]:
     try:
         from fsspec.config import conf
         from fsspec.core import url_to_fs
-        from fsspec.registry import available_protocols
+        from fsspec.registry import available_protocols, registry
 
-        if "::" not in protocol and protocol not in available_protocols():
-            raise _unknown(url, protocol, available_protocols())
+        # The registry has those that were registered with a class at run time.
+        known = {*available_protocols(), *registry}
+        if "::" not in protocol and protocol not in known:
+            raise _unknown(url, protocol, sorted(known))
         options: dict[str, Any] = {"skip_instance_cache": True}
         if protocol == "s3":  # botocore's own limit is 10 connections
             configured = conf.get("s3", {}).get("config_kwargs", {})
@@ -37,6 +39,8 @@ def connect(url: str, connections: int) -> tuple[Any, str]:
         if protocol in ("file", "local"):  # folders are created, as object storage needs none
             options["auto_mkdir"] = True
         files, path = url_to_fs(url, **options)
+    except UserError:
+        raise
     except ImportError as error:
         raise _not_installed(url, protocol, error) from error
     except (ValueError, OSError) as error:

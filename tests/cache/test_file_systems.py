@@ -2,9 +2,15 @@
 
 import sys
 
+import fsspec
+import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
 
+from cache.make import make_cache
 from llava_twophase import FeatureCache
+from llava_twophase.cache.file_systems import connect
 from llava_twophase.errors import UserError
 from llava_twophase.inspection.cli import main
 
@@ -43,6 +49,28 @@ def test_a_missing_package_of_the_extra_is_one_error_with_the_extra(monkeypatch)
     monkeypatch.setitem(sys.modules, "s3fs", None)  # s3a is s3; fsspec keeps classes that it has imported once
     with pytest.raises(UserError, match=r"Install s3fs to access S3\); pip install 'llava-twophase\[remote\]'$"):
         FeatureCache("s3a://bucket/c")
+
+
+def test_a_protocol_that_was_registered_at_run_time_is_read(tmp_path):
+    class Mine(LocalFileSystem):
+        protocol = "minefs"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(str(path).removeprefix("minefs://"))
+
+    _, keys, stored = make_cache(tmp_path / "cache")
+    fsspec.register_implementation("minefs", Mine)
+    try:
+        np.testing.assert_array_equal(FeatureCache(f"minefs://{tmp_path}/cache").read_raw(keys), stored)
+    finally:
+        del _registry["minefs"]
+
+
+def test_an_unknown_protocol_is_an_error_without_a_cause():
+    with pytest.raises(UserError, match="not a protocol") as caught:
+        connect("nothing://b/c", 1)
+    assert caught.value.__cause__ is None
 
 
 def test_a_mistyped_url_ends_a_command_with_one_line(capsys):
