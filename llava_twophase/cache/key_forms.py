@@ -14,13 +14,27 @@ class Keys(Protocol):
         """Return the keys that are not in the cache."""
 
 
+def refuse_single_key(keys: Sequence[str]) -> None:
+    """Refuse a single image key, which would be taken for a list of letters.
+
+    Raises:
+        TypeError: It is a single key.
+    """
+    if isinstance(keys, str):
+        raise TypeError(f"expected a list of image keys; for a single one give [{keys!r}]")
+
+
 def stored_keys(cache: Keys, keys: Sequence[str]) -> list[str]:
     """Return each key as the cache has it, in NFC or NFD; a key that it has in neither form is unchanged.
 
     Args:
         cache: Where the keys are looked up.
         keys: Image keys; one that the cache has is returned as it is.
+
+    Raises:
+        TypeError: A single key is given instead of a list.
     """
+    refuse_single_key(keys)
     missing = cache.missing(list({key for key in keys if not key.isascii()}))
     stored: dict[str, str] = {}
     for form in ("NFC", "NFD"):

@@ -16,6 +16,7 @@ import numpy as np
 
 from llava_twophase.cache.codec import Channels, Codec
 from llava_twophase.cache.format import QUANTISED, STORAGE_DTYPES
+from llava_twophase.cache.key_forms import refuse_single_key
 from llava_twophase.cache.manifest import Manifest, read_manifest
 from llava_twophase.cache.opening import open_shards
 from llava_twophase.cache.rows import StoredRows
@@ -106,8 +107,7 @@ class FeatureCache:
 
     def find(self, keys: Sequence[str]) -> np.ndarray:
         """Return the row of each key, ``int64 [len(keys)]``; -1 for keys that are not in the cache."""
-        if isinstance(keys, str):
-            raise TypeError(f"expected a list of image keys; for a single one give [{keys!r}]")
+        refuse_single_key(keys)
         return self._index.find(keys)
 
     def missing(self, keys: Sequence[str]) -> list[str]:

@@ -59,6 +59,13 @@ def test_joined_caches_find_keys_in_the_unicode_form_of_each_cache(tmp_path):
     assert list(joined.keys()) == forms["NFC"] and len(joined) == 2
 
 
+@pytest.mark.parametrize("method", ["find", "rows", "missing", "read", "read_tensor"])
+def test_joined_caches_refuse_a_single_key_as_one_cache_does(pair, method):
+    for cache in (JoinedCaches(pair), FeatureCache(pair[0])):
+        with pytest.raises(TypeError, match=r"expected a list of image keys; for a single one give \['1.jpg'\]"):
+            getattr(cache, method)("1.jpg")
+
+
 @pytest.mark.parametrize("dtypes", [("bfloat16", "int8"), ("int4", "float16"), ("float32", "bfloat16")])
 def test_joined_rows_decode_to_what_read_tensor_reads(dtypes, tmp_path):
     paths, keys = [], None
