@@ -25,7 +25,7 @@ from llava_twophase.cache.header import decode_header
 from llava_twophase.cache.remote_errors import RangesIgnored, is_missing
 from llava_twophase.cache.repetition import Repetition
 from llava_twophase.cache.shard import Shard
-from llava_twophase.cache.time_limits import LONGEST, TimeLimits
+from llava_twophase.cache.time_limits import LONGEST, UNSIZED, TimeLimits
 from llava_twophase.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ REQUESTS = 32
 """Requests of one process at the same time."""
 # How long failed requests are repeated, in seconds. While a cache is being opened, a user waits for the error. During
 # training, the outage may be over before anybody looks.
-OPENING, READING = 10.0, 300.0
+OPENING, READING = 10.0, LONGEST
 # Longer ranges are divided. Rows of all usual towers are shorter.
 _LONGEST_RANGE = 4 << 20
 # Header, keys and checksums of a shard of 1,024 images fit.
@@ -51,7 +51,6 @@ class RemoteStorage:
     Args:
         url: The URL of the cache's folder, for any protocol of fsspec.
         requests: Most requests of this process at the same time.
-        patience: Seconds for which failed requests for rows are repeated.
 
     Attributes:
         folder: None: there is no folder on this machine.
@@ -62,11 +61,10 @@ class RemoteStorage:
 
     folder: Path | None = None
 
-    def __init__(self, url: str, requests: int = REQUESTS, patience: float | None = None) -> None:
+    def __init__(self, url: str, requests: int = REQUESTS) -> None:
         self._url, self._requests = url.rstrip("/"), requests
-        self._patience = patience or READING
         self._repeat = Repetition()
-        self._limits = TimeLimits()
+        self._limits = TimeLimits(requests)
         self._versions: dict[str, tuple[int, str]] = {}
         self._waiting: deque[str] = deque()
         self._headers_only = False
@@ -196,20 +194,23 @@ class RemoteStorage:
         file = f"{SHARDS}/{name}"
 
         if self._headers_only:
-            return RemoteShard(self, name, size, version, self._get(file, 0, min(USER_BLOCK, size), OPENING))
-        head = self._get(file, 0, min(_HEAD, size), OPENING)
+            return RemoteShard(self, name, size, version, self._head(file, 0, min(USER_BLOCK, size)))
+        head = self._head(file, 0, min(_HEAD, size))
         with suppress(UserError):  # a damaged header is reported by the reader
             datasets = [decode_header(head[:USER_BLOCK], file).datasets[part] for part in _KEYS_AND_CHECKSUMS]
             end = min(size, max(data.offset + data.nbytes for data in datasets))
-            head += self._get(file, len(head), end, OPENING) if end > len(head) else b""
+            head += self._head(file, len(head), end) if end > len(head) else b""
         return RemoteShard(self, name, size, version, head)
+
+    def _head(self, file: str, start: int, end: int) -> bytes:
+        return self._get(file, start, end, max(OPENING, self._limits.at_lowest_rate(end - start)))
 
     def _read_piece(self, shard: Shard, view: memoryview, offset: int, given_up: threading.Event) -> None:
         name = shard.path.removeprefix(f"{self._url}/")
-        view[:] = self._get(name, offset, offset + len(view), self._patience, given_up)
+        view[:] = self._get(name, offset, offset + len(view), READING, given_up)
 
     def _get(self, name: str, start: int, end: int, patience: float, given_up: threading.Event | None = None) -> bytes:
-        limit = self._limits.first()
+        limit = self._limits.first(end - start)
 
         def get() -> bytes:
             nonlocal limit
@@ -219,12 +220,12 @@ class RemoteStorage:
             except TimeoutError:
                 limit = self._limits.after(limit)
                 raise
-            self._limits.add(monotonic() - started)
+            self._limits.add(end - start, monotonic() - started)
             return data
 
         return self._repeat(get, self._url_of(name), patience, given_up)
 
-    def _range(self, name: str, start: int, end: int, timeout: float = LONGEST) -> bytes:
+    def _range(self, name: str, start: int, end: int, timeout: float = UNSIZED) -> bytes:
         # A synchronous file system opens a file for each range; reading ahead would multiply the traffic.
         options = {} if self._files.async_impl else {"cache_type": "none"}
         data: bytes = self._call("cat_file", name, timeout, start=start, end=end, **options)
@@ -237,7 +238,7 @@ class RemoteStorage:
             raise EOFError(f"the server sent {len(data)} bytes where {end - start} were requested")
         return data
 
-    def _call(self, method: str, name: str, timeout: float = LONGEST, **options: Any) -> Any:
+    def _call(self, method: str, name: str, timeout: float = UNSIZED, **options: Any) -> Any:
         self._pool_here()
         if self._files.async_impl:
             options["timeout"] = timeout

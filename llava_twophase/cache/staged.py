@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_twophase.cache.manifest import Manifest, ShardEntry
-from llava_twophase.cache.remote import OPENING, RemoteStorage
+from llava_twophase.cache.remote import RemoteStorage
 from llava_twophase.cache.shard import Shard
 from llava_twophase.cache.staging import Stage
 from llava_twophase.cache.storage import Piece, Storage
@@ -63,6 +63,7 @@ class StagedStorage:
         self._changed = threading.Condition()
         self._copier: threading.Thread | None = None
         self._warned = False
+        self._failures = 0  # of requests or checksums, since the last copy
 
     def __str__(self) -> str:
         """Return the URL."""
@@ -115,7 +116,7 @@ class StagedStorage:
 
     def _copy_all(self) -> None:
         # A separate storage, so that copies do not delay rows.
-        source, plan = RemoteStorage(str(self._storage), _REQUESTS, OPENING), self._plan
+        source, plan = RemoteStorage(str(self._storage), _REQUESTS), self._plan
         pause = 0.0
         while threading.main_thread().is_alive():
             with self._changed:
@@ -136,20 +137,24 @@ class StagedStorage:
         try:
             shard = source.open_shard(entry.file)
             added = self._stage.add(shard, entry, self._manifest, lambda: plan.kept_for(entry))
-            self._warned = self._warned and not added
+            if added:
+                self._warned, self._failures = False, 0
             return 0.0 if added else _PAUSE
         except OSError as error:
-            self._warn(error)
+            advice = "free some space or lower --stage_gb" if error.errno == errno.ENOSPC else "fix the cause"
+            self._warn(f"{error}; rows are requested until then: {advice}")
             return _FULL_PAUSE
         except (UserError, RuntimeError) as error:  # RuntimeError: the interpreter is shutting down
             logger.info("--stage_dir %s: %s", self._stage.folder, error)
+            self._failures += isinstance(error, UserError)  # one may be over at the next attempt
+            if self._failures > 1:
+                self._warn(f"{self._failures} copies failed, rows are requested until one succeeds: {error}")
             return _FULL_PAUSE
 
-    def _warn(self, error: OSError) -> None:
+    def _warn(self, what: str) -> None:
         # Once, until a copy succeeds, by one of the ranks that share the folder: the cause may last for hours.
         if not self._warned and ranks_from_environment().local_rank == 0:
-            advice = "free some space or lower --stage_gb" if error.errno == errno.ENOSPC else "fix the cause"
-            logger.warning("--stage_dir %s: %s; rows are requested until then: %s", self._stage.folder, error, advice)
+            logger.warning("--stage_dir %s: %s", self._stage.folder, what)
         self._warned = True
 
 

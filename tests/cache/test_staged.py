@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cache.make import make_cache
+from cache.slow_link import SlowLink
 from llava_twophase import FeatureCache
 from llava_twophase.cache import remote, repetition, staged, staging, time_limits
 from llava_twophase.cache.staging import Stage
@@ -18,6 +19,7 @@ from llava_twophase.errors import UserError
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(remote, "OPENING", 1.0)
+    monkeypatch.setattr(remote, "READING", 20.0)
     monkeypatch.setattr(repetition, "FIRST_DELAY", 0.02)
     monkeypatch.setattr(time_limits, "FIRST", 0.5)
     monkeypatch.setattr(time_limits, "SHORTEST", 0.5)
@@ -169,6 +171,28 @@ def test_faults_of_the_server_end_in_complete_copies(opened, web, tmp_path):
     wait_for(lambda: copies(tmp_path) == 3, 30)
     web.status = 503
     np.testing.assert_array_equal(cache.read_raw(opened.keys), opened.stored)
+
+
+def test_shards_are_copied_over_a_slow_link(opened, tmp_path, monkeypatch):
+    cache = opened(3)
+    size = max(file.stat().st_size for file in (tmp_path / "cache/shards").iterdir())
+    SlowLink(monkeypatch, rate=size / 15, sharing=1)  # 15 s a shard; the limits are 0.5 s, 2 s, 8 s and 32 s
+    cache.stage_ahead(np.arange(12))
+    wait_for(lambda: copies(tmp_path) == 3)
+
+
+def test_copies_that_fail_twice_are_a_warning(opened, web, tmp_path, monkeypatch, caplog):
+    cache = opened(3)
+    monkeypatch.setattr(remote, "READING", 0.0)
+    web.status = 503
+    with caplog.at_level("WARNING", "llava_twophase.cache.staged"):
+        cache.stage_ahead(np.arange(12))
+        wait_for(lambda: "copies failed" in caplog.text)
+        assert "2 copies failed, rows are requested until one succeeds: http" in caplog.text
+        time.sleep(0.6)
+    assert caplog.text.count("copies failed") == 1
+    web.status = None
+    wait_for(lambda: copies(tmp_path) == 3)
 
 
 def test_a_limit_below_one_shard_is_refused(opened):
