@@ -20,7 +20,7 @@ import xxhash
 
 from llava_twophase.constants import IMAGE_TOKEN
 from llava_twophase.errors import UserError
-from llava_twophase.records.columns import DTYPES
+from llava_twophase.records.columns import DTYPES, digested_text, record_text
 from llava_twophase.records.record import Record, id_in_words, to_record
 
 _BATCH = 8192
@@ -38,7 +38,7 @@ class Built:
         bad: Number of entries that are not valid.
         has_absolute_paths: Whether image keys depend on the image folder.
         ascii_keys: Whether all image keys are ASCII.
-        digest: SHA-256 of the text.
+        digest: SHA-256 of ``digested_text``.
     """
 
     records: int = 0
@@ -114,8 +114,8 @@ class ColumnBuilder:
 
     def _append(self, images: Sequence[str], prompts: Sequence[str], captions: Sequence[str]) -> None:
         names, texts = [image.encode() for image in images], [caption.encode() for caption in captions]
-        text = b"".join(b"%b\0%b\0" % pair for pair in zip(names, texts, strict=True))
-        self._digest.update(text)
+        text = record_text(names, texts)
+        self._digest.update(digested_text(names, texts, text))
         self._files["text"].write(text)
         image_bytes, sizes = _lengths(names), _lengths(texts)
         ends = self._text_end + np.cumsum(image_bytes + sizes + 2)

@@ -7,7 +7,7 @@ text of a record begins, and hold what would take each process a minute to compu
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,35 @@ _FEW = 1 << 10  # more records are read once, by a pass over all of them
 _SPARSE = 8  # a chunk's text is copied in one piece unless less than this part of it is asked for
 
 
+def record_text(names: Sequence[bytes], captions: Sequence[bytes]) -> bytes:
+    r"""Return ``image key \0 caption \0`` of each record, one after another."""
+    return b"".join(b"%b\0%b\0" % pair for pair in zip(names, captions, strict=True))
+
+
+def digested_text(names: Sequence[bytes], captions: Sequence[bytes], text: bytes | None = None) -> bytes:
+    r"""Return what the digest of records hashes: ``record_text`` with each ``\0`` of a caption doubled.
+
+    Without that, a caption with ``\0`` could have the text of two records. An image key is not empty and has no
+    ``\0``, so different records have different texts.
+
+    Args:
+        names: Image keys in UTF-8.
+        captions: Captions in UTF-8.
+        text: Their ``record_text`` if it is at hand.
+    """
+    text = record_text(names, captions) if text is None else text
+    if text.count(b"\0") == 2 * len(names):
+        return text
+    return record_text(names, [caption.replace(b"\0", b"\0\0") for caption in captions])
+
+
 @dataclass(frozen=True)
 class Columns:
     """All records of a data file.
 
     Attributes:
         arrays: The arrays of ``DTYPES`` by name, read-only.
-        digest: SHA-256 of ``text``, in hexadecimal digits.
+        digest: SHA-256 of ``digested_text``, in hexadecimal digits.
         ascii_keys: Whether all image keys are ASCII.
         kept: The file that has the arrays; it may be deleted at any time. None if there is none.
     """

@@ -13,7 +13,7 @@ from typing import overload
 import numpy as np
 import xxhash
 
-from llava_twophase.records.columns import Columns, Selection
+from llava_twophase.records.columns import Columns, Selection, digested_text
 from llava_twophase.records.record import Record
 
 _CHUNK = 1 << 14  # records that are decoded together
@@ -115,14 +115,14 @@ class Records(Sequence[Record]):
         return (self._selection.captions(start, start + _CHUNK) for start in range(0, len(self), _CHUNK))
 
     def digest(self) -> str:
-        r"""Return the SHA-256 of ``image key \0 caption \0`` of all records, in hexadecimal digits."""
+        """Return the SHA-256 of ``digested_text`` of all records, in hexadecimal digits."""
         chosen = self._selection
         if chosen.positions is None and not chosen.renamed:
             return chosen.columns.digest
         digest = hashlib.sha256()
         for start in range(0, len(self), _CHUNK):
             names, captions = chosen.names(start, start + _CHUNK), chosen.captions(start, start + _CHUNK)
-            digest.update(b"".join(b"%b\0%b\0" % pair for pair in zip(names, captions, strict=True)))
+            digest.update(digested_text(names, captions))
         return digest.hexdigest()
 
     def _read(self, start: int, stop: int) -> Iterator[Record]:

@@ -62,8 +62,22 @@ def test_records_digest_is_that_of_earlier_versions(pair):
     records, expected = pair
     digest = hashlib.sha256()
     for record in expected:
-        digest.update(f"{record.image}\0{record.caption}\0".encode())
+        caption = record.caption.replace("\0", "\0\0")
+        digest.update(f"{record.image}\0{caption}\0".encode())
     assert records.digest() == digest.hexdigest()
+
+
+def test_records_with_nul_in_captions_have_a_digest_of_their_own():
+    texts = [
+        [("a", "x\0b\0y"), ("c", "z")],
+        [("a", "x"), ("b", "y\0c\0z")],
+        [("a", "x\0\0"), ("b", "")],
+        [("a", "x\0"), ("b", "\0")],
+    ]
+    found = [records_of(Record(image, caption, "<image>") for image, caption in pairs) for pairs in texts]
+    assert len({records.digest() for records in found}) == len({r.images.identity() for r in found}) == len(texts)
+    everything = [records.select(np.arange(len(records))) for records in found]
+    assert [records.digest() for records in everything] == [records.digest() for records in found]
 
 
 def test_records_without_some_images(pair):
