@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cache.make import make_cache
+from cache.make import flip_bit, make_cache
 from llava_twophase.cache.joined import JoinedCaches
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.records import Record, records_of
@@ -30,9 +30,10 @@ def test_row_lookup_equals_find_and_asks_once(tmp_path, monkeypatch, joined):
 def test_row_lookup_of_many_records_is_kept_for_their_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(row_lookup, "_SHARED_FROM", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    path, keys, _ = make_cache(tmp_path / "cache")
-    other = FeatureCache(make_cache(tmp_path / "other", counts=(4,))[0])
-    images = records_of(Record(key, "a caption", "<image>") for key in [*keys, "absent.jpg"]).images
+    path, _, _ = make_cache(tmp_path / "cache")
+    folder, shared, _ = make_cache(tmp_path / "other", counts=(4,))
+    other = FeatureCache(folder)
+    images = records_of(Record(key, "a caption", "<image>") for key in shared).images
     expected = {cache: cache.find(list(images)) for cache in (FeatureCache(path), other)}
     for cache, rows in expected.items():
         assert np.array_equal(RowLookup(cache).find(images), rows)
@@ -42,3 +43,25 @@ def test_row_lookup_of_many_records_is_kept_for_their_cache(tmp_path, monkeypatc
         assert np.array_equal(RowLookup(cache).find(images), rows)
     with pytest.raises(TypeError):
         RowLookup(other).find(images[:3])
+
+
+def test_row_lookup_of_a_damaged_shard_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_lookup, "_SHARED_FROM", 3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    path, keys, _ = make_cache(tmp_path / "cache")
+    images = records_of(Record(key, "a caption", "<image>") for key in keys).images
+    flip_bit(path, 0, 0, "image_key")
+    assert RowLookup(FeatureCache(path)).find(images).tolist() == [-1, *range(1, len(keys))]
+    flip_bit(path, 0, 0, "image_key")
+    assert RowLookup(FeatureCache(path)).find(images).tolist() == list(range(len(keys)))
+
+
+def test_row_lookup_of_other_unicode_tables_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_lookup, "_SHARED_FROM", 3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    path, keys, _ = make_cache(tmp_path / "cache")
+    images = records_of(Record(key, "a caption", "<image>") for key in keys).images
+    for version in ("15.0.0", "16.0.0"):
+        monkeypatch.setattr(row_lookup.unicodedata, "unidata_version", version)
+        RowLookup(FeatureCache(path)).find(images)
+    assert len(list((tmp_path / "home" / "llava-twophase" / "rows").glob("*.arrays"))) == 2
