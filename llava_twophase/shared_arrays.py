@@ -11,6 +11,7 @@ import json
 import logging
 import mmap
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,8 +39,14 @@ _KEPT_SECONDS = 30 * 86400.0
 
 
 def user_cache(name: str) -> Path:
-    """Return the folder for one kind of derived data, in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-twophase" / name
+    """Return the folder for one kind of derived data, in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    A user without a home folder has it in the folder for temporary files.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-twophase" / name
+    except RuntimeError:  # a container's user that has neither HOME nor an entry in /etc/passwd
+        return Path(tempfile.gettempdir()) / f"llava-twophase-{os.getuid()}" / name
 
 
 def shared_arrays(path: Path, make: Callable[[], Arrays]) -> Arrays:
@@ -47,7 +54,7 @@ def shared_arrays(path: Path, make: Callable[[], Arrays]) -> Arrays:
 
     One process makes it, and others that need it at the same time wait. A file that is truncated or does not match its
     checksum is made again. If the folder cannot be written, a warning says so and the arrays are those of ``make``, in
-    this process's own memory.
+    this process's own memory: the object that ``make`` returned.
 
     Args:
         path: The file. Its name identifies what the arrays are derived from, and its folder is for such files only.
@@ -175,10 +182,11 @@ def _locked(path: Path) -> Iterator[bool]:
 def _wait_for(descriptor: int, path: Path) -> bool:
     # False on a file system without locks: several processes may then make the same file, and the last one is kept.
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        logger.info("waiting for another process, which writes to %s", path.parent)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process, which writes to %s", path.parent)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         logger.debug("%s cannot be locked: %s", path.parent, error)
         return False

@@ -98,6 +98,14 @@ def test_shared_arrays_without_locks_are_made(tmp_path, monkeypatch):
     assert same(shared_arrays(tmp_path / "a.arrays", make)) and same(shared_arrays(tmp_path / "a.arrays", never))
 
 
+def test_shared_arrays_are_made_if_waiting_for_the_lock_fails(tmp_path, monkeypatch):
+    def refuse(_, operation):
+        raise BlockingIOError if operation & module.fcntl.LOCK_NB else OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    assert same(shared_arrays(tmp_path / "a.arrays", make)) and same(shared_arrays(tmp_path / "a.arrays", never))
+
+
 def test_making_a_file_removes_leftovers_and_files_that_nobody_opens(tmp_path):
     for name in ("old", "recent", "used"):
         shared_arrays(tmp_path / name, make)
@@ -135,6 +143,16 @@ def test_user_cache_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_cache("keys") == tmp_path / ".cache" / "llava-twophase" / "keys"
+
+
+def test_user_cache_without_a_home_is_in_the_folder_for_temporary_files(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(module.Path, "home", fail)
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    assert user_cache("keys") == tmp_path / f"llava-twophase-{os.getuid()}" / "keys"
 
 
 def test_opening_a_file_leaves_its_pages_unmapped(tmp_path):

@@ -12,7 +12,6 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -67,10 +66,17 @@ def keep_columns(path: Path, build: Build) -> Columns:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     # Python's Unicode tables decide the words and the normal forms of captions.
     kept = user_cache("records") / f"{digest}-{__version__}-{unicodedata.unidata_version}-{_FORMAT}"
+    made: list[Arrays] = []
+
+    def make() -> Arrays:
+        made.append(_make(kept.parent, path, digest, build))
+        return made[0]
+
     try:
-        return Columns.of(shared_arrays(kept, partial(_make, kept.parent, path, digest, build)), kept)
+        arrays = shared_arrays(kept, make)
     except _NotKept as result:
         return Columns.of(result.arrays)
+    return Columns.of(arrays, kept=None if made and arrays is made[0] else kept)
 
 
 def _make(folder: Path, path: Path, digest: str, build: Build) -> Arrays:

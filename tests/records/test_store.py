@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import drawn
+from llava_twophase import shared_arrays
 from llava_twophase.errors import UserError
 from llava_twophase.records import load, load_records, store
 
@@ -152,6 +153,18 @@ def test_kept_records_are_pickled_as_the_path_of_their_file(cache, data):
     with pytest.raises(UserError, match="was deleted while its records were in use"):
         pickle.loads(content)
     assert pickle.loads(pickle.dumps(records)) == records
+
+
+def test_records_that_could_not_be_kept_are_pickled_with_their_columns(cache, data, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    load_records(data)
+    (file,) = kept(cache)
+    file.write_bytes(file.read_bytes()[:-1])
+    monkeypatch.setattr(shared_arrays, "replace_file", fail)
+    records = load_records(data)
+    assert file.is_file() and pickle.loads(pickle.dumps(records)) == records
 
 
 def _load(path, start, sizes):

@@ -27,6 +27,7 @@ from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError, combined_error
 from llava_twophase.files import replace_file
 from llava_twophase.layers import Layers, from_the_end
+from llava_twophase.shared_arrays import user_cache
 from llava_twophase.text import counted
 
 logger = logging.getLogger(__name__)
@@ -236,7 +237,7 @@ def _tower_fingerprint(folder: Path, settings: TowerSettings, dtype: str) -> dic
     flags = {**asdict(settings), "vision_tower": str(folder.resolve())}
     releases = [__version__, version("transformers"), _KEPT_FORMAT]
     key = hashlib.sha256(json.dumps([flags, dtype, files, releases]).encode("utf-8", "surrogateescape")).hexdigest()
-    stored = _memory() / f"{key}.json"
+    stored = user_cache("towers") / f"{key}.json"
     try:
         return dict(json.loads(stored.read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -269,7 +270,3 @@ def _compute_fingerprint(folder: Path, settings: TowerSettings, dtype: str) -> d
         device="cpu",
     )
     return tower.fingerprint()
-
-
-def _memory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava-twophase" / "towers"
