@@ -7,8 +7,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
+
+import xxhash
 
 from llava_twophase.errors import UserError
 from llava_twophase.text import format_bytes
@@ -20,6 +23,7 @@ _GONE = (errno.ENOENT, errno.ESTALE)
 _DISK = (*_FULL, errno.EROFS, errno.ESTALE, errno.EIO, errno.EFBIG)
 # With less free space than this, an error without a number is reported as a full disk.
 _NEARLY_FULL = 2**20
+_PIECE = 1 << 22
 
 
 @contextmanager
@@ -53,6 +57,13 @@ def replace_file(path: Path, mode: str = "wb", unique: bool = False) -> Iterator
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def update_digest(digest: xxhash.xxh3_128, file: FileIO) -> None:
+    """Update a checksum with the rest of a file, in pieces of 4 MiB."""
+    block = memoryview(bytearray(_PIECE))
+    while size := file.readinto(block):
+        digest.update(block[:size])
 
 
 def sync_folder(folder: Path) -> None:

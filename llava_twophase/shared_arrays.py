@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from llava_twophase.files import replace_file
+from llava_twophase.files import replace_file, update_digest
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +90,15 @@ def release_pages(arrays: Arrays) -> None:
 
 
 def _open(path: Path) -> Arrays | None:
-    # Pages are shared between the processes that map the file, and the checksum reads them once.
+    # The checksum is computed from what is read: a disk error in mapped pages would end the process.
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size >= _BLOCK else None
-        arrays = None if mapped is None else _arrays(mapped, path.name)
+        with path.open("rb", buffering=0) as file:
+            head = file.read(_BLOCK)
+            digest = xxhash.xxh3_128(head[_DIGEST:])
+            update_digest(digest, file)
+            if digest.hexdigest().encode("ascii") != head[:_DIGEST]:
+                return None
+            arrays = _arrays(mmap.mmap(file.fileno(), file.tell(), access=mmap.ACCESS_READ), head, path.name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if not isinstance(error, FileNotFoundError):
             logger.debug("%s cannot be used: %s", path, error)
@@ -105,26 +108,14 @@ def _open(path: Path) -> Arrays | None:
     return arrays
 
 
-def _arrays(mapped: mmap.mmap, name: str) -> Arrays | None:
-    if _digest(mapped) != mapped[:_DIGEST].decode("ascii"):
-        return None
-    content = json.loads(mapped[_DIGEST:_BLOCK])
+def _arrays(mapped: mmap.mmap, head: bytes, name: str) -> Arrays | None:
+    content = json.loads(head[_DIGEST:])
     if content["format"] != _FORMAT or content["name"] != name:
         return None
     return {
         array: np.frombuffer(mapped, entry["dtype"], prod(entry["shape"]), entry["offset"]).reshape(entry["shape"])
         for array, entry in content["arrays"].items()
     }
-
-
-def _digest(mapped: mmap.mmap) -> str:
-    # Pages that were read once would stay mapped, and count as memory of this process.
-    digest = xxhash.xxh3_128()
-    with memoryview(mapped) as content:
-        for start in range(0, len(content), _PIECE):
-            digest.update(content[max(start, _DIGEST) : start + _PIECE])
-            mapped.madvise(mmap.MADV_DONTNEED, start, min(_PIECE, len(content) - start))
-    return digest.hexdigest()
 
 
 def _write(path: Path, arrays: Arrays) -> bool:

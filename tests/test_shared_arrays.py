@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import multiprocessing
 import os
 import threading
 import time
@@ -58,6 +59,32 @@ def test_shared_arrays_makes_a_truncated_file_again(tmp_path, size):
     shared_arrays(path, make)
     path.write_bytes(path.read_bytes()[:size])
     assert same(shared_arrays(path, make)) and same(shared_arrays(path, never))
+
+
+def test_opening_a_file_that_is_truncated_at_that_time_does_not_end_the_process(tmp_path, monkeypatch):
+    path, mapped = tmp_path / "a.arrays", module.mmap.mmap
+    shared_arrays(path, make)
+
+    def truncate(*args, **kwargs):
+        pages = mapped(*args, **kwargs)
+        os.truncate(path, 0)
+        return pages
+
+    monkeypatch.setattr(module.mmap, "mmap", truncate)
+    opening = multiprocessing.get_context("fork").Process(target=lambda: os._exit(len(shared_arrays(path, never))))
+    opening.start()
+    opening.join()
+    assert opening.exitcode == len(ARRAYS)
+
+
+def test_shared_arrays_makes_a_file_again_that_cannot_be_read(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "a.arrays"
+    shared_arrays(path, make)
+    monkeypatch.setattr(module, "update_digest", fail)
+    assert same(shared_arrays(path, make))
 
 
 def test_shared_arrays_refuses_a_file_of_another_name(tmp_path):

@@ -20,6 +20,7 @@ import xxhash
 
 from llava_twophase import __version__
 from llava_twophase.errors import UserError
+from llava_twophase.files import update_digest
 from llava_twophase.records.builder import Built
 from llava_twophase.records.columns import DTYPES, Columns
 from llava_twophase.shared_arrays import Arrays, shared_arrays, user_cache
@@ -31,7 +32,6 @@ Build = Callable[[Mapping[str, IO[bytes]]], Built]
 """Appends the records of a data file to open files, one for each column; a ``UserError`` means bad input."""
 
 _FORMAT = 1
-_BLOCK = 1 << 22
 
 
 class _NotKept(Exception):
@@ -115,8 +115,7 @@ def _in_memory(build: Build) -> tuple[Arrays, Built]:
 
 
 def _file_digest(path: Path) -> str:
-    digest, block = xxhash.xxh3_128(), bytearray(_BLOCK)
+    digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(memoryview(block)[:size])
+        update_digest(digest, file)
     return digest.hexdigest()
