@@ -78,6 +78,9 @@ class LocalStorage:
         for shard, view, offset in pieces:
             shard.read_into(view, offset)
 
+    def close(self) -> None:
+        """Do nothing: reads of a file end by themselves."""
+
     def will_open(self, names: Sequence[str], headers_only: bool = False) -> None:
         """Do nothing: files on this machine are opened fast."""
 

@@ -231,8 +231,8 @@ class FeatureCache:
         return type(self), self._arguments
 
     def close(self) -> None:
-        """Close files, which the next read opens again, and stop to copy shards to the stage."""
-        self.stage_ahead(np.empty(0, np.int64))
+        """Close files, which the next read opens again; give up what other threads read or copy from a URL."""
+        self._storage.close()
         self._files.close()
 
     def _places(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:

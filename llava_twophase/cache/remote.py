@@ -69,6 +69,7 @@ class RemoteStorage:
         self._waiting: deque[str] = deque()
         self._headers_only = False
         self._coming: dict[str, Future[RemoteShard]] = {}
+        self._reading: set[threading.Event] = set()
         self._connect()
 
     def __str__(self) -> str:
@@ -132,6 +133,7 @@ class RemoteStorage:
             UserError: One cannot be read.
         """
         given_up, pool = threading.Event(), self._pool_here()
+        self._reading.add(given_up)
         tasks = [
             pool.submit(self._read_piece, shard, view[begin : begin + _LONGEST_RANGE], offset + begin, given_up)
             for shard, view, offset in pieces
@@ -143,9 +145,15 @@ class RemoteStorage:
         finally:
             # After an error, nothing may write to the caller's memory any more.
             given_up.set()
+            self._reading.discard(given_up)
             for task in tasks:
                 if not task.cancel():
                     task.exception()
+
+    def close(self) -> None:
+        """Give up what other threads are reading: their failed requests are not repeated. Later reads work again."""
+        for given_up in tuple(self._reading):
+            given_up.set()
 
     def version_of(self, name: str) -> tuple[int, str]:
         """Return the size of a shard on the server now, and its ETag or what the protocol has instead.

@@ -58,13 +58,8 @@ class Repetition:
                 if delay > 2 * FIRST_DELAY and monotonic() > self._silent_until:
                     self._silent_until = monotonic() + _SILENCE
                     logger.warning("%s: %s: %s; repeating the request", url, type(error).__name__, error)
+                failure = error
             # Several processes that failed together should not return together.
-            _wait(delay * self._random.uniform(0.5, 1.0), given_up)
+            if given_up.wait(delay * self._random.uniform(0.5, 1.0)):
+                raise explain(url, failure, action) from failure
             delay = min(2 * delay, LONGEST_DELAY)
-
-
-def _wait(seconds: float, given_up: threading.Event) -> None:
-    until = monotonic() + seconds
-    while (left := until - monotonic()) > 0 and not given_up.wait(min(left, 0.5)):
-        if not threading.main_thread().is_alive():  # the process exits, and would wait for this thread
-            given_up.set()

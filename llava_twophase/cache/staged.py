@@ -62,6 +62,8 @@ class StagedStorage:
         self._plan = _Plan([], np.empty(0, np.int64))
         self._changed = threading.Condition()
         self._copier: threading.Thread | None = None
+        # A separate storage, so that copies do not delay rows.
+        self._source = RemoteStorage(str(storage), _REQUESTS)
         self._warned = False
         self._failures = 0  # of requests or checksums, since the last copy
 
@@ -114,10 +116,14 @@ class StagedStorage:
         """Record that so many rows of the order have been used: copies that no later row needs may be removed."""
         self._plan.position += count
 
+    def close(self) -> None:
+        """Give up what other threads are reading or copying, and copy nothing more until ``stage_ahead``."""
+        self.stage_ahead(np.empty(0, np.int64))
+        self._source.close()
+        self._storage.close()
+
     def _copy_all(self) -> None:
-        # A separate storage, so that copies do not delay rows.
-        source, plan = RemoteStorage(str(self._storage), _REQUESTS), self._plan
-        pause = 0.0
+        plan, pause = self._plan, 0.0
         while threading.main_thread().is_alive():
             with self._changed:
                 if pause:
@@ -128,14 +134,14 @@ class StagedStorage:
                 if not waiting:
                     self._copier = None
                     return
-            pause = self._copy(source, waiting, plan)
+            pause = self._copy(waiting, plan)
 
-    def _copy(self, source: RemoteStorage, waiting: list[ShardEntry], plan: _Plan) -> float:
+    def _copy(self, waiting: list[ShardEntry], plan: _Plan) -> float:
         # Copy the first shard that no other process is copying, and return how long to wait for the next.
         others = [entry for entry in waiting if not self._stage.is_in_progress(entry)]
         entry = others[0] if others else waiting[0]
         try:
-            shard = source.open_shard(entry.file)
+            shard = self._source.open_shard(entry.file)
             added = self._stage.add(shard, entry, self._manifest, lambda: plan.kept_for(entry))
             if added:
                 self._warned, self._failures = False, 0

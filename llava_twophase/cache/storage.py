@@ -50,6 +50,9 @@ class Storage(Protocol):
             UserError: One cannot be read.
         """
 
+    def close(self) -> None:
+        """Give up what other threads are reading; later reads work again."""
+
     def will_open(self, names: Sequence[str], headers_only: bool = False) -> None:
         """Prepare to open shards one after another, in this order, for their headers and keys."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -64,7 +65,12 @@ def run(arguments: Arguments) -> int:
         return code
     folder = output_folder(arguments)
     inputs = on_all_ranks(lambda: prepare_inputs(arguments))
-    with output_lock(folder), explain_disk_errors(folder), explain_lost_ranks(arguments.training.ddp_timeout):
+    with (
+        output_lock(folder),
+        explain_disk_errors(folder),
+        explain_lost_ranks(arguments.training.ddp_timeout),
+        closing(inputs.source),
+    ):
         signal_number = _train(arguments, inputs, folder)
     _leave_process_group()
     if signal_number is not None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -103,6 +104,23 @@ def test_an_outage_that_ends_is_survived(web, tmp_path, caplog):
         web.faults.unavailable = 0.0
         np.testing.assert_array_equal(reading.get(20), stored)
     assert "repeating the request" in caplog.text
+
+
+def test_close_ends_the_reads_of_other_threads(web, tmp_path, monkeypatch):
+    _, keys, stored = make_cache(tmp_path / "cache")
+    cache = FeatureCache(f"{web.url}/cache")
+    monkeypatch.setattr(cache.storage, "_patience", 60.0)
+    web.faults.unavailable = 1.0
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(cache.read_raw, keys)
+        assert wait([reading], 0.5).not_done
+        started = time.monotonic()
+        cache.close()
+        with pytest.raises(UserError, match="503"):
+            reading.result()
+        assert time.monotonic() - started < 5
+    web.faults.unavailable = 0.0
+    np.testing.assert_array_equal(cache.read_raw(keys), stored)
 
 
 def test_a_connection_that_stalls_is_abandoned(web, tmp_path):

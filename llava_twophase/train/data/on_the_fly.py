@@ -131,6 +131,9 @@ class OnTheFlyFeatures:
         """Return None: data loader workers read ahead."""
         return None
 
+    def close(self) -> None:
+        """Do nothing: HF Trainer ends its data loader workers."""
+
     def _crop(self, key: str) -> torch.Tensor:
         try:
             return torch.from_numpy(join_preprocessors(self._preprocessors).crop(decode(self._images.read(key))))

@@ -76,9 +76,15 @@ class _Reading:
     begun: Future[tuple[Batch, list[Future[None]]]]
     pending: PendingBatch | None = None
 
+    def cancel(self) -> None:
+        """Do not read what has not been started; ``release`` waits for the rest."""
+        if not self.begun.cancel() and self.begun.done() and self.begun.exception() is None:
+            for read in self.begun.result()[1]:
+                read.cancel()
+
     def release(self) -> None:
         """Wait until nothing writes to the rows or copies from them."""
-        if self.begun.exception() is None:
+        if not self.begun.cancelled() and self.begun.exception() is None:
             wait(self.begun.result()[1])
         if self.pending is not None:
             self.pending.release()
@@ -195,8 +201,8 @@ class PrefetchDataset(Dataset[PendingBatch]):
         self._cache.stage_ahead(self._rows[np.asarray(order[used:], np.int64)])
 
     def close(self) -> None:
-        """Forget batches that were to be read ahead: the process need not wait for them at its end."""
-        for pool in (self._collator, self._readers):
+        """Read nothing more. Reads that have been started end by themselves, or when the cache is closed."""
+        for pool in (self._collator, self._readers, self._deliverer):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def __getitem__(self, index: int) -> PendingBatch:
@@ -217,6 +223,8 @@ class PrefetchDataset(Dataset[PendingBatch]):
         # The batch as it was begun ahead of its use. If another one was expected, those after it were wrong too.
         if self._started and self._started[0].indices == indices:
             return self._started.popleft()
+        for reading in self._started:
+            reading.cancel()
         self._next = (self._next - len(self._started)) % len(self._ring)
         self._started.clear()
         return self._start(indices)

@@ -109,6 +109,9 @@ class FeatureSource(Protocol):
             device: Where batches go.
         """
 
+    def close(self) -> None:
+        """Give up what is being read ahead of training, which ended."""
+
 
 def open_source(arguments: Arguments) -> FeatureSource:
     """Open the feature caches, or prepare the towers if there are none.
@@ -172,6 +175,7 @@ class CachedFeatures:
         self._cache, self._drop_quarantined = cache, drop_quarantined
         self._caches, self._thumbnails = caches_of(cache), thumbnails
         self._lookup = RowLookup(cache)
+        self._prefetching: list[PrefetchDataset] = []
         check_all_settings(self._caches, settings)
 
     @property
@@ -259,7 +263,7 @@ class CachedFeatures:
         device: torch.device,
     ) -> PrefetchDataset:
         """Return a dataset that reads batches with threads while the previous step computes."""
-        return PrefetchDataset(
+        dataset = PrefetchDataset(
             tokenize,
             collate,
             self._cache,
@@ -268,6 +272,14 @@ class CachedFeatures:
             batches_in_use=batches_in_use,
             device=device,
         )
+        self._prefetching.append(dataset)
+        return dataset
+
+    def close(self) -> None:
+        """Read nothing more, whatever was to be read ahead: the process need not wait for it at its end."""
+        for dataset in self._prefetching:
+            dataset.close()
+        self._cache.close()
 
     @property
     def _paths(self) -> str:

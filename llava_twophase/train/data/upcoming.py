@@ -36,9 +36,10 @@ class Upcoming:
         return [self._order[start : start + self._batch_size].tolist() for start in starts]
 
     def _find(self, indices: Sequence[int]) -> int | None:
-        # Usually one step after the last batch; after a resumption, anywhere later.
+        # Usually one step after the last batch; after a resumption, anywhere later. At the end of an epoch, accelerate
+        # takes samples from its begin, so that all ranks have a batch: no batches of this epoch come after those.
         for begin in (self._begin + self._step, self._begin):
             if self._order[begin : begin + len(indices)].tolist() == list(indices):
                 return begin
-        found = np.flatnonzero(self._order == indices[0])
-        return int(found[0]) if len(found) else None
+        found = np.flatnonzero(self._order[self._begin :] == indices[0])
+        return self._begin + int(found[0]) if len(found) else None

@@ -28,7 +28,3 @@ class AnnounceOrder(TrainerCallback):
         order = self._order.order(int(state.epoch or 0))
         used = round(((state.epoch or 0.0) % 1.0) * len(order))
         self._dataset.announce(order, used, self._ranks)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop to read ahead."""
-        self._dataset.close()

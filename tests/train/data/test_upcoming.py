@@ -26,8 +26,10 @@ def test_upcoming_gives_nothing_after_a_batch_that_is_not_in_the_order():
     assert Upcoming(ORDER, 3).after(ORDER[33:], 2) == []
 
 
-def test_upcoming_finds_the_next_epoch():
-    upcoming = Upcoming(ORDER, 3)
-    for _ in range(2):
-        assert upcoming.after(ORDER[:3], 1) == [ORDER[3:6]]
-        assert upcoming.after(ORDER[3:6], 1) == [ORDER[6:9]]
+def test_upcoming_gives_nothing_after_the_batch_that_completes_an_epoch():
+    """Accelerate fills the last round of batches with samples of the epoch's begin."""
+    order = ORDER[:33]
+    first, second = (list(BatchSamplerShard(BatchSampler(order, 3, drop_last=False), 2, rank)) for rank in (0, 1))
+    assert len(first) == len(second) == 6 and second[-1] == order[:3]
+    upcoming = Upcoming(order, 3, 2)
+    assert [upcoming.after(batch, 1) for batch in second] == [*([batch] for batch in second[1:-1]), [], []]
