@@ -23,6 +23,7 @@ from llava_twophase.cache.file_systems import connect
 from llava_twophase.cache.format import SHARDS, USER_BLOCK
 from llava_twophase.cache.header import decode_header
 from llava_twophase.cache.remote_errors import RangesIgnored, is_missing
+from llava_twophase.cache.remote_shard import RemoteShard
 from llava_twophase.cache.repetition import Repetition
 from llava_twophase.cache.shard import Shard
 from llava_twophase.cache.time_limits import LONGEST, UNSIZED, TimeLimits
@@ -257,47 +258,6 @@ class RemoteStorage:
 
     def _url_of(self, name: str) -> str:
         return f"{self._url}/{name}"
-
-
-class RemoteShard(Shard):
-    """A shard at a URL.
-
-    Args:
-        storage: The cache.
-        name: The shard's file name.
-        size: Its length in bytes.
-        version: Its ETag, or what the protocol has instead.
-        head: Its first bytes, which need no further request.
-    """
-
-    def __init__(self, storage: RemoteStorage, name: str, size: int, version: str, head: bytes = b"") -> None:
-        self.path, self.size = f"{storage}/{SHARDS}/{name}", size
-        self._storage, self._name = storage, name
-        self._version, self._head = version, head
-
-    def read_into(self, view: memoryview, offset: int) -> None:
-        """Read bytes into the caller's memory.
-
-        Raises:
-            UserError: They cannot be read, or the file ends before them.
-        """
-        if offset + len(view) <= len(self._head):
-            view[:] = self._head[offset : offset + len(view)]
-        elif offset + len(view) > self.size:
-            raise UserError(f"{self.path} is truncated: {self.size} bytes; copy it again")
-        else:
-            self._storage.read_together([(self, view, offset)])
-
-    def changed(self) -> str:
-        """Return how the file on the server differs from when it was opened; empty if it does not."""
-        self._storage.forget_listings()
-        size, version = self._storage.version_of(self._name)
-        found = [
-            f"{what} {before}, now {now}"
-            for what, before, now in (("size", self.size, size), ("version", self._version, version))
-            if before != now
-        ]
-        return "; ".join(found)
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -27,8 +27,9 @@ from llava_twophase.records import Records, load_records
 from llava_twophase.text import counted
 from llava_twophase.train.arguments import Arguments
 from llava_twophase.train.data.conversation import PlainTemplate
+from llava_twophase.train.data.feature_source import FeatureSource
 from llava_twophase.train.data.row_limits import RowLengths, find_id_out_of_range, measure_rows, record_at
-from llava_twophase.train.data.source import FeatureSource, open_source
+from llava_twophase.train.data.source import open_source
 from llava_twophase.train.data.tokenizer import load_caption_tokenizer
 from llava_twophase.train.environment import (
     require_compiler,

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 from llava_twophase.errors import UserError
 from llava_twophase.records import Records
 from llava_twophase.train.data.conversation import PlainTemplate
+from llava_twophase.train.data.feature_source import Collate, FeatureSource
 from llava_twophase.train.data.prefetch import PrefetchDataset
-from llava_twophase.train.data.source import Collate, FeatureSource
 
 
 class SampleError(UserError):

@@ -23,7 +23,7 @@ from llava_twophase.vision.sources import ImageSource, open_images
 from llava_twophase.vision.tower import VisionTower
 
 if TYPE_CHECKING:
-    from llava_twophase.train.data.source import Collate, Tokenize
+    from llava_twophase.train.data.feature_source import Collate, Tokenize
 
 
 class OnTheFlyFeatures:

@@ -1,6 +1,6 @@
-"""Where the patch features of a training run come from: the ``FeatureSource`` protocol and its cached implementation.
+"""Features of a training run from a feature cache, and the choice between a cache and the vision tower.
 
-``on_the_fly.py`` holds the other implementation. A run with ``--feature_cache`` does not import it.
+``on_the_fly.py`` holds the features from the tower. A run with ``--feature_cache`` does not import it.
 
 Shapes: B samples, L patch tokens, D tower width.
 """
@@ -8,9 +8,9 @@ Shapes: B samples, L patch tokens, D tower width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from llava_twophase.multi_scale import parse_scales
 from llava_twophase.records import Records
 from llava_twophase.text import agree, counted
 from llava_twophase.train.arguments import Arguments
-from llava_twophase.train.data.prefetch import Batch, PrefetchDataset
+from llava_twophase.train.data.feature_source import Collate, FeatureSource, Tokenize
+from llava_twophase.train.data.prefetch import PrefetchDataset
 from llava_twophase.train.data.row_lookup import RowLookup
 from llava_twophase.train.data.tower_check import TowerSettings, check_all_settings
 
@@ -35,82 +36,6 @@ if TYPE_CHECKING:
     from llava_twophase.train.data.on_the_fly import Thumbnails
 
 logger = logging.getLogger(__name__)
-
-Collate = Callable[[list[Any]], Batch]
-Tokenize = Callable[[int], dict[str, torch.Tensor]]
-
-
-class FeatureSource(Protocol):
-    """Gives the features of images, read from a cache or computed in the training step."""
-
-    @property
-    def fingerprint(self) -> dict[str, Any] | None:
-        """The fingerprint of the feature cache or of the joined caches, None without a cache."""
-
-    @property
-    def identity(self) -> Any:
-        """A JSON value that is equal for two runs whose features are equal."""
-
-    @property
-    def encode(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Turn the crops of samples into ``[B, L, D]`` in the training step; None where samples have features."""
-
-    @property
-    def tower_bytes(self) -> int:
-        """Bytes of the vision tower's weights on the device; 0 where samples have features."""
-
-    def usable(self, records: Records) -> Records:
-        """Return the records to train on: without those of quarantined images if the user asks for it.
-
-        Raises:
-            UserError: No record remains.
-        """
-
-    def require(self, keys: Sequence[str]) -> None:
-        """Check that every image has features or can have them.
-
-        Raises:
-            UserError: Some do not; all are counted and the first are listed.
-        """
-
-    def load(self) -> tuple[int, int]:
-        """Get ready to give features, and return their shape: tokens and width of one image."""
-
-    def sample(self, key: str) -> dict[str, torch.Tensor]:
-        """Return ``features [L, D]`` or ``crops``, uint8, of one image.
-
-        Raises:
-            UserError: The image cannot be used.
-        """
-
-    def read(self, keys: Sequence[str], device: torch.device) -> torch.Tensor:
-        """Return the features of some images, ``[B, L, D]`` on the device."""
-
-    def thumbnails(self, keys: Sequence[str]) -> list[Image.Image] | None:
-        """Return small pictures of some images for an HTML page; None if the images are not at hand."""
-
-    def prefetch(
-        self,
-        tokenize: Tokenize,
-        collate: Collate,
-        keys: Sequence[str],
-        batch_size: int,
-        batches_in_use: int,
-        device: torch.device,
-    ) -> PrefetchDataset | None:
-        """Return a dataset that reads batches ahead of training; None where data loader workers do it.
-
-        Args:
-            tokenize: Returns ``input_ids`` and ``labels`` of a sample.
-            collate: Makes a batch of samples.
-            keys: The image key of each sample.
-            batch_size: Largest batch.
-            batches_in_use: Batches that training uses at the same time.
-            device: Where batches go.
-        """
-
-    def close(self) -> None:
-        """Give up what is being read ahead of training, which ended."""
 
 
 def open_source(arguments: Arguments) -> FeatureSource:

@@ -19,7 +19,7 @@ from llava_twophase.files import replace_file
 from llava_twophase.html import Card, Markup, Page, mark_differences
 from llava_twophase.records import Record
 from llava_twophase.train.data.conversation import PlainTemplate
-from llava_twophase.train.data.source import FeatureSource
+from llava_twophase.train.data.feature_source import FeatureSource
 from llava_twophase.train.model.llava import LlavaProjectorModel
 
 logger = logging.getLogger(__name__)

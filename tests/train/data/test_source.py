@@ -17,8 +17,9 @@ from llava_twophase.cache.quarantine import Quarantined, write_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.errors import UserError
 from llava_twophase.records import Record, load_records, records_of
+from llava_twophase.train.data.feature_source import FeatureSource
 from llava_twophase.train.data.on_the_fly import OnTheFlyFeatures
-from llava_twophase.train.data.source import CachedFeatures, FeatureSource
+from llava_twophase.train.data.source import CachedFeatures
 from llava_twophase.train.data.tower_check import TowerSettings
 
 SETTINGS = TowerSettings("my/tower", select_layer=-2, select_feature="patch", image_aspect_ratio="square")
