@@ -1,7 +1,7 @@
 """Columns of large data files, kept in the user's cache folder for later starts and for the other processes of a node.
 
-A file belongs to the content of one data file: its name has the XXH3-128 of all bytes, and what else decides the
-columns.
+A file belongs to the content of one data file: its name has the XXH3-128 of all bytes, and a checksum of what else
+decides the columns.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import logging
 import tempfile
 import unicodedata
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import xxhash
 
-from llava_twophase import __version__
 from llava_twophase.errors import UserError
 from llava_twophase.files import update_digest
 from llava_twophase.records.builder import Built
 from llava_twophase.records.columns import DTYPES, Columns
+from llava_twophase.records.parquet import is_parquet
 from llava_twophase.shared_arrays import Arrays, shared_arrays, user_cache
 from llava_twophase.text import format_bytes
 
@@ -31,7 +32,8 @@ logger = logging.getLogger(__name__)
 Build = Callable[[Mapping[str, IO[bytes]]], Built]
 """Appends the records of a data file to open files, one for each column; a ``UserError`` means bad input."""
 
-_FORMAT = 1
+# The modules outside this folder that read and check data files.
+_READERS = ("constants.py", "json_file.py", "json_list.py")
 
 
 class _NotKept(Exception):
@@ -64,8 +66,7 @@ def keep_columns(path: Path, build: Build) -> Columns:
         digest = _file_digest(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    # Python's Unicode tables decide the words and the normal forms of captions.
-    kept = user_cache("records") / f"{digest}-{__version__}-{unicodedata.unidata_version}-{_FORMAT}"
+    kept = user_cache("records") / f"{digest}-{_rules(path)}"
     made: list[Arrays] = []
 
     def make() -> Arrays:
@@ -89,6 +90,19 @@ def _make(folder: Path, path: Path, digest: str, build: Build) -> Arrays:
         logger.info("%s has absolute image paths, so it is read again at each start, by each process", path)
         raise _NotKept(arrays)
     return arrays
+
+
+def _rules(path: Path) -> str:
+    """Return a checksum of what decides the columns of a content: a change of it makes earlier files unused."""
+    # Python's Unicode tables decide the words and the normal forms of captions.
+    digest = xxhash.xxh3_64(unicodedata.unidata_version.encode("ascii"))
+    folder = Path(__file__).parent
+    for file in [*sorted(folder.glob("*.py")), *(folder.parent / name for name in _READERS)]:
+        digest.update(file.read_bytes())
+    if is_parquet(path):
+        with suppress(PackageNotFoundError):  # reading the file reports it
+            digest.update(version("pyarrow").encode())
+    return digest.hexdigest()
 
 
 def _in_files(folder: Path, build: Build) -> tuple[Arrays, Built]:

@@ -65,12 +65,34 @@ def test_columns_belong_to_the_content_not_to_the_path(cache, data, reads, tmp_p
     assert load_records(data)[0].caption == "Caption ü 0" and len(kept(cache)) == 2
 
 
-@pytest.mark.parametrize("version", ["__version__", "_FORMAT"])
-def test_columns_of_another_version_are_not_used(data, reads, monkeypatch, version):
+@pytest.mark.parametrize(
+    "module", ["constants", "json_file", "json_list", "records/builder", "records/columns", "records/record"]
+)
+def test_columns_of_other_code_are_not_used(data, reads, monkeypatch, module):
     load_records(data)
-    monkeypatch.setattr(store, version, "other")
+    read = Path.read_bytes
+    changed = Path(store.__file__).parents[1] / f"{module}.py"
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path == changed else b""))
+    load_records(data)
     load_records(data)
     assert len(reads) == 2
+
+
+def test_columns_of_other_unicode_tables_are_not_used(data, reads, monkeypatch):
+    load_records(data)
+    monkeypatch.setattr(store.unicodedata, "unidata_version", "99")
+    load_records(data)
+    assert len(reads) == 2
+
+
+def test_columns_of_another_pyarrow_are_not_used(cache, data, reads, monkeypatch, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(json.loads(data.read_text(encoding="utf-8")))
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "records.parquet")
+    for release in ("1.0", "2.0", "2.0"):
+        monkeypatch.setattr(store, "version", lambda name, release=release: release)
+        assert len(load_records(tmp_path / "records.parquet")) == len(load_records(data)) == 30
+    assert len(kept(cache)) == 3 and reads == [1]
 
 
 def test_small_files_are_not_kept(cache, data, monkeypatch):
