@@ -42,7 +42,16 @@ def read_json_records(path: Path, flag: str) -> Iterator[Any]:
     Raises:
         UserError: The file cannot be read, or is something else; the message says what was found.
     """
-    _require_text(path, flag)
+    if not path.is_file():
+        raise UserError(f"{flag} {path} does not exist or is not a file")
+    try:
+        _require_text(path)
+        yield from _read_entries(path)
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror or error}") from None
+
+
+def _read_entries(path: Path) -> Iterator[Any]:
     text = next((chunk for chunk in _read_chunks(path) if chunk.strip()), "")
     start = text.lstrip()[:1]
     if start == "[":
@@ -123,26 +132,20 @@ def _refuse_wrapped_records(entry: Any, path: Path) -> None:
         )
 
 
-def _require_text(path: Path, flag: str) -> None:
-    """Check that a file can be read and is UTF-8 without NUL bytes."""
-    if not path.is_file():
-        raise UserError(f"{flag} {path} does not exist or is not a file")
-    try:
-        with path.open("rb") as file:
-            content = file.read(64)
-            if content.startswith(_UTF_16_32):
-                raise UserError(
-                    f"{path} is not UTF-8 but UTF-16 or UTF-32: "
-                    f"iconv -f UTF-16 -t UTF-8 {path} > records.json converts it"
-                )
-            head = content.lstrip()
-            for start, name in _OTHER_FORMATS.items():
-                if head.startswith(start):
-                    raise UserError(f"{path} is {name}; {_EXPECTED}")
-            file.seek(0)
-            _require_utf8(iter(lambda: file.read(_CHUNK), b""), path)
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be read: {error.strerror or error}") from None
+def _require_text(path: Path) -> None:
+    """Check that a file is UTF-8 without NUL bytes."""
+    with path.open("rb") as file:
+        content = file.read(64)
+        if content.startswith(_UTF_16_32):
+            raise UserError(
+                f"{path} is not UTF-8 but UTF-16 or UTF-32: iconv -f UTF-16 -t UTF-8 {path} > records.json converts it"
+            )
+        head = content.lstrip()
+        for start, name in _OTHER_FORMATS.items():
+            if head.startswith(start):
+                raise UserError(f"{path} is {name}; {_EXPECTED}")
+        file.seek(0)
+        _require_utf8(iter(lambda: file.read(_CHUNK), b""), path)
 
 
 def _require_utf8(chunks: Iterator[bytes], path: Path) -> None:

@@ -107,6 +107,7 @@ def _rules(path: Path) -> str:
 
 def _in_files(folder: Path, build: Build) -> tuple[Arrays, Built]:
     """Build in mapped files without a name, whose pages the system can write back: memory does not grow."""
+    problems: list[str] = []
     for place in (folder, None):
         try:
             with ExitStack() as stack:
@@ -117,7 +118,9 @@ def _in_files(folder: Path, build: Build) -> tuple[Arrays, Built]:
                 arrays = {name: np.memmap(files[name], dtype, "r") for name, dtype in DTYPES.items()}
                 return {**arrays, **built.arrays()}, built
         except OSError as error:
-            logger.debug("records are not built in %s: %s", place or tempfile.gettempdir(), error)
+            problems.append(f"{place or 'the folder for temporary files'}: {error.strerror or error}")
+            logger.info("records cannot be built in %s; reading them again", problems[-1])
+    logger.warning("the records are read into this process's memory: they cannot be built in %s", "; ".join(problems))
     return _in_memory(build)
 
 

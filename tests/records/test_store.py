@@ -146,12 +146,31 @@ def test_folder_that_cannot_be_made_leaves_the_records_in_memory(data, monkeypat
     assert "Not a directory" in caplog.text and "set XDG_CACHE_HOME" in caplog.text
 
 
-def test_no_folder_at_all_leaves_the_records_in_memory(data, monkeypatch):
+def test_no_folder_at_all_leaves_the_records_in_memory(cache, data, monkeypatch, caplog):
     def fail(**_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(store.tempfile, "TemporaryFile", fail)
     assert len(load_records(data)) == 30
+    (warned,) = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    places = f"{cache}: Read-only file system; the folder for temporary files: Read-only file system"
+    assert warned == f"the records are read into this process's memory: they cannot be built in {places}"
+
+
+@pytest.mark.parametrize("opened", [2, 3])
+def test_error_of_the_data_file_is_not_one_of_the_folder(data, reads, monkeypatch, opened):
+    attempts, open_file = [], Path.open
+
+    def fail_later(path, *args, **kwargs):
+        attempts.extend([path] if path == data and reads else [])
+        if len(attempts) == opened:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fail_later)
+    with pytest.raises(UserError, match=f"--data_path {data} cannot be read: Input/output error"):
+        load_records(data)
+    assert reads == [1]
 
 
 def test_data_file_that_changes_while_it_is_read_is_refused(cache, data, monkeypatch):
