@@ -62,10 +62,7 @@ def keep_columns(path: Path, build: Build) -> Columns:
     Raises:
         UserError: The file cannot be read or has bad records, or it changed while it was read.
     """
-    try:
-        digest = _file_digest(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    digest = _file_digest(path)
     kept = user_cache("records") / f"{digest}-{_rules(path)}"
     made: list[Arrays] = []
 
@@ -133,6 +130,9 @@ def _in_memory(build: Build) -> tuple[Arrays, Built]:
 
 def _file_digest(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        update_digest(digest, file)
+    try:
+        with path.open("rb", buffering=0) as file:
+            update_digest(digest, file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     return digest.hexdigest()

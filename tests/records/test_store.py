@@ -186,6 +186,17 @@ def test_data_file_that_changes_while_it_is_read_is_refused(cache, data, monkeyp
     assert kept(cache) == []
 
 
+def test_data_file_that_is_removed_while_it_is_read_is_reported(cache, data, monkeypatch):
+    def remove(path, flag):
+        path.rename(path.with_name("other.json"))
+        return iter([drawn.make_record("7", "a.jpg", "a caption")])
+
+    monkeypatch.setattr(load, "read_json_records", remove)
+    with pytest.raises(UserError, match=f"{data} cannot be read: No such file or directory"):
+        load_records(data)
+    assert kept(cache) == []
+
+
 def test_kept_records_are_pickled_as_the_path_of_their_file(cache, data):
     records = load_records(data)
     content = pickle.dumps(records)
