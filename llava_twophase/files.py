@@ -37,13 +37,14 @@ def replace_file(path: Path, mode: str = "wb", unique: bool = False) -> Iterator
         path: The file to replace or create.
         mode: ``wb``, or ``w`` for UTF-8 text. Text that UTF-8 cannot encode (surrogates, from a command line that was
             not UTF-8) is written as backslash escapes, which JSON reads back.
-        unique: Put the process id into the temporary file's name, for files that several processes may replace at
-            once. Without it, an interrupted process leaves at most one temporary file.
+        unique: Put the machine's name and the process id into the temporary file's name, for files that several
+            processes may replace at once. Without it, an interrupted process leaves at most one temporary file.
 
     Yields:
         The open temporary file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if unique else f"{path.name}.tmp")
+    process = f"{os.uname().nodename}.{os.getpid()}"
+    temporary = path.with_name(f".{path.name}.{process}.tmp" if unique else f"{path.name}.tmp")
     text = mode == "w"
     try:
         with temporary.open(

@@ -35,7 +35,8 @@ _DIGEST = 32  # hexadecimal digits of an XXH3-128, before the JSON line
 _LOCK = "lock"
 _PIECE = 1 << 26
 # Files that were not opened for so long are removed when another one is made.
-_KEPT_SECONDS = 30 * 86400.0
+_DAY = 86400.0
+_KEPT_SECONDS = 30 * _DAY
 
 
 def user_cache(name: str) -> Path:
@@ -57,7 +58,8 @@ def shared_arrays(path: Path, make: Callable[[], Arrays]) -> Arrays:
     this process's own memory: the object that ``make`` returned.
 
     Args:
-        path: The file. Its name identifies what the arrays are derived from, and its folder is for such files only.
+        path: The file. Its name identifies what the arrays are derived from, and its folder is for such files only. A
+            folder that does not exist is created for this user alone.
         make: Returns the arrays.
 
     Raises:
@@ -71,6 +73,10 @@ def shared_arrays(path: Path, make: Callable[[], Arrays]) -> Arrays:
         if found is not None:
             return found
         arrays = make()
+        # Without locks, another process may have made the file, and replacing it would take it from those that map it.
+        found = _open(path)
+        if found is not None:
+            return found
         if not writable or not _write(path, arrays):
             return arrays
     return _open(path) or arrays
@@ -104,7 +110,9 @@ def _open(path: Path) -> Arrays | None:
             logger.debug("%s cannot be used: %s", path, error)
         return None
     with suppress(OSError):  # it is in use; a folder of another user cannot be changed
-        os.utime(path)
+        # Not at each opening: clients of a network file system drop the pages of a file that changes.
+        if _age(path) > _DAY:
+            os.utime(path)
     return arrays
 
 
@@ -156,7 +164,7 @@ def _write_arrays(file: IO[bytes], name: str, arrays: Arrays) -> None:
 def _locked(path: Path) -> Iterator[bool]:
     # Yields whether files can be made in the folder. The lock ends with the process.
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path.parent / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         _warn(path, error)
@@ -171,7 +179,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _wait_for(descriptor: int, path: Path) -> bool:
-    # False on a file system without locks: several processes may then make the same file, and the last one is kept.
+    # False on a file system without locks: several processes may then make the same arrays.
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,12 +193,16 @@ def _wait_for(descriptor: int, path: Path) -> bool:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    # What a killed process wrote, and files that nobody has opened for a long time.
-    oldest = time.time() - _KEPT_SECONDS
+    # What a killed process wrote, and files that nobody has opened for a long time. Locks may belong to one machine:
+    # a process on another one may be writing.
     for file in folder.iterdir():
         with suppress(OSError):
-            if file.name != _LOCK and (file.suffix == ".tmp" or file.stat().st_mtime < oldest):
+            if file.name != _LOCK and _age(file) > (_DAY if file.suffix == ".tmp" else _KEPT_SECONDS):
                 file.unlink()
+
+
+def _age(file: Path) -> float:
+    return time.time() - file.stat().st_mtime
 
 
 def _warn(path: Path, error: OSError) -> None:

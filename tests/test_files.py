@@ -96,6 +96,12 @@ def test_replace_file_raises_when_the_file_cannot_be_synced(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_replace_file_of_several_processes_names_machine_and_process(tmp_path):
+    with replace_file(tmp_path / "a.bin", unique=True) as file:
+        assert os.path.basename(file.name) == f".a.bin.{os.uname().nodename}.{os.getpid()}.tmp"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
 def test_free_bytes_asks_the_nearest_parent_that_exists(tmp_path):
     assert free_bytes(tmp_path / "not" / "yet") > 0
 

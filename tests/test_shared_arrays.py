@@ -4,6 +4,7 @@ import errno
 import logging
 import multiprocessing
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -136,12 +137,43 @@ def test_shared_arrays_are_made_if_waiting_for_the_lock_fails(tmp_path, monkeypa
 def test_making_a_file_removes_leftovers_and_files_that_nobody_opens(tmp_path):
     for name in ("old", "recent", "used"):
         shared_arrays(tmp_path / name, make)
-    for name in ("old", "used"):
+    for name in (".killed.tmp", ".written.tmp"):
+        (tmp_path / name).touch()
+    for name in ("old", "used", ".killed.tmp"):
         os.utime(tmp_path / name, (0, 0))
-    (tmp_path / ".a.arrays.17.tmp").touch()
     shared_arrays(tmp_path / "used", never)
     shared_arrays(tmp_path / "a.arrays", make)
-    assert files(tmp_path) == ["a.arrays", "recent", "used"]
+    assert files(tmp_path) == [".written.tmp", "a.arrays", "recent", "used"]
+
+
+def test_opening_a_file_again_on_the_same_day_does_not_change_it(tmp_path):
+    path, recent = tmp_path / "a.arrays", time.time() - 3600
+    shared_arrays(path, make)
+    os.utime(path, (recent, recent))
+    before = path.stat()
+    shared_arrays(path, never)
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_ctime_ns == before.st_ctime_ns
+
+
+def test_file_that_another_process_made_at_the_same_time_is_not_replaced(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    def make_second():
+        other = shared_arrays(path, make)
+        found.append((path.stat().st_ino, other))
+        return make()
+
+    path, found = tmp_path / "a.arrays", []
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    assert same(shared_arrays(path, make_second)) and path.stat().st_ino == found[0][0]
+
+
+def test_folder_of_shared_arrays_is_private_unless_it_exists(tmp_path):
+    shared_arrays(tmp_path / "new" / "a.arrays", make)
+    (tmp_path / "shared").mkdir(mode=0o755)
+    shared_arrays(tmp_path / "shared" / "a.arrays", make)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "shared")] == [0o700, 0o755]
 
 
 def test_shared_arrays_in_a_folder_that_cannot_be_written_stay_in_memory(tmp_path, caplog):
