@@ -60,6 +60,11 @@ class Repetition:
                     logger.warning("%s: %s: %s; repeating the request", url, type(error).__name__, error)
                 failure = error
             # Several processes that failed together should not return together.
-            if given_up.wait(delay * self._random.uniform(0.5, 1.0)):
+            if _wait(delay * self._random.uniform(0.5, 1.0), given_up):
                 raise explain(url, failure, action) from failure
             delay = min(2 * delay, LONGEST_DELAY)
+
+
+def _wait(seconds: float, given_up: threading.Event) -> bool:
+    """Wait, and return whether the call was given up meanwhile."""
+    return given_up.wait(seconds)
