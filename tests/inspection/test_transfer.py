@@ -128,12 +128,14 @@ def test_pull_resumes_after_a_kill(cache, web, tmp_path, capsys):
     assert contents(tmp_path / "copy") == contents(cache)
 
 
-def test_push_resumes_after_a_kill(cache, s3, tmp_path, capsys):
+def test_push_resumes_after_a_kill(cache, moto, s3, tmp_path, capsys):
     s3.upload(cache / "shards", "s3://bucket/other/shards")
     from fsspec.core import url_to_fs
 
-    files, path = url_to_fs("s3://bucket/killed", skip_instance_cache=True, use_listings_cache=False)
-    s3.faults.latency = 0.15
+    # Without the proxy, whose latency is for the upload.
+    options = {"skip_instance_cache": True, "use_listings_cache": False, "endpoint_url": moto}
+    files, path = url_to_fs("s3://bucket/killed", **options)
+    s3.faults.latency = 0.3
     process = start("push", cache, "s3://bucket/killed")
     kill_once(process, lambda: files.exists(f"{path}/shards/shard-000000.h5"))
     s3.faults.latency = 0.0
