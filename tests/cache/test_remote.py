@@ -106,10 +106,9 @@ def test_an_outage_that_ends_is_survived(web, tmp_path, caplog):
     assert "repeating the request" in caplog.text
 
 
-def test_close_ends_the_reads_of_other_threads(web, tmp_path, monkeypatch):
+def test_close_ends_the_reads_of_other_threads(web, tmp_path):
     _, keys, stored = make_cache(tmp_path / "cache")
     cache = FeatureCache(f"{web.url}/cache")
-    monkeypatch.setattr(cache.storage, "_patience", 60.0)
     web.faults.unavailable = 1.0
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(cache.read_raw, keys)
