@@ -93,9 +93,9 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open("rb", buffering=_CHUNK) as file:
         for number, content in enumerate(file, 1):
             line = content.removesuffix(b"\n").decode("utf-8-sig" if number == 1 else "utf-8")
+            line = line.removeprefix("\ufeff")  # files that were joined have a byte order mark in the middle
             if line.strip():
-                # Files that were joined have a byte order mark in the middle.
-                yield number, line.removeprefix("\ufeff")
+                yield number, line
 
 
 def _refuse_objects_over_lines(text: str, path: Path, first: str) -> None:

@@ -46,6 +46,11 @@ def test_byte_order_mark_of_a_joined_file_is_accepted(tmp_path):
     assert read(write(tmp_path / "r.jsonl", f"{LINE}\n\ufeff{LINE}\n", "utf-8-sig")) == [RECORD, RECORD]
 
 
+@pytest.mark.parametrize("end", ["\ufeff", "\ufeff\n", "\ufeff \r\n\ufeff"])
+def test_line_that_is_only_a_byte_order_mark_is_skipped(tmp_path, end):
+    assert read(write(tmp_path / "r.jsonl", f"{LINE}\n{end}")) == [RECORD]
+
+
 def test_form_is_recognised_by_content(tmp_path):
     assert read(write(tmp_path / "lines.json", f"{LINE}\n\n{LINE}\n")) == [RECORD, RECORD]
     assert read(write(tmp_path / "list.jsonl", f"\n [{LINE}]")) == [RECORD]
