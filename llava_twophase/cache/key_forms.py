@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
+
+_FORMS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
 
 
 class Keys(Protocol):
@@ -24,6 +26,12 @@ def refuse_single_key(keys: Sequence[str]) -> None:
         raise TypeError(f"expected a list of image keys; for a single one give [{keys!r}]")
 
 
+def all_forms(keys: Iterable[str]) -> set[str]:
+    """Return keys, and each of them in NFC and NFD."""
+    found = set(keys)
+    return found.union(unicodedata.normalize(form, key) for key in found if not key.isascii() for form in _FORMS)
+
+
 def stored_keys(cache: Keys, keys: Sequence[str]) -> list[str]:
     """Return each key as the cache has it, in NFC or NFD; a key that it has in neither form is unchanged.
 
@@ -37,7 +45,7 @@ def stored_keys(cache: Keys, keys: Sequence[str]) -> list[str]:
     refuse_single_key(keys)
     missing = cache.missing(list({key for key in keys if not key.isascii()}))
     stored: dict[str, str] = {}
-    for form in ("NFC", "NFD"):
+    for form in _FORMS:
         others = {key: unicodedata.normalize(form, key) for key in missing}
         absent = set(cache.missing(list(others.values())))
         stored |= {key: other for key, other in others.items() if other not in absent}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from llava_twophase.cache.joined import AnyCache, caches_of, open_caches
-from llava_twophase.cache.key_forms import stored_keys
+from llava_twophase.cache.key_forms import all_forms, stored_keys
 from llava_twophase.cache.quarantine import read_quarantine
 from llava_twophase.cache.reader import FeatureCache
 from llava_twophase.cache.staging import Stage
@@ -132,9 +132,7 @@ class CachedFeatures:
         records = self._with_stored_keys(records)
         if not self._drop_quarantined:
             return records
-        # An image that was quarantined once may have features by now.
-        quarantined = {key for cache in self._caches for key in cache.missing(list(read_quarantine(cache.path)))}
-        kept = records.without(quarantined)
+        kept = records.without(set().union(*map(_without_features, self._caches)))
         if len(kept) < len(records):
             logger.info(
                 "--drop_quarantined: %d of %s dropped", len(records) - len(kept), counted(len(records), "record")
@@ -223,8 +221,13 @@ class CachedFeatures:
         return records.rename(changed)
 
 
+def _without_features(cache: FeatureCache) -> set[str]:
+    """Return the quarantined images in every Unicode form, except those that have features by now."""
+    return all_forms(cache.missing(stored_keys(cache, list(read_quarantine(cache.path)))))
+
+
 def _advice(cache: FeatureCache, missing: Sequence[str]) -> str:
-    quarantined = read_quarantine(cache.path).keys() & set(missing)
+    quarantined = all_forms(read_quarantine(cache.path)) & set(missing)
     if quarantined:
         found = f"{len(quarantined)} of them {agree(len(quarantined), 'is', 'are')} in its quarantine.jsonl"
         return f"{found}: --drop_quarantined True drops their records"

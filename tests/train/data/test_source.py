@@ -164,6 +164,20 @@ def test_require_names_the_flag_for_quarantined_images(quarantining):
         source.require(["bad.jpg", "other.jpg"])
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("quarantined", ["NFC", "NFD"])
+def test_usable_drops_quarantined_images_in_every_unicode_form(tmp_path, form, quarantined):
+    path, keys, _ = make_cache(tmp_path / "cache", fingerprint=FINGERPRINT)
+    extracted = next(key for key in keys if not key.isascii())
+    names = [unicodedata.normalize(quarantined, key) for key in ("bäd.jpg", extracted)]
+    write_quarantine(path, [Quarantined(name, "was empty") for name in names])
+    source = CachedFeatures(FeatureCache(path), [SETTINGS], drop_quarantined=True)
+    records = [record(unicodedata.normalize(form, key)) for key in ("bäd.jpg", extracted)]
+    assert source.usable(records_of(records)) == [record(extracted)]
+    with pytest.raises(UserError, match="1 of them is in its quarantine.jsonl: --drop_quarantined True"):
+        source.require([records[0].image])
+
+
 def test_usable_finds_keys_in_the_other_unicode_form(source_of):
     source = source_of(FINGERPRINT)
     keys = list(source._cache.keys())
