@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import tempfile
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -37,9 +38,9 @@ _READERS = ("constants.py", "json_file.py", "json_list.py")
 
 
 class _NotKept(Exception):
-    """Columns that are not for later starts."""
+    """Columns that each process builds for itself: those of ``arrays``, or they are still to be built."""
 
-    def __init__(self, arrays: Arrays) -> None:
+    def __init__(self, arrays: Arrays | None = None) -> None:
         super().__init__()
         self.arrays = arrays
 
@@ -67,26 +68,59 @@ def keep_columns(path: Path, build: Build) -> Columns:
     made: list[Arrays] = []
 
     def make() -> Arrays:
-        made.append(_make(kept.parent, path, digest, build))
+        made.append(_make(kept, path, digest, build))
         return made[0]
 
     try:
         arrays = shared_arrays(kept, make)
     except _NotKept as result:
-        return Columns.of(result.arrays)
+        return Columns.of(result.arrays or _build_apart(kept, path, digest, build))
     return Columns.of(arrays, kept=None if made and arrays is made[0] else kept)
 
 
-def _make(folder: Path, path: Path, digest: str, build: Build) -> Arrays:
+def _make(kept: Path, path: Path, digest: str, build: Build) -> Arrays:
+    """Build while other processes wait. If there is nothing to keep, a mark tells them to build at the same time."""
+    mark = _mark(kept)
+    if os.path.exists(mark):
+        raise _NotKept
     logger.info("reading the records of %s (%s); later starts are faster", path, format_bytes(path.stat().st_size, 1))
-    arrays, built = _in_files(folder, build)
-    if _file_digest(path) != digest:
-        raise UserError(f"{path} changed while it was read; run the command again when it is complete")
+    try:
+        arrays, built = _build(kept.parent, path, digest, build)
+    except UserError:
+        _touch(mark)
+        raise
     if built.has_absolute_paths:
         # Image keys depend on the image folder and on links to it.
         logger.info("%s has absolute image paths, so it is read again at each start, by each process", path)
+        _touch(mark)
         raise _NotKept(arrays)
     return arrays
+
+
+def _build_apart(kept: Path, path: Path, digest: str, build: Build) -> Arrays:
+    logger.info("reading the records of %s", path)
+    arrays, built = _build(kept.parent, path, digest, build)
+    if not built.has_absolute_paths:
+        # The error depended on more than the file, such as a package that was missing: the next start keeps it.
+        with suppress(OSError):
+            _mark(kept).unlink(missing_ok=True)
+    return arrays
+
+
+def _build(folder: Path, path: Path, digest: str, build: Build) -> tuple[Arrays, Built]:
+    arrays, built = _in_files(folder, build)
+    if _file_digest(path) != digest:
+        raise UserError(f"{path} changed while it was read; run the command again when it is complete")
+    return arrays, built
+
+
+def _mark(kept: Path) -> Path:
+    return kept.with_name(f"{kept.name}.apart")
+
+
+def _touch(mark: Path) -> None:
+    with suppress(OSError):
+        mark.touch()
 
 
 def _rules(path: Path) -> str:

@@ -1,12 +1,15 @@
 """Columns that are kept for the next start: made once, checked at each start, and never required."""
 
 import errno
+import itertools
 import json
 import logging
 import multiprocessing
 import os
 import pickle
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,7 +46,7 @@ def reads(monkeypatch):
 
 
 def kept(cache):
-    return [path for path in cache.iterdir() if path.name != "lock"]
+    return [path for path in cache.iterdir() if path.name != "lock" and path.suffix != ".apart"]
 
 
 def test_second_start_maps_the_columns(cache, data, reads):
@@ -205,6 +208,52 @@ def test_kept_records_are_pickled_as_the_path_of_their_file(cache, data):
     with pytest.raises(UserError, match="was deleted while its records were in use"):
         pickle.loads(content)
     assert pickle.loads(pickle.dumps(records)) == records
+
+
+def _remove_image(raw, _):
+    del raw["image"]
+
+
+def _make_absolute(raw, folder):
+    raw["image"] = str(folder / "3.jpg")
+
+
+@pytest.mark.parametrize("change", [_remove_image, _make_absolute])
+def test_columns_that_are_not_kept_are_built_by_waiting_processes_at_the_same_time(data, tmp_path, monkeypatch, change):
+    # Locks belong to open files, so threads exclude each other as processes do.
+    calls, together, read = itertools.count(), threading.Barrier(2, timeout=10), load.read_json_records
+
+    def meet(*args):
+        if next(calls):
+            together.wait()
+        return read(*args)
+
+    def outcome(_):
+        try:
+            return len(load_records(data, image_folder=tmp_path))
+        except UserError as error:
+            return str(error)
+
+    raws = json.loads(data.read_text(encoding="utf-8"))
+    change(raws[3], tmp_path)
+    data.write_text(json.dumps(raws), encoding="utf-8")
+    monkeypatch.setattr(load, "read_json_records", meet)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(outcome, range(3)))
+    assert next(calls) == 3 and len(set(found)) == 1
+
+
+def test_columns_are_kept_once_the_cause_of_an_error_is_gone(cache, data, reads, monkeypatch):
+    def fail(*_):
+        raise UserError("a package is missing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "read_json_records", fail)
+        with pytest.raises(UserError, match="a package is missing"):
+            load_records(data)
+    for count in (1, 2, 2):
+        assert len(load_records(data)) == 30 and len(reads) == count
+    assert len(kept(cache)) == 1
 
 
 def test_records_that_could_not_be_kept_are_pickled_with_their_columns(cache, data, monkeypatch):
