@@ -6,6 +6,7 @@ another name and renamed. Its name is given by what the arrays are derived from,
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -22,7 +23,8 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from llava_twophase.files import replace_file, update_digest
+from llava_twophase.files import free_bytes, replace_file, update_digest
+from llava_twophase.text import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ _BLOCK = 4096
 _ALIGNMENT = 64
 _DIGEST = 32  # hexadecimal digits of an XXH3-128, before the JSON line
 _LOCK = "lock"
+_SPARE = 1 << 28  # bytes that stay free on the disk, which may have the user's home
 _PIECE = 1 << 26
 # Files that were not opened for so long are removed when another one is made.
 _DAY = 86400.0
@@ -54,8 +57,8 @@ def shared_arrays(path: Path, make: Callable[[], Arrays]) -> Arrays:
     """Return the arrays of a file, memory-mapped and read-only; make the file if there is none.
 
     One process makes it, and others that need it at the same time wait. A file that is truncated or does not match its
-    checksum is made again. If the folder cannot be written, a warning says so and the arrays are those of ``make``, in
-    this process's own memory: the object that ``make`` returned.
+    checksum is made again. If the folder cannot be written, or its disk would be nearly full, a warning says so and the
+    arrays are those of ``make``, in this process's own memory: the object that ``make`` returned.
 
     Args:
         path: The file. Its name identifies what the arrays are derived from, and its folder is for such files only. A
@@ -128,12 +131,20 @@ def _arrays(mapped: mmap.mmap, head: bytes, name: str) -> Arrays | None:
 
 def _write(path: Path, arrays: Arrays) -> bool:
     try:
+        _require_space(path.parent, arrays)
         with replace_file(path, unique=True) as file:
             _write_arrays(file, path.name, arrays)
     except OSError as error:
         _warn(path, error)
         return False
     return True
+
+
+def _require_space(folder: Path, arrays: Arrays) -> None:
+    needed, free = sum(array.nbytes for array in arrays.values()) + _SPARE, free_bytes(folder)
+    if free < needed:
+        sizes = f"{format_bytes(free, 1)} are free, and {format_bytes(needed, 1)} are needed"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {sizes}")
 
 
 def _write_arrays(file: IO[bytes], name: str, arrays: Arrays) -> None:

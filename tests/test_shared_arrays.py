@@ -182,7 +182,18 @@ def test_shared_arrays_in_a_folder_that_cannot_be_written_stay_in_memory(tmp_pat
     assert "cannot be written" in caplog.text and "XDG_CACHE_HOME" in caplog.text
 
 
-def test_shared_arrays_on_a_full_disk_stay_in_memory(small_disk, caplog):
+def test_shared_arrays_that_would_nearly_fill_the_disk_stay_in_memory(tmp_path, monkeypatch, caplog):
+    large, path = {"large": np.ones(1 << 18)}, tmp_path / "a.arrays"
+    monkeypatch.setattr(module, "free_bytes", lambda _: 1 << 28)
+    assert shared_arrays(path, lambda: large) is large and files(tmp_path) == []
+    assert "268.4 MB are free, and 270.5 MB are needed" in caplog.text
+    monkeypatch.setattr(module, "free_bytes", lambda _: (1 << 28) + (1 << 21))
+    shared_arrays(path, lambda: large)
+    assert files(tmp_path) == ["a.arrays"]
+
+
+def test_shared_arrays_on_a_full_disk_stay_in_memory(small_disk, monkeypatch, caplog):
+    monkeypatch.setattr(module, "free_bytes", lambda _: 1 << 40)  # a quota leaves less
     folder = small_disk("size=1M")
     large = {"large": np.ones(1 << 18)}
     np.testing.assert_array_equal(shared_arrays(folder / "a.arrays", lambda: large)["large"], large["large"])
