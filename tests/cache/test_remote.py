@@ -98,11 +98,11 @@ def test_an_outage_that_ends_is_survived(web, tmp_path, caplog):
     _, keys, stored = make_cache(tmp_path / "cache")
     cache = FeatureCache(f"{web.url}/cache")
     web.faults.unavailable = 1.0
-    with multiprocessing.pool.ThreadPool(1) as pool:
-        reading = pool.apply_async(cache.read_raw, (keys,))
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(cache.read_raw, keys)
         time.sleep(0.5)
         web.faults.unavailable = 0.0
-        np.testing.assert_array_equal(reading.get(20), stored)
+        np.testing.assert_array_equal(reading.result(20), stored)
     assert "repeating the request" in caplog.text
 
 
