@@ -27,6 +27,7 @@ WORDS = {
     r"behind": "after, newer than",
     r"but (for|those of)|all but|none but": "except",
     r"(is|are|was|were|been|be) cut|cut (run|extraction|caption|file|cache)s?": "truncated, interrupted",
+    r"(the|its|\w+'s) begin": "start",
     r"(lies|lie) spread|what a kill left|a look tells": "is sharded; leftover files; say what is checked",
     r"(bear|bears|bore|borne)( it| them)? out": "confirm",
     r"tak(e|es|en|ing) (it |them )?in": "add, include",

@@ -22,7 +22,7 @@ class LossWeights:
     """Weights of samples, from their places in an epoch.
 
     Args:
-        origin: The layout at the run's begin.
+        origin: The layout at the run's start.
         layout: The layout of this run, with the same global batch.
         rank: This process.
         samples: Samples of an epoch in the first layout.
@@ -80,5 +80,5 @@ class LossWeights:
         return [{**batch, "weights": own[number, : len(batch["labels"])]} for number, batch in enumerate(batches)]
 
     def _left(self, step: int) -> int:
-        # Samples of the epoch that are left at the begin of a step.
+        # Samples of the epoch that are left at the start of a step.
         return self._samples - step % self._steps * self._layout.global_batch

@@ -193,7 +193,7 @@ class PrefetchDataset(Dataset[PendingBatch]):
 
         Args:
             order: The samples that all ranks use, in their order.
-            used: Samples at its begin that will not be used, because a run resumed after them.
+            used: Samples at its start that will not be used, because a run resumed after them.
             ranks: Ranks that share the samples; they take batches in turn.
         """
         self._ranks = ranks

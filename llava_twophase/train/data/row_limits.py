@@ -69,7 +69,7 @@ def record_at(parts: Sequence[Records], position: int) -> Record:
 def measure_rows(parts: Sequence[Records], template: PlainTemplate) -> RowLengths:
     """Find the longest row and count the rows that are truncated.
 
-    Captions are tokenized from the longest in bytes on, until no other caption can have more tokens.
+    Captions are tokenized longest first, by bytes, until no other caption can have more tokens.
 
     Args:
         parts: The records to train on and those to evaluate on, at least one.

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Upcoming:
-    """Tells the batches after one. A batch that comes in another way is read later, and is not wrong.
+    """Predict a rank's next batches. A batch that was not predicted is read when it is asked for.
 
     Args:
         order: The samples that all ranks use, in their order.
@@ -37,7 +37,7 @@ class Upcoming:
 
     def _find(self, indices: Sequence[int]) -> int | None:
         # Usually one step after the last batch; after a resumption, anywhere later. At the end of an epoch, accelerate
-        # takes samples from its begin, so that all ranks have a batch: no batches of this epoch come after those.
+        # takes samples from its start, so that all ranks have a batch: no batches of this epoch come after those.
         for begin in (self._begin + self._step, self._begin):
             if self._order[begin : begin + len(indices)].tolist() == list(indices):
                 return begin

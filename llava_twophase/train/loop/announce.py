@@ -1,4 +1,4 @@
-"""Tell a remote cache at the begin of each epoch which samples come, so that it reads and copies ahead of use."""
+"""Tell a remote cache at the start of each epoch which samples come, so that it reads and copies ahead of use."""
 
 from __future__ import annotations
 

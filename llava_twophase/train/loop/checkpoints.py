@@ -43,7 +43,7 @@ class CheckpointRecord:
         identity: What a run that resumes from the checkpoint must have in common with the one that wrote it.
         steps_per_epoch: Optimizer steps of an epoch.
         layout: Layout of the run that wrote the checkpoint.
-        origin: Layout at the run's begin, which decides the samples of each step and their weights in the loss.
+        origin: Layout at the run's start, which decides the samples of each step and their weights in the loss.
         files: Size and checksum of every other file of the checkpoint.
     """
 
@@ -67,7 +67,7 @@ class CheckpointKeeper(TrainerCallback):
         identity: What a run that resumes from them must have in common with this one.
         keep: How many to keep, None for all.
         layout: This run's layout.
-        origin: Layout at the run's begin, if it was resumed with another one.
+        origin: Layout at the run's start, if it was resumed with another one.
         frozen: The LLM, whose micro-batches are stored: other ones would round differently after a resume.
 
     Attributes:

@@ -58,7 +58,7 @@ class Start:
         config_is_damaged: The finished run's ``config.json`` is damaged or missing, and nothing else is.
         checkpoint: The checkpoint to resume from; None to start from the beginning.
         layout: Layout of the run that wrote the checkpoint.
-        origin: Layout at that run's begin.
+        origin: Layout at that run's start.
     """
 
     finished: bool = False

@@ -40,7 +40,7 @@ class ProjectorTrainer(Trainer):
     Args:
         model: The model.
         args: Further arguments of ``Trainer``.
-        origin: The layout at the run's begin, which decides the samples of each step and their weights in the loss.
+        origin: The layout at the run's start, which decides the samples of each step and their weights in the loss.
         kwargs: Further arguments of ``Trainer``.
     """
 
@@ -198,7 +198,7 @@ def sample_order(
         training: The run's arguments.
         size: Number of samples.
         lengths: Returns the number of words of each sample; called for ``--group_by_modality_length`` only.
-        layout: The layout at the run's begin.
+        layout: The layout at the run's start.
         samples: Samples of an epoch; None for `size`.
     """
     return EpochSampler(

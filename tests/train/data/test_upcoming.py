@@ -27,7 +27,7 @@ def test_upcoming_gives_nothing_after_a_batch_that_is_not_in_the_order():
 
 
 def test_upcoming_gives_nothing_after_the_batch_that_completes_an_epoch():
-    """Accelerate fills the last round of batches with samples of the epoch's begin."""
+    """Accelerate fills the last round of batches with samples of the epoch's start."""
     order = ORDER[:33]
     first, second = (list(BatchSamplerShard(BatchSampler(order, 3, drop_last=False), 2, rank)) for rank in (0, 1))
     assert len(first) == len(second) == 6 and second[-1] == order[:3]

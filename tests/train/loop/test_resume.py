@@ -83,7 +83,7 @@ def test_find_start_refuses_other_settings_field_by_field(tmp_path):
 
 
 def test_find_start_resumes_with_another_layout_and_says_what_is_carried_over(tmp_path, caplog):
-    """The first layout stays that of the run's begin, however often it changes."""
+    """The first layout stays that of the run's start, however often it changes."""
     origin, here = Layout(4, 2, 1), Layout(1, 4, 2, zero_stage=2)
     checkpoint = write(tmp_path, 3, origin=origin)
     with caplog.at_level("INFO"):
