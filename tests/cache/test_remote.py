@@ -126,11 +126,11 @@ def test_a_connection_that_stalls_is_abandoned(web, tmp_path):
     _, keys, stored = make_cache(tmp_path / "cache")
     cache = FeatureCache(f"{web.url}/cache")
     web.faults.stall = 1.0
-    with multiprocessing.pool.ThreadPool(1) as pool:
-        reading = pool.apply_async(cache.read_raw, (keys,))
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(cache.read_raw, keys)
         time.sleep(0.2)
         web.faults.stall = 0.0
-        np.testing.assert_array_equal(reading.get(10), stored)
+        np.testing.assert_array_equal(reading.result(10), stored)
     assert web.faults.injected["stall"] > 0
 
 

@@ -37,7 +37,7 @@ _THREADS = max(1, min(4, (os.cpu_count() or 1) - 1))
 _POSITION = "position_in_batch"
 # Bytes a second. Slower reads come from a disk, which is faster if it is told about the complete batch first.
 _MEMORY_SPEED = 2e9
-# Memory for batches that are read ahead from a URL: 10 s of a rank that reads 25 MB/s.
+# Memory for batches that are read ahead from a URL: 16 s of a rank that reads 16 MB/s, as one with 13B does.
 _AHEAD_BYTES = 256 << 20
 _MOST_AHEAD = 32
 
