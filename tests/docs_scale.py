@@ -7,11 +7,15 @@ MEASURED has what was measured, with its command; everything else is multiplied 
 """
 
 import argparse
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
+
 from llava_twophase.cache.format import row_bytes
+from llava_twophase.cache.opening import SHARED_FROM
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scale.md"
@@ -19,7 +23,7 @@ SHAPE = (576, 1024)
 STORAGES = {"bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 PER_SHARD = 1024
 OPEN, SCALE = "tests/benchmarks/cache_open.py", "tests/benchmarks/scale.py"
-STARTUP, PAPER = "tests/benchmarks/startup.py", "tests/benchmarks/break_even.py --paper 1"
+PAPER = "tests/benchmarks/break_even.py --paper 1"
 
 # What it is, value, unit, command. CPU seconds of one core of an AMD EPYC.
 MEASURED = {
@@ -31,15 +35,18 @@ MEASURED = {
     "manifest_peak": ("peak memory of reading it", 700, "bytes per shard", SCALE),
     "manifest_update": ("list the shards and write the manifest", 4.0e-6, "CPU s per shard", SCALE),
     "index_bytes": ("shared index: hash, key of 19 bytes, row checksum", 35.0, "bytes per image", f"{OPEN} (100M)"),
-    "index_make": ("make the shared index", 6.2e-7, "CPU s per image", f"{OPEN} (100M)"),
     "index_peak": ("peak memory of the process that makes it", 68, "bytes per image", f"{OPEN} (100M)"),
-    "open": ("open a cache with a shared index", 2.7e-8, "CPU s per image", f"{OPEN} (100M)"),
     "shard_bytes": ("private memory of a process that has a cache open", 640, "bytes per shard", f"{OPEN} (100M)"),
     "record_bytes": ("records as shared columns; in JSON 253 bytes", 121, "bytes per record", f"{SCALE} (12M)"),
     "plan_new": ("plan an extraction of 12M records, none cached", 13.4, "CPU s", f"{SCALE} (12M)"),
     "plan_cached": ("plan an extraction of 12M records, all cached", 54, "CPU s", f"{SCALE} (12M)"),
     "own_bytes": ("an index that is not shared", 27.1, "bytes per image", f"{OPEN} (100M)"),
 }  # fmt: skip
+# Images and CPU seconds of the process that opens a cache. The first one makes the shared index, from SHARED_FROM on.
+OPENING = {
+    "first": ((558_128, 0.07), (20_000_000, 4.9), (100_000_000, 62.0)),
+    "later": ((558_128, 0.07), (20_000_000, 0.47), (100_000_000, 2.7)),
+}
 # Operations, computed from shapes by PAPER. The tower is CLIP-L/14-336, a sample has 576 image tokens and 15 others.
 TOWER_TFLOP = 1 / 2.732
 STEP_TFLOP = {"7B": 15.58396, "13B": 30.42308}
@@ -61,6 +68,7 @@ class Inputs:
     object_gb_month_usd: float = 0.023
     disk_gb_month_usd: float = 0.14
     million_requests_usd: float = 0.4
+    egress_gb_usd: float = 0.0
 
     @property
     def images_per_second(self):
@@ -85,7 +93,8 @@ NOTES = {
     "gpu_hour_usd": "USD for an hour of a GPU",
     "object_gb_month_usd": "USD for a GB and month of object storage",
     "disk_gb_month_usd": "USD for a GB and month of a parallel file system",
-    "million_requests_usd": "USD for a million range requests to object storage",
+    "million_requests_usd": "USD for a million requests to object storage",
+    "egress_gb_usd": "USD for a GB of rows that leaves object storage; 0 if the GPUs are in the bucket's region",
 }
 
 
@@ -136,6 +145,16 @@ def money(usd):
     return f"{number(usd)} USD" if usd >= 1 else "< 1 USD"
 
 
+def opening(process, images):
+    """Return the CPU time of opening a cache: between measured points, or what proportion and measured growth give."""
+    points = OPENING[process]
+    (most, seconds), (before, seconds_before) = points[-1], points[-2]
+    if images <= most:
+        return duration(float(np.interp(images, *zip(*points, strict=True))))
+    growth = math.log(seconds / seconds_before, most / before)
+    return f"{duration(seconds * images / most)} to {duration(seconds * (images / most) ** growth)}"
+
+
 def table(header, rows):
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -145,6 +164,10 @@ def table(header, rows):
 def measured_table(_):
     """Return what was measured, and by which command."""
     rows = [(what, f"{amount:g} {unit}", f"`{command}`") for what, amount, unit, command in MEASURED.values()]
+    for process, points in OPENING.items():
+        images, seconds = (", ".join(cells) for cells in zip(*((named(n), f"{s:g}") for n, s in points), strict=True))
+        what = "; makes the shared index from 2M on" if process == "first" else ""
+        rows.append((f"{process} opening of a cache of {images} images{what}", f"{seconds} CPU s", f"`{OPEN}`"))
     flops = [("tower", TOWER_TFLOP), *((f"step of {llm}", flop) for llm, flop in STEP_TFLOP.items())]
     rows += [(f"operations: {what}", f"{flop:.3g} TFLOP per image", f"`{PAPER}`") for what, flop in flops]
     return table(("what", "value", "command"), rows)
@@ -169,7 +192,7 @@ def storage_table(inputs):
                 (named(images), storage, size(total), *(money(total / 1e9 * price) for price in months), money(again))
             )
     return table(
-        ("images", "storage", "size", "object storage, a month", "file system, a month", "extraction, GPUs"), rows
+        ("images", "storage", "size", "object storage, a month", "file system, a month", "extraction, GPUs alone"), rows
     )
 
 
@@ -182,14 +205,15 @@ def extraction_table(inputs):
             cores = rate / nodes * (value("decode") + value("write"))
             write = min(nodes * inputs.node_write_gb_s, inputs.shared_write_gb_s) * 1e9
             decoded = inputs.cores_per_node * nodes / (value("decode") + value("write"))
-            cells = []
+            cells, prices = [], []
             for storage in ("bf16", "int4"):
                 rates = {"GPU": rate, "decoding": decoded, "disk": write / bytes_of(storage)}
                 limit = min(rates, key=rates.get)
                 cells.append(f"{duration(images / rates[limit])}, {limit}")
-            cost = images / rate / 3600 * gpus * inputs.gpu_hour_usd
+                # GPUs that wait for the disk are paid too.
+                prices.append(money(images / rates[limit] / 3600 * gpus * inputs.gpu_hour_usd))
             bandwidth = f"{number(rate * bytes_of('bf16') / 1e9)} GB/s"
-            rows.append((named(images), gpus, duration(images / rate), f"{cores:.0f}", bandwidth, *cells, money(cost)))
+            rows.append((named(images), gpus, duration(images / rate), f"{cores:.0f}", bandwidth, *cells, *prices))
     header = (
         "images",
         "GPUs",
@@ -198,7 +222,8 @@ def extraction_table(inputs):
         "bf16 writes",
         "bf16: time, limit",
         "int4: time, limit",
-        "GPUs",
+        "price, bf16",
+        "price, int4",
     )
     return table(header, rows)
 
@@ -223,9 +248,16 @@ def money_table(inputs):
     for images in inputs.images:
         tower = images / inputs.images_per_second / 3600 * inputs.gpu_hour_usd
         epochs = [images / inputs.samples_per_second(llm) / 3600 * inputs.gpu_hour_usd for llm in STEP_TFLOP]
-        requests = images / 1e6 * inputs.million_requests_usd
-        rows.append((named(images), *map(money, epochs), money(tower), money(requests)))
-    header = ("images", *(f"{llm}, GPUs" for llm in STEP_TFLOP), "tower on the fly, GPUs", "rows from object storage")
+        read = images / 1e6 * inputs.million_requests_usd + images * bytes_of("bf16") / 1e9 * inputs.egress_gb_usd
+        start = max(inputs.gpus) * shards_of(images) * 2 / 1e6 * inputs.million_requests_usd
+        rows.append((named(images), *map(money, epochs), money(tower), money(read), money(start)))
+    header = (
+        "images",
+        *(f"{llm}, GPUs" for llm in STEP_TFLOP),
+        "tower on the fly, GPUs",
+        "bf16 rows from object storage",
+        f"a start of {max(inputs.gpus)} ranks, at most",
+    )
     return table(header, rows)
 
 
@@ -235,15 +267,16 @@ def memory_table(inputs):
     ranks = inputs.gpus_per_node
     for images in inputs.images:
         shards = shards_of(images)
-        shared = images >= 2_000_000
-        index = images * value("index_bytes") if shared else ranks * images * (value("own_bytes") + 8)
+        shared = images >= SHARED_FROM
         private = ranks * shards * value("shard_bytes")
+        # A rank without a shared index has the checksums of the rows, 8 bytes each, beside its own.
+        not_shared = ranks * images * (value("own_bytes") + 8) + private
+        opened = images * value("index_bytes") + private if shared else not_shared
         opens = max(inputs.gpus) * shards
         rows.append(
-            (named(images), f"{shards:,}", size(shards * value("manifest_bytes")), size(index + private),
-             size(ranks * images * (value("own_bytes") + 8)), size(images * value("record_bytes")),
-             duration(images * value("index_make")) if shared else "none",
-             duration(images * value("open") if shared else 0.07),
+            (named(images), f"{shards:,}", size(shards * value("manifest_bytes")), size(opened), size(not_shared),
+             size(images * value("record_bytes")), opening("first", images) if shared else "none",
+             opening("later", images),
              f"{number(opens / 1e6)} million")
         )  # fmt: skip
     header = (

@@ -176,7 +176,9 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="rows of a batch (default: 16)")
     parser.add_argument("--s3_server", choices=["moto", "localbucket"], default="moto", help="default: moto")
     parser.add_argument("--rows_of_a_shard", type=int, help="default: 8 for moto, 32 for localbucket")
-    parser.add_argument("--mb_per_s", type=float, default=25.0, help="what a rank reads (default: 25, a 13B rank)")
+    parser.add_argument(
+        "--mb_per_s", type=float, default=25.0, help="what a rank reads (default: 25; H100: 16 at 13B, 30 at 7B)"
+    )
     parser.add_argument("--latency", type=float, default=0.15, help="seconds before each answer (default: 0.15)")
     args = parser.parse_args()
     args.rows_of_a_shard = args.rows_of_a_shard or (8 if args.s3_server == "moto" else 32)
