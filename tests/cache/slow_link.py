@@ -8,7 +8,7 @@ from llava_twophase.cache.remote import RemoteStorage
 
 
 class SlowLink:
-    """Makes requests for ranges take simulated time. Each thread has its own clock, as if all of them began together.
+    """Makes requests for ranges take simulated time. Each thread has its own clock, as if all of them started together.
 
     Args:
         monkeypatch: Restores clocks and requests.
@@ -37,6 +37,7 @@ class SlowLink:
 
         def wait(seconds, given_up):
             clock.now = now() + seconds
+            return given_up.is_set()
 
         monkeypatch.setattr(RemoteStorage, "_range", request)
         monkeypatch.setattr(remote, "monotonic", now)

@@ -173,12 +173,15 @@ def test_faults_of_the_server_end_in_complete_copies(opened, web, tmp_path):
     np.testing.assert_array_equal(cache.read_raw(opened.keys), opened.stored)
 
 
-def test_shards_are_copied_over_a_slow_link(opened, tmp_path, monkeypatch):
+def test_shards_are_copied_over_a_slow_link(opened, web, tmp_path, monkeypatch):
     cache = opened(3)
     size = max(file.stat().st_size for file in (tmp_path / "cache/shards").iterdir())
-    SlowLink(monkeypatch, rate=size / 15, sharing=1)  # 15 s a shard; the limits are 0.5 s, 2 s, 8 s and 32 s
+    link = SlowLink(monkeypatch, rate=size / 15, sharing=1)  # 15 s a shard; the first limits are shorter
     cache.stage_ahead(np.arange(12))
     wait_for(lambda: copies(tmp_path) == 3)
+    assert len(link.attempts) == 3 and min(link.attempts.values()) > 1  # each needed longer limits than the first
+    web.status = 503
+    np.testing.assert_array_equal(cache.read_raw(opened.keys), opened.stored)
 
 
 def test_copies_that_fail_twice_are_a_warning(opened, web, tmp_path, monkeypatch, caplog):
