@@ -76,12 +76,16 @@ class FeatureCache:
             self._storage = staged_storage(self._storage, stage, self.manifest)
         self._files = ShardFiles(self._storage, self.manifest.shards)
         # A request for keys brings checksums with it. From a disk, they are read with a shard's first row.
-        opened = open_shards(
-            self._files,
-            self.manifest,
-            with_checksums=self._storage.folder is None,
-            share=self.manifest.complete and manifest is None,
-        )
+        try:
+            opened = open_shards(
+                self._files,
+                self.manifest,
+                with_checksums=self._storage.folder is None,
+                share=self.manifest.complete and manifest is None,
+            )
+        except BaseException:
+            self.close()
+            raise
         self.headers, self._index = opened.headers, opened.index
         self._rows = StoredRows(self._storage, self._files, self.headers, self._index.starts, opened.checksums)
         first = self.headers[0]

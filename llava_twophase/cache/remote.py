@@ -70,6 +70,7 @@ class RemoteStorage:
         self._waiting: deque[str] = deque()
         self._headers_only = False
         self._coming: dict[str, Future[RemoteShard]] = {}
+        self._opening_given_up = threading.Event()
         self._reading: set[threading.Event] = set()
         self._connect()
 
@@ -113,7 +114,7 @@ class RemoteStorage:
             self._request_heads(1)
             return future.result()
         if name not in self._versions:
-            return self._open(name)
+            return self._open(name, self._opening_given_up)
         return RemoteShard(self, name, *self._versions[name])
 
     def will_open(self, names: Sequence[str], headers_only: bool = False) -> None:
@@ -152,18 +153,30 @@ class RemoteStorage:
                     task.exception()
 
     def close(self) -> None:
-        """Give up what other threads are reading: their failed requests are not repeated. Later reads work again."""
-        for given_up in tuple(self._reading):
-            given_up.set()
+        """Give up what other threads read, and shards that ``will_open`` requested.
 
-    def version_of(self, name: str) -> tuple[int, str]:
+        Failed requests are not repeated, and requests that wait are not made. Later calls work again.
+        """
+        for given_up in (self._opening_given_up, *self._reading):
+            given_up.set()
+        for future in self._coming.values():
+            future.cancel()
+        self._waiting.clear()
+        self._coming.clear()
+        self._opening_given_up = threading.Event()
+
+    def version_of(self, name: str, given_up: threading.Event | None = None) -> tuple[int, str]:
         """Return the size of a shard on the server now, and its ETag or what the protocol has instead.
+
+        Args:
+            name: The shard's file name.
+            given_up: Once it is set, a failed request is not repeated.
 
         Raises:
             UserError: There is no such shard, or the server does not state its size.
         """
         file = f"{SHARDS}/{name}"
-        info = self._repeat(lambda: self._call("info", file), self._url_of(file), OPENING)
+        info = self._repeat(lambda: self._call("info", file), self._url_of(file), OPENING, given_up)
         if not isinstance(info.get("size"), int):
             raise UserError(f"{self._url}/{file} cannot be read: the server does not state its size")
         return info["size"], _version(info)
@@ -194,25 +207,26 @@ class RemoteStorage:
     def _request_heads(self, count: int) -> None:
         while count > 0 and self._waiting:
             name = self._waiting.popleft()
-            self._coming[name] = self._pool_here().submit(self._open, name)
+            self._coming[name] = self._pool_here().submit(self._open, name, self._opening_given_up)
             count -= 1
 
-    def _open(self, name: str) -> RemoteShard:
-        size, version = self._versions.get(name) or self.version_of(name)
+    def _open(self, name: str, given_up: threading.Event) -> RemoteShard:
+        size, version = self._versions.get(name) or self.version_of(name, given_up)
         self._versions[name] = size, version
         file = f"{SHARDS}/{name}"
 
-        if self._headers_only:
-            return RemoteShard(self, name, size, version, self._head(file, 0, min(USER_BLOCK, size)))
-        head = self._head(file, 0, min(_HEAD, size))
-        with suppress(UserError):  # a damaged header is reported by the reader
-            datasets = [decode_header(head[:USER_BLOCK], file).datasets[part] for part in _KEYS_AND_CHECKSUMS]
-            end = min(size, max(data.offset + data.nbytes for data in datasets))
-            head += self._head(file, len(head), end) if end > len(head) else b""
-        return RemoteShard(self, name, size, version, head)
+        def head(start: int, end: int) -> bytes:
+            patience = max(OPENING, self._limits.at_lowest_rate(end - start))
+            return self._get(file, start, end, patience, given_up)
 
-    def _head(self, file: str, start: int, end: int) -> bytes:
-        return self._get(file, start, end, max(OPENING, self._limits.at_lowest_rate(end - start)))
+        if self._headers_only:
+            return RemoteShard(self, name, size, version, head(0, min(USER_BLOCK, size)))
+        found = head(0, min(_HEAD, size))
+        with suppress(UserError):  # a damaged header is reported by the reader
+            datasets = [decode_header(found[:USER_BLOCK], file).datasets[part] for part in _KEYS_AND_CHECKSUMS]
+            end = min(size, max(data.offset + data.nbytes for data in datasets))
+            found += head(len(found), end) if end > len(found) else b""
+        return RemoteShard(self, name, size, version, found)
 
     def _read_piece(self, shard: Shard, view: memoryview, offset: int, given_up: threading.Event) -> None:
         name = shard.path.removeprefix(f"{self._url}/")
