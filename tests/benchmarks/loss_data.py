@@ -29,8 +29,8 @@ from pipelines.demo.stamps import fetch_stamps, write_stamps
 from pipelines.demo.weights import dinov2_folder
 
 CROP = 84  # pixels: 6 x 6 patches
-HELD_OUT = {"scenes": 48, "stamps": 64}
-TRAIN = {"scenes": 800, "stamps": None}  # None: all that are not held out
+HELD_OUT = {"scenes": 64, "stamps": 64}
+TRAIN = {"scenes": 2400, "stamps": None}  # None: all that are not held out
 SELECT_LAYER = -3  # keeps more of colours than the second to last
 BACKGROUNDS = {"white": (246, 246, 246), "pink": (250, 205, 215), "cyan": (190, 240, 240), "gray": (165, 165, 165)}
 COUNTS = {1: "a", 2: "two", 3: "three"}

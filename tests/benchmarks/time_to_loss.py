@@ -38,8 +38,8 @@ from pipelines.demo.fetch import SMOLLM2_135M, fetch  # noqa: E402
 from pipelines.demo.weights import smollm2_folder  # noqa: E402
 
 RECIPES = {
-    "scenes": Recipe(steps=180, batch=4, learning_rate=5e-4),
-    "stamps": Recipe(steps=180, batch=4, learning_rate=5e-4),
+    "scenes": Recipe(steps=300, batch=8, learning_rate=1e-3),
+    "stamps": Recipe(steps=180, batch=8, learning_rate=1e-3),
 }
 SEEDS = (0, 1, 2)
 
