@@ -4,6 +4,7 @@ import json
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +20,7 @@ from train.model.llms import build_llm
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 import time_to_loss
-from loss_data import Split, draw_rich_scene
+from loss_data import BACKGROUNDS, COLOURS, PLACES, RELATIONS, Split, draw_rich_scene
 from loss_report import flops_to_loss, mean_and_interval, predict_final, summarize
 from loss_runs import Recipe, Run, claimed, finish, read_records, train_projector, with_changes
 from loss_ways import WAYS, SampleFlops, ScheduleFree, patch_positions, pool, random_subset, ridge_start
@@ -168,10 +169,24 @@ def test_report_shows_own_settings_and_lists_others(tmp_path, capsys):
     assert "baseline (1)" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
 
 
-def test_rich_scenes_have_the_caption_of_what_is_drawn():
-    pairs = [draw_rich_scene(random.Random(seed)) for seed in range(8)]
-    assert len({picture.tobytes() for picture, _ in pairs}) == 8
-    picture, caption = next(pair for pair in pairs if " left of " in pair[1])
-    words = caption.split()
-    assert words[-1] == "background" and picture.size == (112, 112)
-    assert draw_rich_scene(random.Random(0))[1] == pairs[0][1]
+def test_captions_of_rich_scenes_say_where_colours_are():
+    assert draw_rich_scene(random.Random(0))[1] == draw_rich_scene(random.Random(0))[1]
+    sides = {place: RELATIONS[relation] for relation, places in PLACES.items() for place in places}
+    seen = set()
+    for seed in range(40):
+        picture, caption = draw_rich_scene(random.Random(seed))
+        place = max((place for place in sides if f" {place} " in caption), key=len)
+        colours = [next(word for word in part.split() if word in COLOURS) for part in caption.split(f" {place} ")]
+        x, y = (centre_of(picture, colours[0]) - centre_of(picture, colours[1])).tolist()
+        dx, dy = sides[place]
+        assert dx * x + dy * y > 20, caption
+        seen.add((dx, dy))
+    assert len(seen) == 4
+
+
+def centre_of(picture, colour):
+    """Return the mean (x, y) of the pixels that are closer to a colour than to all others and to the background."""
+    pixels = torch.from_numpy(np.array(picture, np.float32)).flatten(0, 1)
+    palette = torch.tensor([*COLOURS.values(), *BACKGROUNDS.values()], dtype=torch.float32)
+    rows = (torch.cdist(pixels, palette).argmin(1) == list(COLOURS).index(colour)).nonzero()[:, 0]
+    return torch.stack([rows % picture.width, rows // picture.width]).float().mean(1)

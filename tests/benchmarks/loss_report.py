@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 WITHIN = 1.003  # of the baseline's final held-out loss
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # two-sided 95 %, by the number of values
+STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # two-sided 95 %, by the number of values
 FIRST = 0.2  # part of a run that a prediction sees
 LAST = 0.1  # part of a run whose mean loss is predicted
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and the half width of Student's 95 % interval; None for a single value."""
+    """Return the mean and the half width of Student's 95 % interval; None for fewer than three values."""
     mean = statistics.mean(values)
-    if len(values) < 2:
+    if len(values) < 3:
         return mean, None
     return mean, STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -65,8 +65,9 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         records: Records of one data set, each way with one setting.
 
     Returns:
-        By way: ``losses`` and ``tflop`` of all seeds, ``difference`` of the mean loss to the baseline's, ``reached``
-        and, of the seeds that reach the baseline's mean loss within 0.3 %, the mean ``share`` of its TFLOP.
+        By way: ``losses`` and ``tflop`` of all seeds, their ``spread`` (largest to smallest loss, relative to the
+        mean), ``difference`` of the mean loss to the baseline's, ``reached`` and, of the seeds that reach the
+        baseline's mean loss within 0.3 %, the mean ``share`` of its TFLOP.
     """
     ways: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -84,6 +85,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "seeds": len(runs),
             "losses": [round(run["final"], 5) for run in runs],
             "mean": round(mean, 5),
+            "spread": round((max(run["final"] for run in runs) - min(run["final"] for run in runs)) / mean, 4),
             "interval": None if interval is None else round(interval, 5),
             "tflop": round(statistics.mean(run["tflop"] for run in runs), 2),
             "share": round(statistics.mean(run["tflop"] for run in runs) / cost, 3),
@@ -106,7 +108,17 @@ def predictions(records: Sequence[dict[str, Any]]) -> list[float]:
 def show(title: str, summary: dict[str, Any], labels: dict[str, str]) -> None:
     """Print one data set's table."""
     table = Table(title=title)
-    headings = ("way", "seeds", "TFLOP", "of the baseline's", "held-out loss", "difference", "seeds within 0.3 %", "at")
+    headings = (
+        "way",
+        "seeds",
+        "TFLOP",
+        "of the baseline's",
+        "held-out loss",
+        "spread",
+        "difference",
+        "seeds within 0.3 %",
+        "at",
+    )
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "way" else "right")
     for way in sorted(summary, key=list(labels).index):
@@ -119,6 +131,7 @@ def show(title: str, summary: dict[str, Any], labels: dict[str, str]) -> None:
             f"{row['tflop']:.1f}",
             f"{row['share']:.2f}",
             f"{row['mean']:.4f}{interval}",
+            f"{100 * row['spread']:.1f} %",
             f"{100 * row['difference']:+.2f} %",
             f"{row['reached']} of {row['seeds']}",
             at,

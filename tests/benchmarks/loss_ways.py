@@ -36,7 +36,7 @@ class Way:
     Attributes:
         label: Name in the table.
         duration: Steps, relative to the baseline's; the schedule always ends with the run.
-        rate: Learning rate, relative to the baseline's.
+        own_rate: Learning rate; None: the baseline's.
         optimizer: ``adamw``, ``muon`` or ``schedule_free``.
         tokens: ``all``, ``pooled`` or ``subset``: patch tokens of the first `share` of the steps.
         share: Part of the steps before all tokens are used.
@@ -45,7 +45,7 @@ class Way:
 
     label: str
     duration: float = 1.0
-    rate: float = 1.0
+    own_rate: float | None = None
     optimizer: str = "adamw"
     tokens: str = "all"
     share: float = 0.0
@@ -61,8 +61,8 @@ WAYS = {
     "token_schedule": Way("9 pooled tokens for 80 % of steps, then 36", tokens="pooled", share=0.8),
     "patch_subset": Way("9 random patches for 80 % of steps, then 36", tokens="subset", share=0.8),
     "ridge": Way("start from ridge regression, 60 % of steps", duration=0.6, start="ridge"),
-    "muon": Way("Muon, 60 % of steps", duration=0.6, optimizer="muon"),
-    "schedule_free": Way("schedule-free AdamW, 60 % of steps", duration=0.6, optimizer="schedule_free"),
+    "muon": Way("Muon, 60 % of steps", duration=0.6, optimizer="muon", own_rate=8e-3),
+    "schedule_free": Way("schedule-free AdamW, 60 % of steps", duration=0.6, optimizer="schedule_free", own_rate=4e-3),
     "fewer_steps": Way("published recipe, 60 % of steps", duration=0.6),
 }
 
@@ -107,7 +107,7 @@ class Stepper:
 
     def __init__(self, way: Way, projector: nn.Module, rate: float, steps: int) -> None:
         self._parameters = list(projector.parameters())
-        rate = rate * way.rate
+        rate = way.own_rate or rate
         warmup = math.ceil(WARMUP * steps)
         self._free: ScheduleFree | None = None
         self._optimizers: list[torch.optim.Optimizer] = []

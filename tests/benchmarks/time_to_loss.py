@@ -1,7 +1,7 @@
 """Measure held-out loss against TFLOP spent: the published recipe, and ways that may need fewer.
 
     python tests/benchmarks/time_to_loss.py                        # what is missing: seeds of each way and data set
-    python tests/benchmarks/time_to_loss.py --ways muon --seeds 0 --change rate=0.5     # another setting, kept apart
+    python tests/benchmarks/time_to_loss.py --ways muon --seeds 0 --change own_rate=0.02  # another setting, kept apart
     python tests/benchmarks/time_to_loss.py --report --figure curves.svg
 
 Each way trains `mlp2x_gelu` between DINOv2-small and SmolLM2-135M, the demo's models, on drawn scenes and on Debian's
@@ -38,8 +38,8 @@ from pipelines.demo.fetch import SMOLLM2_135M, fetch  # noqa: E402
 from pipelines.demo.weights import smollm2_folder  # noqa: E402
 
 RECIPES = {
-    "scenes": Recipe(steps=300, batch=8, learning_rate=1e-3),
-    "stamps": Recipe(steps=180, batch=8, learning_rate=1e-3),
+    "scenes": Recipe(steps=1200, batch=2, learning_rate=1e-3),
+    "stamps": Recipe(steps=688, batch=2, learning_rate=1e-3),
 }
 SEEDS = (0, 1, 2)
 
