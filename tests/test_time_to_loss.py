@@ -23,7 +23,7 @@ import time_to_loss
 from loss_data import BACKGROUNDS, COLOURS, PLACES, RELATIONS, Split, draw_rich_scene
 from loss_report import flops_to_loss, mean_and_interval, predict_final, summarize
 from loss_runs import Recipe, Run, claimed, finish, read_records, train_projector, with_changes
-from loss_ways import WAYS, SampleFlops, ScheduleFree, patch_positions, pool, random_subset, ridge_start
+from loss_ways import WAYS, SampleFlops, ScheduleFree, muon_flops, patch_positions, pool, random_subset, ridge_start
 
 TOKENS, WIDTH = 16, 24
 
@@ -153,6 +153,15 @@ def test_summary_compares_with_the_mean_of_the_baseline():
     assert (found["reached"], found["share_to_loss"]) == (1, 0.3)
     assert mean_and_interval([1.9, 2.0, 2.1]) == (2.0, pytest.approx(4.303 * 0.1 / 3**0.5))
     assert flops_to_loss(bad, 2.0) is None and summarize([baseline[0] | {"way": "muon"}]) == {}
+
+
+def test_flops_of_muon_are_those_of_its_matrix_products():
+    weight = torch.nn.Parameter(torch.randn(48, 20))
+    weight.grad = torch.randn(48, 20)
+    optimizer = torch.optim.Muon([weight])
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == muon_flops(48, 20)
 
 
 def test_report_shows_own_settings_and_lists_others(tmp_path, capsys):

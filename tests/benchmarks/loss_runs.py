@@ -133,6 +133,7 @@ def train_projector(run: Run, llm: Any, train: Split, held_out: Split) -> dict[s
         stepper.step()
         losses.append(round(loss.item(), 5))
         spent += sum(flops.step(batch["features"].shape[1], length, image_position) for length in batch["lengths"])
+        spent += stepper.flops
         if step in due:
             with stepper.evaluating():
                 curve.append((step * run.recipe.batch, spent / 1e12, held_out_loss(model, held_out)))

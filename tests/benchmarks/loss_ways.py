@@ -62,7 +62,7 @@ WAYS = {
     "patch_subset": Way("9 random patches for 80 % of steps, then 36", tokens="subset", share=0.8),
     "ridge": Way("start from ridge regression, 60 % of steps", duration=0.6, start="ridge"),
     "muon": Way("Muon, 60 % of steps", duration=0.6, optimizer="muon", own_rate=8e-3),
-    "schedule_free": Way("schedule-free AdamW, 60 % of steps", duration=0.6, optimizer="schedule_free", own_rate=4e-3),
+    "schedule_free": Way("schedule-free AdamW, 60 % of steps", duration=0.6, optimizer="schedule_free", own_rate=2e-3),
     "fewer_steps": Way("published recipe, 60 % of steps", duration=0.6),
 }
 
@@ -103,13 +103,18 @@ def patch_positions(llm: Any, image_position: int, patches: torch.Tensor | None,
 
 
 class Stepper:
-    """Optimizer and schedule of a way. ``evaluating`` gives the weights that an evaluation uses."""
+    """Optimizer and schedule of a way. ``evaluating`` gives the weights that an evaluation uses.
+
+    Attributes:
+        flops: Operations of the optimizer's matrix products in a step.
+    """
 
     def __init__(self, way: Way, projector: nn.Module, rate: float, steps: int) -> None:
         self._parameters = list(projector.parameters())
         rate = way.own_rate or rate
         warmup = math.ceil(WARMUP * steps)
         self._free: ScheduleFree | None = None
+        self.flops = 0.0
         self._optimizers: list[torch.optim.Optimizer] = []
         if way.optimizer == "schedule_free":
             self._free = ScheduleFree(self._parameters, rate, warmup)
@@ -117,6 +122,7 @@ class Stepper:
             matrices = [parameter for parameter in self._parameters if parameter.ndim == 2]
             biases = [parameter for parameter in self._parameters if parameter.ndim != 2]
             muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            self.flops = sum(muon_flops(*parameter.shape) for parameter in matrices)
             self._optimizers = [muon, torch.optim.AdamW(biases, lr=rate, weight_decay=0.0)]
         else:
             self._optimizers = [torch.optim.AdamW(self._parameters, lr=rate, weight_decay=0.0)]
@@ -142,6 +148,12 @@ class Stepper:
         self._free.use("x")
         yield
         self._free.use("y")
+
+
+def muon_flops(rows: int, columns: int) -> float:
+    """Return the operations of one update of Muon: five Newton-Schulz iterations of three matrix products."""
+    short, long = sorted((rows, columns))
+    return 5 * (4 * short**2 * long + 2 * short**3)
 
 
 class ScheduleFree:

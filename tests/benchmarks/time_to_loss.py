@@ -7,7 +7,7 @@
 Each way trains `mlp2x_gelu` between DINOv2-small and SmolLM2-135M, the demo's models, on drawn scenes and on Debian's
 stamps. The step is this project's own, with HF Trainer's clipping and schedule and LLaVA's sample order; HF Trainer
 itself is not used, so that one process does many runs. The held-out loss is always that of complete images. TFLOP are
-counted from shapes, padding and evaluations excluded, so a busy machine changes the time only.
+counted from shapes, with Muon's own products, without padding and evaluations: a busy machine changes the time only.
 
 A finished run is one file in `--results`; another call, or several at once, continue with the runs that are missing.
 Seeds change initialisation and sample order. The report shows runs with the settings below; runs with other settings
