@@ -170,6 +170,8 @@ def draw(records: Sequence[dict[str, Any]], labels: dict[str, str], path: Path) 
             style = {"linewidth": 2.5, "color": "black"} if way == "baseline" else {"color": f"C{number - 1}"}
             axes.plot(mean[:, 1], mean[:, 2], marker="o", markersize=3, label=f"{way} ({len(curves)})", **style)
         axes.set(title=name, xlabel="TFLOP", ylabel="held-out loss, nats per caption token", yscale="log")
+        axes.yaxis.set_major_formatter("{x:.1f}")
+        axes.yaxis.set_minor_formatter("{x:.1f}")
         axes.legend(fontsize=8, title="way (seeds)")
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curves"}):
