@@ -151,6 +151,8 @@ def test_summary_compares_with_the_mean_of_the_baseline():
     found = summarize([*baseline, record("muon", 0, 6.0, good), record("muon", 1, 6.0, bad)])["muon"]
     assert (found["difference"], found["share"]) == (0.0, 0.6)
     assert (found["reached"], found["share_to_loss"]) == (1, 0.3)
+    assert found["spread"] == pytest.approx((bad[-1][2] - good[-1][2]) / found["mean"], abs=1e-4)
+    assert mean_and_interval([1.9, 2.1]) == (2.0, None)
     assert mean_and_interval([1.9, 2.0, 2.1]) == (2.0, pytest.approx(4.303 * 0.1 / 3**0.5))
     assert flops_to_loss(bad, 2.0) is None and summarize([baseline[0] | {"way": "muon"}]) == {}
 
@@ -181,16 +183,18 @@ def test_report_shows_own_settings_and_lists_others(tmp_path, capsys):
 def test_captions_of_rich_scenes_say_where_colours_are():
     assert draw_rich_scene(random.Random(0))[1] == draw_rich_scene(random.Random(0))[1]
     sides = {place: RELATIONS[relation] for relation, places in PLACES.items() for place in places}
-    seen = set()
+    seen, pictures = set(), set()
     for seed in range(40):
         picture, caption = draw_rich_scene(random.Random(seed))
         place = max((place for place in sides if f" {place} " in caption), key=len)
         colours = [next(word for word in part.split() if word in COLOURS) for part in caption.split(f" {place} ")]
         x, y = (centre_of(picture, colours[0]) - centre_of(picture, colours[1])).tolist()
         dx, dy = sides[place]
+        assert picture.size == (112, 112)
         assert dx * x + dy * y > 20, caption
         seen.add((dx, dy))
-    assert len(seen) == 4
+        pictures.add(picture.tobytes())
+    assert (len(seen), len(pictures)) == (4, 40)
 
 
 def centre_of(picture, colour):

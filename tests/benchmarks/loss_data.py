@@ -1,7 +1,7 @@
 """Data of time_to_loss.py: drawn scenes with richer captions than the demo's, and Debian's stamps, as patch features.
 
-A scene has two groups of one to three equal shapes, in two halves of a picture with a tinted background: about 11 nats
-that the picture tells. Its caption says them with one of many wordings, about 8 nats that nothing tells, as captions by
+A scene has two groups of one to three equal shapes, in two halves of a picture with a tinted background: about 10 nats
+that the picture tells. Its caption says them with one of many wordings, about 9 nats that nothing tells, as captions by
 many people do: "a sketch of two red discs to the left of a blue star on pink paper". Without them, runs that differ in
 the seed alone end further apart, relative to their loss. Stamps are real drawings and photos with short captions.
 

@@ -56,12 +56,14 @@ def test_rows_are_read_by_ranges(web, tmp_path):
     assert web.faults.requests - opened == 4
 
 
-def test_rows_of_a_call_are_requested_together(web, tmp_path):
+def test_rows_of_a_call_are_requested_together(web, tmp_path, monkeypatch):
+    monkeypatch.setattr(time_limits, "FIRST", 10.0)
+    monkeypatch.setattr(time_limits, "SHORTEST", 10.0)
     _, keys, _ = make_cache(tmp_path / "cache", (16,), dtype="int8")
     cache = FeatureCache(f"{web.url}/cache")
-    web.faults.latency = 0.15
+    web.faults.latency = 1.0  # a busy machine starts all threads before the first answer
     cache.read_raw(keys)
-    assert web.faults.most_at_once > 8  # 16, unless this machine is too busy to start the threads in time
+    assert web.faults.most_at_once >= 16
 
 
 def test_faults_are_repeated_and_never_give_wrong_rows(web, tmp_path):
